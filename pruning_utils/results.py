@@ -1,0 +1,254 @@
+"""Compute a table once and keep it: one call, one sweep point by point, and the numbers that tests assert.
+
+A table lives in ``results/<profile>/<NN_slug>/<table>.csv`` with its record in ``run.json`` beside it. It is read only
+while the recorded parameters equal the asked ones; what is returned after computing is what any later call returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from pruning_utils import records, runtime, saved_points
+from pruning_utils.records import StaleResult, canonical, plain, read_record
+
+__all__ = ["StaleResult", "Summary", "load_or_compute", "read_record", "slug", "stale_modules", "summary", "sweep",
+           "table_path"]
+NO_COMPUTE = "PRUNING_UTILS_NO_COMPUTE"
+SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
+SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def slug(name: str | os.PathLike) -> str:
+    """A file name for a model: ``org/Name`` becomes ``org--name``, a directory the last part of its path.
+
+    Raises:
+        ValueError: If nothing of the name can be kept.
+    """
+    text = os.fspath(name)
+    if text.count("/") > 1 or text.startswith((".", "~", "/")) or os.path.isdir(text):
+        text = os.path.basename(os.path.abspath(os.path.expanduser(text)))
+    kept = re.sub(r"[^a-z0-9._-]+", "-", text.lower().replace("/", "--")).strip("-._")
+    if not kept:
+        raise ValueError(f"no file name can be made of the model name {name!r}")
+    return kept
+
+
+def table_path(profile: str, notebook: str, table: str) -> Path:
+    """Where a notebook's table is kept: ``results/<profile>/<notebook>/<table>.csv`` under the profile's output root.
+
+    Args:
+        profile: Name of the profile, such as ``cpu``.
+        notebook: The notebook's file name without ending, such as ``01_layer_similarity``.
+        table: Name of the table; for a model's table its :func:`slug`.
+
+    Raises:
+        ValueError: If a name is not made of lower-case letters, digits, ``-``, ``_`` and ``.``, or ends like a file
+            that this module keeps beside a table.
+    """
+    for kind, name in (("profile", profile), ("notebook", notebook), ("table", table)):
+        if not isinstance(name, str) or not SLUG.fullmatch(name) or name.endswith((".measured", ".points", ".")):
+            raise ValueError(f"{kind} must be a plain name (a-z, 0-9, '-', '_', '.', first a letter or digit, not "
+                             f"ending in .measured or .points; results.slug makes one), got {name!r}")
+    return runtime.output_root(profile) / "results" / profile / notebook / f"{table}.csv"
+
+
+def stale_modules(path: str | os.PathLike) -> list[str]:
+    """Names of the package's modules that have changed since a table was computed; empty for a fresh one.
+
+    Raises:
+        ValueError: If the table has no record.
+    """
+    return records.changed_modules(read_record(path)["modules"])
+
+
+def load_or_compute(path: str | os.PathLike, compute: Callable[[], pd.DataFrame], *, parameters: Mapping,
+                    recompute: bool = False) -> pd.DataFrame:
+    """Read a table, or compute and keep it.
+
+    Floats are kept to six digits. Columns named ``...seconds``, ``...per_second`` or ``...peak_bytes`` differ from run
+    to run and go to ``<table>.measured.csv``; they come back joined where that file exists.
+
+    Args:
+        path: The table's file, from :func:`table_path`.
+        compute: Called without arguments when there is no table; returns a tidy DataFrame.
+        parameters: Everything that decides the numbers, model and data included: plain values, nested as you like.
+        recompute: Compute and replace the table even when it is there.
+
+    Returns:
+        The table as its file holds it, with columns in the order that ``compute`` gave.
+
+    Raises:
+        ValueError: If the stored table was made with other parameters (the differing keys are named), has no record,
+            or is not the file recorded; or if ``compute`` returns no tidy table.
+        FileNotFoundError: If the table is missing and the environment variable PRUNING_UTILS_NO_COMPUTE is set.
+    """
+    path, parameters = _table_file(path), plain(dict(parameters), "parameters")
+    if path.exists() and not recompute:
+        return records.read_table(path, records.checked_record(path, parameters))
+    _before_computing(path)
+    commit = records.package_commit()
+    table, cost = records.timed(compute)
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"compute must return a DataFrame for {path}, got {type(table).__name__}")
+    _keep(path, table, parameters, commit, cost)
+    return records.read_table(path, read_record(path))
+
+
+def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list[dict]], *, path: str | os.PathLike,
+          parameters: Mapping, executor: Executor | None = None, recompute: bool = False) -> pd.DataFrame:
+    """Compute a table point by point, saving each as it ends; a run killed at any moment goes on where it was.
+
+    Saved points lie in ``<table>.points/`` until the table is written. A saved point counts only while the package
+    modules it was computed with are unchanged. Points may be added to a finished sweep later: those in the table are
+    kept (as the table holds them, to six digits), only the new ones are computed.
+
+    Args:
+        points: What to compute: dicts of plain values, all with the same keys, none twice. Rows follow their order.
+        compute_point: Called with a copy of one point; returns a row, or a list of rows, as dicts of plain values.
+            The point's own values are put in front of each row.
+        path: The table's file, from :func:`table_path`.
+        parameters: Everything else that decides the numbers, as in :func:`load_or_compute`.
+        executor: Any ``concurrent.futures`` executor to spread the points over; one after the other by default.
+        recompute: Discard the table's saved points, compute all and replace it. If that is killed, go on without it.
+
+    Returns:
+        The table, as :func:`load_or_compute` returns it.
+
+    Raises:
+        ValueError: Before any work, for points that are no such list, and as in :func:`load_or_compute`; also if the
+            stored table holds points that are not asked for.
+        RuntimeError: If a point fails (named, after those running beside it were saved), or if another process is
+            computing the same table.
+    """
+    path, parameters = _table_file(path), plain(dict(parameters), "parameters")
+    points, folder = saved_points.checked_points(points), path.with_suffix(".points")
+    seeds: list[dict] = []
+    if not recompute and not saved_points.unfinished(folder) and path.exists():
+        record = records.checked_record(path, parameters)
+        if [entry["point"] for entry in record.get("points", [])] == points:
+            return records.read_table(path, record)
+        seeds = _reusable(path, record, points)
+    _before_computing(path)
+    if recompute:
+        saved_points.discard(folder)
+    with saved_points.opened(folder, parameters, seeds):
+        commit = records.package_commit()
+        missing = [point for point in points if saved_points.read(folder, point) is None]
+        with (contextlib.closing(saved_points.compute(missing, compute_point, executor)) as outcomes,
+              tqdm(total=len(points), initial=len(points) - len(missing), desc=path.stem, unit="point") as progress):
+            for outcome in outcomes:
+                saved_points.save(folder, outcome)
+                progress.update()
+        _keep_points(path, [saved_points.read(folder, point) for point in points], parameters, commit)
+        saved_points.discard(folder)
+    return records.read_table(path, read_record(path))
+
+
+def _table_file(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix != ".csv" or path.stem.endswith((".measured", ".points")):
+        raise ValueError(f"path must be a table's .csv file, and not a .measured or .points one, got {path}")
+    return path
+
+
+def _before_computing(path: Path) -> None:
+    # What would fail when the table is written must fail now.
+    if os.environ.get(NO_COMPUTE):
+        raise FileNotFoundError(f"{path} has no finished table with these settings, and {NO_COMPUTE} is set: "
+                                "compute it first, by running its notebook without that variable")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records.read_records(path.parent)
+
+
+def _keep(path: Path, table: pd.DataFrame, parameters: dict, commit: str | None, cost: dict) -> None:
+    record = {"parameters": parameters, "commit": commit, "versions": runtime.versions(),
+              "device": runtime.device_name(), **cost}
+    records.write_table(path, table, record)
+
+
+def _reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
+    """The points of a finished table as saved points, so that a sweep with more of them goes on from there."""
+    asked = {canonical(point) for point in points}
+    lost = [canonical(entry["point"]) for entry in record.get("points", []) if canonical(entry["point"]) not in asked]
+    if lost or "points" not in record:
+        held = f"{len(lost)} points that are not asked for, the first {lost[0]}" if lost else "no points of a sweep"
+        raise ValueError(f"{path} holds {held}; ask for them too, pass recompute=True to replace the table, or another "
+                         "path to keep both")
+    rows, first, seeds = records.read_table(path, record).to_dict("records"), 0, []
+    for entry in record["points"]:
+        seeds.append({"point": entry["point"], "rows": rows[first:first + entry["rows"]], "seconds": entry["seconds"],
+                      "modules": record["modules"], "peak_memory_bytes": record["peak_memory_bytes"]})
+        first += entry["rows"]
+    return seeds
+
+
+def _keep_points(path: Path, outcomes: list[dict], parameters: dict, commit: str | None) -> None:
+    cost = {"modules": {name: value for outcome in outcomes for name, value in outcome["modules"].items()},
+            "seconds": round(sum(outcome["seconds"] for outcome in outcomes), 3),
+            "peak_memory_bytes": max(outcome["peak_memory_bytes"] for outcome in outcomes),
+            "points": [{"point": outcome["point"], "rows": len(outcome["rows"]), "seconds": outcome["seconds"]}
+                       for outcome in outcomes]}
+    _keep(path, pd.DataFrame([row for outcome in outcomes for row in outcome["rows"]]), parameters, commit, cost)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers that tests assert, shown as a small table; notebooks end with it. Made by :func:`summary`.
+
+    Attributes:
+        rows: Per number a dict of ``name``, ``value`` (a number, or a text), ``tolerance`` (absolute) and ``reason``.
+    """
+
+    rows: list[dict]
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
+        table = pd.DataFrame(self.rows).astype(str)
+        with pd.option_context("display.max_colwidth", None):
+            return {"text/plain": table.to_string(index=False), "text/html": table.to_html(index=False),
+                    SUMMARY_MIME: {"rows": self.rows}}
+
+
+def summary(rows: Mapping[str, tuple[object, float, str]]) -> Summary:
+    """The numbers of a notebook that tests assert, for its last code cell, tagged ``summary``.
+
+    Args:
+        rows: From a number's name to ``(value, tolerance, reason)``: a finite number, kept to six digits, with the
+            absolute difference that another machine may show and why; or a text or tuple, matched exactly, tolerance 0.
+
+    Returns:
+        An object that a notebook shows as a table, and from which the driver reads the numbers back.
+
+    Raises:
+        ValueError: Naming the first entry that is no such thing.
+    """
+    if not isinstance(rows, Mapping) or not rows:
+        raise ValueError(f"a summary needs a dict from names to (value, tolerance, reason), got {rows!r}")
+    return Summary([_summary_row(name, entry) for name, entry in rows.items()])
+
+
+def _summary_row(name: str, entry: tuple[object, float, str]) -> dict:
+    if not isinstance(name, str) or not name.strip() or not isinstance(entry, (tuple, list)) or len(entry) != 3:
+        raise ValueError(f"a summary entry is a name with (value, tolerance, reason), got {name!r}: {entry!r}")
+    value, tolerance, reason = plain(list(entry), f"summary entry {name!r}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and not math.isfinite(value):
+        raise ValueError(f"{name}: the value must be finite, got {value}")
+    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf or (tolerance and not number):
+        raise ValueError(f"{name}: the tolerance must be a finite number >= 0, and 0 where {value!r} is no number, "
+                         f"got {tolerance!r}")
+    if not isinstance(reason, str) or not reason.strip():
+        raise ValueError(f"{name}: the reason must say why that tolerance, got {reason!r}")
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    shown = float(f"{value:.6g}") if isinstance(value, float) else value if number else str(value)
+    return {"name": name, "value": shown, "tolerance": tolerance, "reason": reason}

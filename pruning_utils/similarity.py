@@ -1,0 +1,224 @@
+"""How alike the hidden states before and after each run of layers are: every block and both token rules in one pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pruning_utils import models
+
+# Where cos is this near 1, the fp32 Gram has lost the angle's digits; |u - v| still holds them.
+SMALL_ANGLE_COSINE = 0.999
+CHUNK_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Distances between the inputs of layers, and the influence of each layer; L is the number of layers.
+
+    Index i of a state is 0-based: i < L is the input of layer i, and L the raw output of the last layer, before the
+    final norm. All arrays are float64.
+
+    Attributes:
+        angular_distance: ``(L+1, L+1)``, symmetric with a zero diagonal, in [0, 1] (1 is opposite). Entry [i, j] is the
+            mean over samples of arccos(cos(h_i, h_j)) / pi at the last real token, the distance of Sec. 3.2 of
+            arXiv:2403.17887 for the block of layers i to j-1.
+        angular_distance_all_tokens: The same, mean over all real tokens.
+        block_influence: ``(L,)``, mean over real tokens of 1 - cos(h_i, h_{i+1}), in [0, 2]; arXiv:2403.03853, Eq. (1).
+        block_influence_flattened: ``(L,)``, 1 minus one cosine over all tokens' states laid end to end, as in released
+            code of arXiv:2411.15558; a single token with a huge norm decides it.
+        n_samples: Number of samples, and ``n_tokens`` of real tokens, that the means are over.
+        last_token_samples: ``(n_samples, L+1, L+1)`` float32: the distances at the last token before the mean, from
+            which intervals are drawn.
+    """
+
+    angular_distance: np.ndarray
+    angular_distance_all_tokens: np.ndarray
+    block_influence: np.ndarray
+    block_influence_flattened: np.ndarray
+    n_samples: int
+    n_tokens: int
+    last_token_samples: np.ndarray = field(repr=False)
+
+
+def measure_similarity(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *,
+                       batch_size: int = 8) -> Similarity:
+    """Measure angular distances of all blocks and block influence of all layers in one pass over the text.
+
+    Per token, the L+1 states are scaled to unit length and multiplied with each other; angles and cosines go into
+    running sums, so that the states of only one micro-batch are alive at a time. Each layer runs once per micro-batch
+    and the language-model head never. Rows are moved to right padding first: a causal model's states at real tokens
+    then do not depend on the padding. Products are taken in float32, sums in float64.
+
+    Args:
+        model: A causal language model; its training mode is left as it was.
+        input_ids: Token ids of shape ``(n_samples, seq_len)``.
+        attention_mask: 1 at real tokens and 0 at padding, of the same shape; the real tokens of a row must be
+            consecutive. None: all are real.
+        batch_size: Samples in a micro-batch, at least 1.
+
+    Returns:
+        The :class:`Similarity`.
+
+    Raises:
+        ValueError: If an argument is out of range, or a state is zero or not finite (the layer and sample are named).
+    """
+    models.check_input_ids(model, input_ids)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    rows, lengths = align_right_padded(input_ids, attention_mask)
+    sums = _RunningSums(len(models.decoder_layers(model)))
+    with _LayerStates(model) as states, torch.inference_mode():
+        for start in tqdm(range(0, len(rows), batch_size), desc="similarity", leave=False):
+            length = lengths[start:start + batch_size]
+            hidden = states.of(rows[start:start + batch_size, :int(length.max())].to(model.device))
+            sums.add(hidden, length.to(model.device), first_sample=start)
+    return sums.result()
+
+
+def align_right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the real tokens of each row to its left end.
+
+    Returns:
+        The rows, of the shape of ``input_ids``, and the number of real tokens of each, of shape ``(n_samples,)``.
+
+    Raises:
+        ValueError: If the mask has another shape, other values than 0 and 1, an empty row, or a gap within a row.
+    """
+    n_samples, seq_len = input_ids.shape
+    if attention_mask is None:
+        return input_ids, torch.full((n_samples,), seq_len)
+    mask = attention_mask.to("cpu", torch.long)
+    if mask.shape != input_ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"attention_mask must hold 0 and 1 in the shape {tuple(input_ids.shape)} of input_ids, got "
+                         f"shape {tuple(mask.shape)}, values {sorted(mask.unique().tolist())[:4]}")
+    lengths, starts = mask.sum(1), mask.argmax(1)
+    ends = seq_len - mask.flip(1).argmax(1)
+    wrong = ((lengths == 0) | (ends - starts != lengths)).nonzero()
+    if len(wrong):
+        raise ValueError(f"attention_mask row {int(wrong[0])} must have one unbroken run of ones")
+    columns = (torch.arange(seq_len) + starts[:, None]) % seq_len
+    return input_ids.cpu().gather(1, columns), lengths
+
+
+class _LayerStates:
+    """Collects the input of every decoder layer and the raw output of the last one while the backbone runs."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.layers = model, models.decoder_layers(model)
+        self.states: list[torch.Tensor] = []
+
+    def __enter__(self):
+        self.training = self.model.training
+        self.model.eval()
+        self.hooks = [layer.register_forward_pre_hook(self._keep_input, with_kwargs=True) for layer in self.layers]
+        self.hooks.append(self.layers[-1].register_forward_hook(self._keep_output))
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+        self.states = []
+        self.model.train(self.training)
+
+    def _keep_input(self, layer, inputs, named_inputs):
+        self.states.append(inputs[0] if inputs else named_inputs["hidden_states"])
+
+    def _keep_output(self, layer, inputs, output):
+        self.states.append(output[0] if isinstance(output, tuple) else output)
+
+    def of(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        """The L+1 states, each of shape ``(batch, seq_len, hidden)``."""
+        self.states = []
+        models.backbone(self.model)(input_ids=input_ids, use_cache=False)
+        states, self.states = self.states, []
+        if len(states) != len(self.layers) + 1:
+            raise ValueError(f"{type(self.model).__name__} ran {len(states) - 1} of its {len(self.layers)} layers once")
+        return states
+
+
+class _RunningSums:
+    """Float64 sums over tokens and samples; O(L^2) numbers, whatever the text."""
+
+    def __init__(self, n_layers: int):
+        self.n_states = n_layers + 1
+        self.angles = np.zeros((self.n_states, self.n_states))
+        self.influence, self.inner = np.zeros(n_layers), np.zeros(n_layers)
+        self.squares = np.zeros(self.n_states)
+        self.n_tokens, self.last = 0, []
+
+    def add(self, states: list[torch.Tensor], lengths: torch.Tensor, first_sample: int) -> None:
+        """Add one micro-batch: L+1 states of shape (batch, seq_len, hidden), and the real tokens of each row."""
+        batch, seq_len, hidden = states[0].shape
+        real = (torch.arange(seq_len, device=lengths.device) < lengths[:, None]).flatten()
+        rows = [state.flatten(0, 1) if bool(real.all()) else state.flatten(0, 1)[real] for state in states]
+        n_tokens = len(rows[0])
+        # A chunk's states fit the processor's cache: the pass is bound by memory, not by arithmetic.
+        chunk = torch.empty(min(n_tokens, CHUNK_TOKENS), self.n_states, hidden, device=rows[0].device)
+        for start in range(0, n_tokens, CHUNK_TOKENS):
+            by_token = chunk[:min(CHUNK_TOKENS, n_tokens - start)]
+            for index, row in enumerate(rows):
+                by_token[:, index] = row[start:start + CHUNK_TOKENS]
+            angle, cosine, norm = _angles(by_token)
+            if not bool(torch.isfinite(angle).all()):
+                token, index = (int(place) for place in (~torch.isfinite(norm) | (norm == 0)).nonzero()[0])
+                sample = first_sample + int(torch.searchsorted(lengths.cumsum(0), start + token, right=True))
+                raise ValueError(f"the input of layer {index} (where {self.n_states - 1} is the output of the last) is "
+                                 f"zero or not finite at a token of sample {sample}")
+            self.angles += angle.sum(0, dtype=torch.float64).cpu().numpy()
+            neighbours = cosine.diagonal(1, dim1=1, dim2=2).double()
+            self.influence += (1 - neighbours).sum(0).cpu().numpy()
+            self.inner += (neighbours * norm[:, 1:] * norm[:, :-1]).sum(0).cpu().numpy()
+            self.squares += norm.square().sum(0).cpu().numpy()
+        ends = lengths.cumsum(0) - 1
+        self.last.append(_angles(torch.stack([row[ends] for row in rows], dim=1).double())[0].float().cpu().numpy())
+        self.n_tokens += n_tokens
+
+    def result(self) -> Similarity:
+        samples = np.concatenate(self.last)
+        lengths = np.sqrt(self.squares)
+        return Similarity(
+            angular_distance=samples.mean(0, dtype=np.float64), angular_distance_all_tokens=self.angles / self.n_tokens,
+            block_influence=self.influence / self.n_tokens,
+            block_influence_flattened=1 - self.inner / (lengths[1:] * lengths[:-1]),
+            n_samples=len(samples), n_tokens=self.n_tokens, last_token_samples=samples)
+
+
+def _angles(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Angular distances, cosines and lengths of the states of each token.
+
+    Args:
+        states: ``(tokens, L+1, hidden)``, float32 or float64.
+
+    Returns:
+        Angles in [0, 1], symmetric and exactly 0 on the diagonal, and cosines, both of shape ``(tokens, L+1, L+1)``;
+        lengths in float64, ``(tokens, L+1)``. A zero or non-finite state gives NaN.
+    """
+    gram = torch.bmm(states, states.transpose(1, 2))
+    norm = gram.diagonal(dim1=1, dim2=2).sqrt().double()
+    if not bool(((norm > 1e-15) & (norm < 1e15)).all()):  # squares near the ends of the float range lose digits
+        scale = states.abs().amax(-1, keepdim=True)
+        states = states / scale
+        gram = torch.bmm(states, states.transpose(1, 2))
+        lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
+        norm = lengths.double() * scale[..., 0].double()
+    else:
+        lengths = norm
+    inverse = (1 / lengths).to(gram.dtype)
+    cosine = gram.mul_(inverse[:, :, None]).mul_(inverse[:, None, :])
+    cosine.diagonal(dim1=1, dim2=2).fill_(0)  # its angle is set below; 0 keeps it out of the repair of small angles
+    near = (cosine > SMALL_ANGLE_COSINE).nonzero(as_tuple=True)
+    angle = cosine.clamp_(-1, 1).acos().mul_(1 / math.pi)
+    angle.diagonal(dim1=1, dim2=2).fill_(0)
+    for token, row, column in zip(*(index.split(65536) for index in near), strict=True):
+        chord = (states[token, row] * inverse[token, row, None] -
+                 states[token, column] * inverse[token, column, None]).norm(dim=-1)
+        angle[token, row, column] = 2 / math.pi * (chord / 2).clamp_(max=1).asin_()
+        cosine[token, row, column] = 1 - chord.square() / 2
+    return angle, cosine, norm

@@ -1,0 +1,674 @@
+"""Perplexity against the models' own losses, and benchmark scores against values worked out by hand."""
+
+import copy
+import logging
+import math
+import random
+import socket
+import string
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pruning_utils import data, evaluation, models
+
+V = 96
+SHARED = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2, "attn_implementation": "eager"}
+# What each does to its logits, or to the states before them, other than one linear head.
+ARCHITECTURES = {
+    "llama": {}, "qwen3": {}, "olmo2": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "gemma3_text": {"final_logit_softcapping": 2.0},
+    "cohere2": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 2.0},
+    "minicpm3": {"dim_model_base": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": 8,
+                 "kv_lora_rank": 8, "num_key_value_heads": 4},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "bloom": {"n_layer": 2, "n_head": 4}, "falcon": {"alibi": False}, "mamba": {"state_size": 4},
+    "mixtral": {"num_local_experts": 2, "output_router_logits": True},
+    "phi3": {},
+}
+
+
+def tiny_model(name: str = "llama", **settings) -> nn.Module:
+    """A random float32 model, its weights large enough that logits span several nats."""
+    torch.manual_seed(0)
+    shared = {key: value for key, value in SHARED.items() if name != "falcon" or key != "head_dim"}
+    config = AutoConfig.for_model(name, **{**shared, **ARCHITECTURES[name], **settings})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return model.eval()
+
+
+def windows(n: int = 3, length: int = 9, vocabulary: int = V) -> torch.Tensor:
+    return torch.randint(3, vocabulary, (n, length), generator=torch.Generator().manual_seed(1))
+
+
+def own_losses(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Losses by token from the logits of the model's own forward, one window at a time."""
+    with torch.no_grad():
+        logits = torch.cat([model(row[None]).logits for row in input_ids]).float()
+    return nn.functional.cross_entropy(logits[:, :-1].mT, input_ids[:, 1:], reduction="none")
+
+
+# --- losses by token and perplexity -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_losses_equal_the_models_own(name, monkeypatch):
+    model, input_ids = tiny_model(name), windows()
+    expected = own_losses(model, input_ids)
+    with torch.no_grad():
+        reported = [model(row[None], labels=row[None], output_router_logits=False) if name == "mixtral" else
+                    model(row[None], labels=row[None]) for row in input_ids]
+    assert torch.allclose(expected.mean(1), torch.stack([output.loss for output in reported]), atol=1e-5)
+    assert expected.std() > 0.3, "the logits are too flat to tell scalings apart"
+
+    runs, longest = [], []
+    layers = models.decoder_layers(model) if name != "bloom" else model.transformer.h
+    layers[0].register_forward_hook(lambda *_: runs.append(1))
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: longest.append(args[0][..., 0].numel()))
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 5 * V)  # chunks of five tokens cross the ends of windows
+    losses = evaluation.token_losses(model, input_ids, batch_size=2)
+    assert losses.dtype == torch.float32 and losses.shape == (3, 8)
+    assert torch.allclose(losses, expected, atol=2e-5)
+    assert len(runs) == 2, "the decoder layers run once a batch"
+    assert max(longest) == 5, "the head sees one chunk at a time"
+
+
+def test_scaling_and_capping_are_not_lost():
+    """Without its own treatment of logits each of these would give other losses."""
+    for name, field, neutral in (("gemma2", "final_logit_softcapping", None), ("cohere2", "logit_scale", 1.0),
+                                 ("granite", "logits_scaling", 1.0)):
+        with_it, without = tiny_model(name), tiny_model(name, **{field: neutral})
+        without.load_state_dict(with_it.state_dict())
+        difference = evaluation.token_losses(with_it, windows()) - evaluation.token_losses(without, windows())
+        assert difference.abs().max() > 0.1, name
+
+
+class OwnHead(LlamaForCausalLM):
+    """An architecture whose head cannot be asked for single tokens."""
+
+    def forward(self, input_ids, use_cache=None):
+        output = super().forward(input_ids, use_cache=use_cache)
+        output.logits = 0.5 * output.logits
+        return output
+
+
+def test_unknown_head_falls_back_on_its_forward():
+    torch.manual_seed(0)
+    model = OwnHead(LlamaConfig(**SHARED)).eval()
+    assert torch.allclose(evaluation.token_losses(model, windows()), own_losses(model, windows()), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("tokens_at_once", [1, 3, 1000])
+def test_batches_and_chunks_change_nothing(batch_size, tokens_at_once, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", tokens_at_once * V)
+    assert torch.allclose(evaluation.token_losses(model, windows(), batch_size=batch_size),
+                          own_losses(model, windows()), atol=2e-5)
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary():
+    model = tiny_model()
+    nn.init.zeros_(model.lm_head.weight)
+    assert torch.allclose(evaluation.token_losses(model, windows()), torch.tensor(math.log(V)))
+    assert evaluation.perplexity(model, windows()) == pytest.approx(V, rel=1e-6)
+
+
+def test_perplexity_is_over_tokens_not_windows(monkeypatch):
+    # Mean loss (ln 2 + ln 2 + ln 8 + ln 4) / 4 = (7 / 4) ln 2; a mean of exponentials would give 4.
+    losses = torch.tensor([[2.0, 2.0], [8.0, 4.0]]).log()
+    monkeypatch.setattr(evaluation, "token_losses", lambda *_, **__: losses)
+    assert evaluation.perplexity(None, None) == pytest.approx(2**1.75)
+    monkeypatch.setattr(evaluation, "token_losses", lambda *_, **__: 1000 * losses)
+    assert evaluation.perplexity(None, None) == math.inf
+
+
+def test_first_token_is_context_only():
+    model, input_ids = tiny_model(), windows(1, 2)
+    with torch.no_grad():
+        expected = -model(input_ids[:, :1]).logits[0, 0].log_softmax(-1)[input_ids[0, 1]]
+    assert evaluation.token_losses(model, input_ids).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("input_ids", "message"), [
+    (windows().float(), "integer"), (windows()[0], "shape"), (windows() > 5, "integers"), (windows()[:0], "shape"),
+    (windows()[:, :1], "2 tokens"), (windows() + V, rf"outside the vocabulary \[0, {V}\)"),
+    (windows() - 99, r"-\d+ is outside"), (windows(1, 65), "65 tokens .* 64"), ([[1, 2]], "list"),
+])
+def test_bad_windows_are_refused(input_ids, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.perplexity(tiny_model(), input_ids)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True, None])
+def test_bad_batch_size_is_refused(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
+        evaluation.token_losses(tiny_model(), windows(), batch_size=batch_size)
+
+
+def test_nan_losses_are_refused():
+    model = tiny_model()
+    unused = next(token for token in range(3, V) if token not in windows()[:2])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[unused] = math.nan
+    input_ids = windows()
+    input_ids[2, 6] = unused  # masked attention multiplies it by zero, which leaves NaN in the whole window
+    with pytest.raises(ValueError, match="8 of 24 are NaN, first in window 2"):
+        evaluation.perplexity(model, input_ids)
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_model_comes_back_as_it_was():
+    model = tiny_model().train()
+    model.model.layers[1].eval()
+    before, attributes = modes(model), [set(vars(module)) for module in model.modules()]
+    evaluation.token_losses(model, windows())
+    assert modes(model) == before
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    with pytest.raises(ValueError, match="positions"):  # an error on the way leaves nothing behind either
+        model.lm_head.register_forward_hook(lambda *call: call[2].repeat(1, 2, 1))
+        evaluation.token_losses(model, windows())
+    assert modes(model) == before
+    assert "forward" not in vars(model.model)
+    assert torch.is_grad_enabled()
+
+
+def test_dropout_is_off():
+    model = tiny_model(attention_dropout=0.5).train()
+    assert torch.equal(evaluation.token_losses(model, windows()), evaluation.token_losses(model, windows()))
+
+
+def test_adapters_count():
+    peft = pytest.importorskip("peft")
+    base = tiny_model()
+    plain = evaluation.token_losses(base, windows())
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted = evaluation.token_losses(model, windows())
+    assert torch.allclose(adapted, own_losses(model.eval(), windows()), atol=2e-5)
+    assert (adapted - plain).abs().max() > 0.01
+    prompted = peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="12 positions where 8 tokens follow"):
+        evaluation.token_losses(prompted, windows())
+
+
+def test_four_bit_model_can_be_trained_after_evaluation():
+    peft = pytest.importorskip("peft")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    quantized = models.quantized_copy(tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).bfloat16())
+    losses = evaluation.token_losses(quantized, windows())
+    assert torch.allclose(losses, own_losses(quantized.train(), windows()), atol=0.02)
+    model = peft.get_peft_model(quantized, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
+    evaluation.token_losses(model, windows())
+    packed = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)
+              and getattr(module.weight.quant_state, "packing_format_for_cpu", False)]
+    assert not packed
+    model.train()(windows(), labels=windows()).loss.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_B" in name]
+    assert len(gradients) == 4 and all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+# --- benchmark questions --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded model in float32, where batches change nothing but the last digits, and its tokenizer."""
+    return models.load_model(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def small(embedded):
+    """A random model with the vocabulary of the embedded one, for what does not depend on being right."""
+    return tiny_model(vocab_size=len(embedded[1]), max_position_embeddings=8192), embedded[1]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A language model of lm-eval whose log-likelihoods are given by a function of (prompt, continuation).
+
+    Its tokens are characters. All requests are kept in ``requests``.
+    """
+    from lm_eval.api.model import TemplateLM
+
+    class ToyLM(TemplateLM):
+        eot_token_id, max_length = 0, 10**6
+        requests = []
+
+        def loglikelihood_of(self, prompt, continuation):
+            return -random.Random(prompt + continuation).random() * len(continuation)
+
+        def tok_encode(self, string, add_special_tokens=None, **_):
+            return [ord(character) for character in string]
+
+        def _loglikelihood_tokens(self, requests, **_):
+            pairs = [pair for pair, *_ in requests]
+            self.requests.extend(pairs)
+            return [(self.loglikelihood_of(*pair), False) for pair in pairs]
+
+        def loglikelihood_rolling(self, requests, **_):
+            raise NotImplementedError
+
+        generate_until = loglikelihood_rolling
+
+    scorer = ToyLM()
+    scorer.requests = []
+    monkeypatch.setattr(evaluation, "_language_model", lambda *_: scorer)
+    return scorer
+
+
+def with_questions(monkeypatch, *questions):
+    """Let every benchmark consist of these (question, choices, answer)."""
+    made = [data.Question(number, "", *question) for number, question in enumerate(questions)]
+    monkeypatch.setattr(data, "load_questions", lambda _: made)
+
+
+def value(summary: pd.DataFrame, metric: str, column: str = "value") -> float:
+    return summary.set_index("metric").loc[metric, column]
+
+
+def test_scores_worked_by_hand(toy, monkeypatch):
+    table = {" ab": -2.0, " cdefgh": -3.0, " x": -4.0, " éé": -4.5, " yes, it is": -1.0, " no": -1.0 - math.log(3)}
+    toy.loglikelihood_of = lambda _, continuation: table[continuation]
+    with_questions(monkeypatch, ("q0", ("ab", "cdefgh"), 0), ("q1", ("x", "éé"), 1), ("q2", ("no", "yes, it is"), 1))
+    result = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa"])
+    rows = result.questions.set_index("question_id").sort_index()
+    # q0: -2 beats -3; by character -2/2 = -1 loses to -3/6. q1: -4 beats -4.5; by character -4/1 loses to -4.5/2.
+    # q2: -1 beats -1 - ln 3, and by character -1/10 beats it all the more.
+    assert rows.correct.tolist() == [1, 0, 1]
+    assert rows.correct_norm.tolist() == [0, 1, 1]
+    # Differences of the log-likelihoods by character: -1/2, 4 - 4.5/2 and (1 + ln 3)/2 - 1/10.
+    right = [1 / (1 + math.exp(-difference)) for difference in (-0.5, 1.75, 0.4 + math.log(3) / 2)]
+    assert rows.p_right.tolist() == pytest.approx(right)
+    # Tokens are the characters of " ab", " éé" and " yes, it is".
+    losses = [2 / 3, 4.5 / 3, 1 / 11]
+    assert rows.nll.tolist() == pytest.approx(losses)
+
+    summary = result.summary
+    assert summary.columns.tolist() == ["task", "metric", "value", "stderr", "n"]
+    assert summary.metric.tolist() == ["acc", "acc_norm", "p_right", "nll"]
+    assert set(summary.task) == {"piqa"} and set(summary.n) == {3}
+    assert summary.value.tolist() == pytest.approx([2 / 3, 2 / 3, np.mean(right), np.mean(losses)])
+    # Two hits in three: sample variance 1/3, so the error is sqrt(1/3 / 3) = 1/3.
+    assert summary.stderr.tolist() == pytest.approx(
+        [1 / 3, 1 / 3, np.std(right, ddof=1) / 3**0.5, np.std(losses, ddof=1) / 3**0.5])
+
+
+def test_balanced_accuracy_worked_by_hand(toy, monkeypatch):
+    # Right answers yes yes yes no no, of which "yes" to the first two and to the last: recalls 2/3 and 1/2.
+    says_yes = {"q0": True, "q1": True, "q2": False, "q3": False, "q4": True}
+    toy.loglikelihood_of = lambda prompt, answer: -1.0 - (says_yes[prompt[-11:-9]] != (answer == " yes"))
+    with_questions(monkeypatch, *((f"q{number}", ("no", "yes"), int(number < 3)) for number in range(5)))
+    summary, questions = evaluation.evaluate_tasks(nn.Identity(), None, ["boolq"])
+    assert summary.metric.tolist() == ["acc", "p_right", "nll", "balanced_acc"]
+    # Labels are compared as they are, whatever their lengths: -1 against -2, or the other way round.
+    assert questions.set_index("question_id").p_right.sort_index().tolist() == pytest.approx(
+        [1 / (1 + math.exp(sign)) for sign in (-1, -1, 1, -1, 1)])
+    assert value(summary, "acc") == pytest.approx(3 / 5)
+    assert value(summary, "balanced_acc") == pytest.approx((2 / 3 + 1 / 2) / 2)
+    # Errors of the recalls: sqrt(1/3 / 3) = 1/3 and sqrt(1/2 / 2) = 1/2.
+    assert value(summary, "balanced_acc", "stderr") == pytest.approx(math.sqrt(1 / 9 + 1 / 4) / 2)
+
+
+def test_one_question_has_no_standard_error(toy, monkeypatch):
+    with_questions(monkeypatch, ("q0", ("ab", "cd"), 0))
+    summary = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "boolq"]).summary
+    assert summary.stderr.isna().all() and summary.value.notna().all()
+
+
+@pytest.mark.parametrize("broken", [math.nan, -math.inf])
+def test_log_likelihoods_must_be_finite(toy, broken):
+    toy.loglikelihood_of = lambda *_: broken
+    with pytest.raises(ValueError, match="must be finite, got .* for piqa"):
+        evaluation.evaluate_tasks(nn.Identity(), None, ["piqa"], limit=2)
+
+
+def test_smaller_limits_are_contained(toy):
+    tables = {limit: evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa", "siqa"], limit=limit).questions
+              for limit in (20, 40, None)}
+    for task, total in (("openbookqa", 500), ("siqa", 1935)):
+        few, more, every = (table[table.task == task].reset_index(drop=True) for table in tables.values())
+        assert (len(few), len(more), len(every)) == (20, 40, total)
+        pd.testing.assert_frame_equal(few, more[:20])
+        pd.testing.assert_frame_equal(more, every[:40])
+        assert every.question_id.is_unique
+        assert few.question_id.max() > total / 2, "the first questions are no sample of the file"
+        by_id = {question.question_id: question for question in data.load_questions(task)}
+        assert set(every.question_id) == set(by_id)
+
+
+def test_limit_beyond_the_benchmark_takes_all(toy):
+    assert len(evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"], limit=10**6).questions) == 500
+
+
+@pytest.mark.parametrize("limit", [None, 30, 490])
+def test_shots_are_never_scored(toy, limit):
+    shots = 3
+    questions = evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"], num_fewshot=shots, limit=limit).questions
+    assert len(questions) == (30 if limit == 30 else 484)
+    by_text = {}
+    for question in data.load_questions("openbookqa"):
+        by_text.setdefault(question.question, question)
+    prompts = {prompt for prompt, _ in toy.requests}
+    solved = {tuple(prompt.split("\n\n")[:-1]) for prompt in prompts}
+    assert len(solved) == 1, "every prompt starts with the same shots"
+    (solved,) = solved
+    assert len(solved) == shots
+    shot_ids = set()
+    for text in solved:
+        (shot,) = [question for question in data.load_questions("openbookqa")
+                   if text == f"{question.question} {question.choices[question.answer]}"]
+        shot_ids.add(shot.question_id)
+    assert len(shot_ids) == shots and not shot_ids & set(questions.question_id)
+    without = evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"]).questions
+    assert len(without) == 500 and shot_ids < set(without.question_id)
+    if limit == 30:
+        assert questions.question_id.tolist() == without.question_id[:30].tolist()
+
+
+COUNTS = {"mmlu": (2842, 4), "boolq": (3270, 2), "piqa": (1500, 2), "openbookqa": (500, 4), "commonsenseqa": (1221, 5),
+          "siqa": (1935, 3)}
+
+
+def test_questions_are_whole():
+    assert set(COUNTS) == set(data.BENCHMARKS)
+    for task, (total, n_choices) in COUNTS.items():
+        questions = data.load_questions(task)
+        assert len(questions) == total, task
+        for question in questions:
+            assert len(question.choices) == n_choices and 0 <= question.answer < n_choices, question
+            assert question.question and all(question.choices), question
+            assert bool(question.passage) == (task in ("boolq", "siqa")), question
+
+
+POPLAR_CITY = (
+    "In the current year Poplar City paid $5000 interest and $20000 principal on its outstanding general obligation "
+    "bonds. The payment was made from a debt service fund using cash transferred earlier the same year from the "
+    "general fund. How should the city report the expenditures? General fund Debt service fund Permanent fund")
+PROMPTS = {
+    "piqa": ("Question: dresser\nAnswer:", " finish, woodgrain with  bobby pin"),
+    "openbookqa": ("A person wants to start saving money so that they can afford a nice vacation at the end of the "
+                   "year. After looking over their budget and expenses, they decide the best way to save money is to",
+                   " quit eating lunch out"),
+    "commonsenseqa": ("Question: A revolving door is convenient for two direction travel, but it also serves as a "
+                      "security measure at a what?\nAnswer:", " bank"),
+    "siqa": ("Q: Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need to do before "
+             "this?\nA:", " Find somewhere to go"),
+    "mmlu": (f"Question: {POPLAR_CITY}\nAnswer:", " $0 $25000 $0"),
+    "mmlu_letter": (f"The following are multiple choice questions (with answers).\n\n{POPLAR_CITY}\n"
+                    "A. $25000 $25000 $0\nB. $0 $25000 $20000\nC. $25000 $5000 $0\nD. $0 $25000 $0\nAnswer:", " D"),
+}
+
+
+@pytest.mark.parametrize("task", PROMPTS)
+def test_prompts_to_the_letter(task, toy, monkeypatch):
+    first = data.load_questions("mmlu" if task == "mmlu_letter" else task)[:1]
+    monkeypatch.setattr(data, "load_questions", lambda _: first)
+    evaluation.evaluate_tasks(nn.Identity(), None, [task])
+    assert len(toy.requests) == len(first[0].choices)
+    assert toy.requests[first[0].answer] == PROMPTS[task]
+
+
+def test_boolq_prompt(toy, monkeypatch):
+    first = data.load_questions("boolq")[:1]
+    monkeypatch.setattr(data, "load_questions", lambda _: first)
+    evaluation.evaluate_tasks(nn.Identity(), None, ["boolq"])
+    (prompt, no), (again, yes) = toy.requests
+    assert prompt == again and (no, yes) == (" no", " yes")
+    assert prompt.startswith("Ethanol fuel -- All biomass goes through at least some of these steps: it needs")
+    assert prompt.endswith(" concluded that producing ethanol from corn uses much less petroleum than producing "
+                           "gasoline.\nQuestion: does ethanol take more energy make that produces?\nAnswer:")
+
+
+def test_embedded_tasks_use_no_network(small, monkeypatch, tmp_path, capsys, caplog):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked for")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.chdir(tmp_path)
+    evaluation._task_manager.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        result = evaluation.evaluate_tasks(*small, evaluation.TASKS, limit=2)
+    assert result.questions.groupby("task").size().to_dict() == dict.fromkeys(evaluation.TASKS, 2)
+    assert not list(tmp_path.iterdir())
+    printed = capsys.readouterr()
+    assert not printed.out
+    noise = [line for line in printed.err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert not noise
+    assert not caplog.records
+
+
+def test_nothing_else_is_changed(small):
+    model, tokenizer = copy.deepcopy(small[0]).train(), copy.deepcopy(small[1])
+    models.untie_head(model)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    model.config.tie_word_embeddings = True  # a model whose configuration lags behind must not be tied again either
+    model.model.layers[0].eval()
+    tokenizer.padding_side, tokenizer.pad_token = "left", None
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")}
+
+    def state():
+        return (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), modes(model),
+                [set(vars(module)) for module in model.modules()], tokenizer.padding_side, tokenizer.pad_token,
+                tokenizer.truncation_side, len(tokenizer), tokenizer.backend_tokenizer.padding,
+                tokenizer.backend_tokenizer.truncation, torch.is_grad_enabled(),
+                model.lm_head.weight is model.model.embed_tokens.weight,
+                {name: logging.getLogger(name).level for name in levels})
+
+    before, weights = state(), copy.deepcopy(model.state_dict())
+    evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=3)
+    assert state() == before
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_batch_size_changes_nothing(small):
+    tables = [evaluation.evaluate_tasks(*small, ["piqa", "boolq"], limit=5, batch_size=size).questions
+              for size in (1, 3, 16)]
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0], rtol=1e-4)
+
+
+def test_adapters_and_quantised_models_are_scored(small):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = copy.deepcopy(small[0]), small[1]
+    plain = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=4).questions
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    changed = evaluation.evaluate_tasks(adapted, tokenizer, ["piqa"], limit=4).questions
+    assert (changed.nll - plain.nll).abs().max() > 0.01
+    wide = tiny_model(vocab_size=len(tokenizer), hidden_size=64, head_dim=16, intermediate_size=128,
+                      max_position_embeddings=8192).bfloat16()
+    quantized = models.quantized_copy(wide)
+    near = evaluation.evaluate_tasks(quantized, tokenizer, ["piqa"], limit=4).questions
+    assert near.nll.tolist() == pytest.approx(
+        evaluation.evaluate_tasks(wide, tokenizer, ["piqa"], limit=4).questions.nll.tolist(), rel=0.5)
+    assert not any(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
+                   for module in quantized.modules() if hasattr(module, "weight"))
+
+
+def test_cut_prompts_are_reported(small, caplog):
+    model = tiny_model(vocab_size=len(small[1]), max_position_embeddings=16)
+    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
+        evaluation.evaluate_tasks(model, small[1], ["boolq"], limit=4)
+    assert "4 prompts of boolq" in caplog.text and "16 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"tasks": []}, "one or more of mmlu, boolq, piqa"), ({"tasks": "piqa"}, "must be a list"),
+    ({"limit": 0}, "limit must be an integer of at least 1, got 0"), ({"limit": -3}, "-3"), ({"limit": 0.5}, "0.5"),
+    ({"num_fewshot": -1}, "num_fewshot must be an integer of at least 0, got -1"),
+    ({"num_fewshot": 17}, r"num_fewshot must be in \[0, 16\], got 17"),
+    ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+])
+def test_bad_requests_are_refused(arguments, message, monkeypatch):
+    monkeypatch.setattr(evaluation, "_language_model", lambda *_: pytest.fail("work began"))
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate_tasks(nn.Identity(), None, **{"tasks": ["piqa"], **arguments})
+
+
+# --- tasks that lm-eval brings ---------------------------------------------------------------------------------------
+
+OFFICIAL_TASK = string.Template("""
+task: $name
+$source
+output_type: multiple_choice
+test_split: test
+fewshot_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+num_fewshot: 0
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+""")
+OFFICIAL_ROWS = """
+from datasets import Dataset
+
+def load(**_):
+    rows = [{"question": f"{n} plus one is", "choices": ["one", "two", "three"], "answer": n} for n in range(3)]
+    return {"test": Dataset.from_list(rows)}
+"""
+OFFICIAL_TEXT = """
+task: text
+custom_dataset: !function rows.load
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: question
+metric_list:
+  - metric: bits_per_byte
+    aggregation: bits_per_byte
+    higher_is_better: false
+"""
+OFFICIAL_GROUP = """
+group: sums
+task: [piqa, other]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+
+
+@pytest.fixture
+def official(monkeypatch, tmp_path):
+    """A small stand-in for the tasks that lm-eval brings: two tasks, a group of both, one of another kind, one far away."""
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "rows.py").write_text(OFFICIAL_ROWS)
+    for name in ("piqa", "other"):
+        (tmp_path / f"{name}.yaml").write_text(OFFICIAL_TASK.substitute(
+            name=name, source="custom_dataset: !function rows.load"))
+    (tmp_path / "far.yaml").write_text(OFFICIAL_TASK.substitute(name="far", source="dataset_path: nobody/nothing"))
+    (tmp_path / "sums.yaml").write_text(OFFICIAL_GROUP)
+    (tmp_path / "text.yaml").write_text(OFFICIAL_TEXT)
+    brought, ours = TaskManager(include_path=tmp_path, include_defaults=False), evaluation._task_manager(True)
+    monkeypatch.setattr(evaluation, "_task_manager", lambda embedded: ours if embedded else brought)
+
+
+def test_official_tasks_keep_their_prefix(toy, official):
+    toy.loglikelihood_of = lambda prompt, answer: {" one": -1.0, " two": -2.0, " three": -3.0}.get(answer, -9.0)
+    result = evaluation.evaluate_tasks(nn.Identity(), None, ["lm-eval:piqa", "piqa", "other"], limit=2)
+    assert result.questions.task.tolist() == 2 * ["lm-eval:piqa"] + 2 * ["piqa"] + 2 * ["lm-eval:other"]
+    theirs = result.questions[result.questions.task == "lm-eval:other"]
+    assert theirs.question_id.tolist() == [0, 1] and theirs.correct.tolist() == [1, 0]
+    total = math.exp(-1) + math.exp(-2) + math.exp(-3)
+    assert theirs.p_right.tolist() == pytest.approx([math.exp(-1) / total, math.exp(-2) / total])
+    assert theirs.nll.tolist() == pytest.approx([1 / 4, 2 / 4])
+    summary = result.summary[result.summary.task == "lm-eval:piqa"]
+    assert summary.metric.tolist() == ["acc", "p_right", "nll"]
+    assert value(summary, "acc") == 0.5 and value(summary, "acc", "stderr") == pytest.approx(0.5)
+    assert result.questions.dtypes.astype(str).tolist()[1:] == 3 * ["int64"] + 2 * ["float64"]
+
+
+def test_official_tasks_without_choices_have_no_questions(toy, official):
+    toy.loglikelihood_rolling = lambda requests: [-3.0 * len(request.args[0]) for request in requests]
+    result = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "text"], limit=2)
+    assert set(result.questions.task) == {"piqa"} and result.questions.correct.dtype == np.int64
+    # Three nats a character, which is a byte here.
+    theirs = result.summary[result.summary.task == "lm-eval:text"]
+    assert theirs.metric.tolist() == ["bits_per_byte"] and value(theirs, "bits_per_byte") == pytest.approx(3 / math.log(2))
+    only = evaluation.evaluate_tasks(nn.Identity(), None, ["text"]).questions
+    assert not len(only) and only.columns.tolist() == result.questions.columns.tolist()
+
+
+def test_official_groups_are_listed_whole(toy, official):
+    toy.loglikelihood_of = lambda prompt, answer: -float(len(answer))
+    summary = evaluation.evaluate_tasks(nn.Identity(), None, ["lm-eval:sums"]).summary
+    assert summary[summary.metric == "acc"].set_index("task").n.to_dict() == {
+        "lm-eval:piqa": 3, "lm-eval:other": 3, "lm-eval:sums": 6}
+
+
+def test_unreachable_hub_is_one_clear_error(official, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setattr(evaluation, "_language_model", lambda *_: pytest.fail("work began"))
+    with pytest.raises(ValueError, match="task 'far' could not be read from the hub: Couldn't reach"):
+        evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "far"])
+
+
+@pytest.mark.parametrize("name", ["nope", "lm-eval:nope", "lm-eval:mmlu_letter", "../piqa", None, 3])
+def test_unknown_task_is_refused_before_any_work(official, monkeypatch, name):
+    monkeypatch.setattr(evaluation, "_language_model", lambda *_: pytest.fail("work began"))
+    with pytest.raises(ValueError, match="unknown task .*mmlu, boolq, piqa, openbookqa, commonsenseqa, siqa"):
+        evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", name])
+
+
+def test_lm_eval_brings_its_own_tasks():
+    brought = evaluation._task_manager(False).all_tasks
+    assert {"piqa", "arc_challenge", "hellaswag", "mmlu"} < set(brought) and "mmlu_letter" not in brought
+
+
+# --- the embedded model ----------------------------------------------------------------------------------------------
+
+
+def test_embedded_model_beats_chance_and_matches_plain_forward(embedded):
+    model, tokenizer = embedded
+    result = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=40)
+    # Chance is 0.5 with an error of 0.079; the whole set gives 0.67.
+    assert value(result.summary, "acc_norm") > 0.6
+    by_id = {question.question_id: question for question in data.load_questions("piqa")}
+    for row in result.questions[:3].itertuples():
+        question = by_id[row.question_id]
+        prompt = f"Question: {question.question}\nAnswer:"
+        n_prompt, totals, lengths = len(tokenizer(prompt).input_ids), [], []
+        for choice in question.choices:
+            input_ids = torch.tensor(tokenizer(f"{prompt} {choice}").input_ids)
+            with torch.no_grad():
+                logs = model(input_ids[None]).logits[0].log_softmax(-1)
+            totals.append(logs[n_prompt - 1:-1].gather(1, input_ids[n_prompt:, None]).sum().item())
+            lengths.append(len(input_ids) - n_prompt)
+        right, wrong = question.answer, 1 - question.answer
+        by_character = [total / len(choice) for total, choice in zip(totals, question.choices, strict=True)]
+        assert row.correct == (totals[right] > totals[wrong])
+        assert row.correct_norm == (by_character[right] > by_character[wrong])
+        assert row.p_right == pytest.approx(1 / (1 + math.exp(by_character[wrong] - by_character[right])), rel=1e-5)
+        assert row.nll == pytest.approx(-totals[right] / lengths[right], rel=1e-5)
+
+
+def test_embedded_perplexity_equals_its_own_loss(embedded):
+    model, tokenizer = embedded
+    input_ids = data.evaluation_windows(tokenizer, 2, 64)
+    with torch.no_grad():
+        loss = model(input_ids, labels=input_ids).loss.item()
+    assert evaluation.perplexity(model, input_ids) == pytest.approx(math.exp(loss), rel=1e-4)
+    assert 10 < math.exp(loss) < 200

