@@ -12,7 +12,8 @@ source          split                                          rows
 =============== ============================================== ======================================================
 
 Every split but ``evaluation`` is filtered: a document that shares a run of 13 lower-cased words with any evaluation
-document, or with any benchmark question, passage or option, is left out.
+document, or with any benchmark question, passage or option, is left out. Of a hub corpus the evaluation documents come
+from a split of their own; what calibrates and what heals may be the same training split.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import functools
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ EMBEDDED_SPLITS = {
 # source: (hub repository, configuration, text column, {our split: its split}). BookCorpus itself is no longer
 # distributed in a form that loads without running remote code; this is its plain-text copy.
 HUB_CORPORA = {
-    "c4": ("allenai/c4", "en", "text", {"calibration": "validation", "evaluation": "validation", "healing": "train"}),
+    "c4": ("allenai/c4", "en", "text", {"calibration": "train", "healing": "train", "evaluation": "validation"}),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text",
                   {"calibration": "train", "healing": "train", "validation": "validation", "evaluation": "test"}),
     "bookcorpus": ("rojagtap/bookcorpus", None, "text", {"calibration": "train"}),
@@ -84,15 +85,12 @@ def load_questions(task: str) -> list[Question]:
 
 @functools.cache
 def _load_questions(task: str) -> tuple[Question, ...]:
-    questions, seen = [], set()
+    numbers: dict[tuple, int] = {}
     for number, row in enumerate(_rows(BENCHMARKS[task])):
-        parsed = _parse_boolq(row) if task == "boolq" else _parse_options(row)
         passage = " -- ".join(row[field].strip() for field in ("title", "passage") if field in row)
-        if parsed is None or (passage, *parsed) in seen:
-            continue
-        seen.add((passage, *parsed))
-        questions.append(Question(number, passage, *parsed))
-    return tuple(questions)
+        if parsed := _parse_boolq(row) if task == "boolq" else _parse_options(row):
+            numbers.setdefault((passage, *parsed), number)
+    return tuple(Question(number, *fields) for fields, number in numbers.items())
 
 
 def _parse_boolq(row: dict) -> tuple[str, tuple[str, ...], int] | None:
@@ -103,8 +101,8 @@ def _parse_boolq(row: dict) -> tuple[str, tuple[str, ...], int] | None:
 
 def _parse_options(row: dict) -> tuple[str, tuple[str, ...], int] | None:
     """Split ``A. ...\\nB. ...``; a few rows leave the first options, or the question mark, in the other field."""
-    question, _, options = f"{row['question'].rstrip()}\n{row['options'].lstrip(' .?')}".replace(
-        "\n\n", "\n").partition("\nA. ")
+    options = row["options"] if row["options"][:2] == "A." else row["options"].lstrip(" .?\n").removesuffix("?")
+    question, _, options = f"{row['question'].rstrip()}\n{options}".partition("\nA. ")
     choices = [""]
     for line in options.split("\n"):
         if re.match(rf"{chr(65 + len(choices))}\. ?", line):
@@ -112,11 +110,9 @@ def _parse_options(row: dict) -> tuple[str, tuple[str, ...], int] | None:
         else:
             choices[-1] += f"\n{line}" if choices[-1] else line
     choices = [choice.strip() for choice in choices]
-    letter, text = row["answer"].strip()[:1], row["answer"].strip()[2:].strip()
-    if choices[-1] == f"{text}?":
-        choices[-1] = text
-    answer = ord(letter) - 65 if letter else -1
-    if not 0 <= answer < len(choices) or choices[answer] != text:
+    letter, _, text = row["answer"].strip().partition(".")
+    answer = "ABCDEFGHIJ".find(letter) if letter else -1
+    if not 0 <= answer < len(choices) or choices[answer] != text.strip():
         return None
     return question.strip(), tuple(choices), answer
 
@@ -144,12 +140,13 @@ def documents(source: str, split: str) -> list[str]:
 @functools.cache
 def _embedded_documents(source: str, split: str) -> tuple[str, ...]:
     name, column, start, stop = EMBEDDED_SPLITS[source, split]
-    texts = tuple(dict.fromkeys(row[column].strip() for row in _rows(name)[start:stop]))
+    texts = tuple(dict.fromkeys(text for row in _rows(name)[start:stop] if (text := row[column].strip())))
     if split == "evaluation":
         return texts
     return tuple(text for text, clean in zip(texts, ~overlaps(texts, evaluation_texts()), strict=True) if clean)
 
 
+@functools.cache
 def _hub_documents(source: str, split: str, limit: int = 20_000) -> tuple[str, ...]:
     """The first ``limit`` documents of a hub corpus, streamed, so that C4 is not downloaded whole."""
     import datasets
@@ -172,18 +169,23 @@ def evaluation_texts() -> list[str]:
     return texts
 
 
-def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> Iterator[np.ndarray]:
-    """uint64 hashes of each text's runs of RUN_LENGTH words; equal runs have equal hashes."""
+def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """uint64 hash of every run of RUN_LENGTH words, and the number of its text; equal runs have equal hashes."""
+    words = [re.findall(r"\w+", text.lower()) for text in texts]
+    owner = np.repeat(np.arange(len(words)), [len(found) for found in words])
+    words = np.array([numbers.setdefault(word, len(numbers)) for found in words for word in found], np.uint64)
     weights = np.random.default_rng(0).integers(1, 2**64, RUN_LENGTH, dtype=np.uint64) | np.uint64(1)
-    for text in texts:
-        words = [numbers.setdefault(word, len(numbers) + 1) for word in re.findall(r"\w+", text.lower())]
-        if len(words) < RUN_LENGTH:
-            yield np.empty(0, np.uint64)
-            continue
-        # Word numbers are spread over 64 bits first, or small sums of small numbers would collide.
-        spread = np.array(words, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        spread ^= spread >> np.uint64(29)
-        yield np.lib.stride_tricks.sliding_window_view(spread, RUN_LENGTH) @ weights
+    first = np.arange(len(words) - RUN_LENGTH + 1)
+    hashes = sum(weight * words[first + offset] for offset, weight in enumerate(weights))
+    inside = owner[first] == owner[first + RUN_LENGTH - 1]
+    return hashes[inside], owner[first][inside]
+
+
+@functools.lru_cache(maxsize=1)
+def _known_runs(others: tuple[str, ...]) -> tuple[dict[str, int], np.ndarray]:
+    """Word numbers, and the hashes of all runs; kept, since every split is compared with the same texts."""
+    numbers: dict[str, int] = {}
+    return numbers, np.unique(_run_hashes(others, numbers)[0])
 
 
 def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
@@ -195,10 +197,10 @@ def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
     Returns:
         bool array of shape ``(len(texts),)``.
     """
-    numbers: dict[str, int] = {}
-    known = np.unique(np.concatenate([*_run_hashes(others, numbers), np.zeros(1, np.uint64)]))
-    return np.array([bool((known[np.searchsorted(known, runs).clip(max=len(known) - 1)] == runs).any())
-                     for runs in _run_hashes(texts, numbers)], dtype=bool)
+    texts = list(texts)
+    numbers, known = _known_runs(tuple(others))
+    hashes, owner = _run_hashes(texts, numbers)
+    return np.isin(np.arange(len(texts)), owner[np.isin(hashes, known)])
 
 
 def pack(tokenizer, texts: Iterable[str], seq_len: int, *, limit: int | None = None) -> torch.Tensor:
@@ -214,10 +216,12 @@ def pack(tokenizer, texts: Iterable[str], seq_len: int, *, limit: int | None = N
         LongTensor of shape ``(n_windows, seq_len)``; the last, incomplete window is dropped.
 
     Raises:
-        ValueError: If ``seq_len`` is below 2, or the texts do not fill one window.
+        ValueError: If ``seq_len`` is below 2, ``limit`` below 1, or the texts do not fill one window.
     """
-    if seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2 tokens, got {seq_len}")
+    if seq_len < 2 or (limit is not None and limit < 1):
+        raise ValueError(f"seq_len must be at least 2 tokens and limit at least 1 window, got {seq_len} and {limit}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token to put between documents")
     texts, stream = list(texts), []
     for start in range(0, len(texts), 64):
         for ids in tokenizer(texts[start:start + 64], add_special_tokens=False, verbose=False)["input_ids"]:
@@ -234,8 +238,7 @@ def _windows(tokenizer, n_samples: int, seq_len: int, texts: list[str], seed: in
     """The first ``n_samples`` packed windows, of texts shuffled by ``seed`` unless it is None."""
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    longest = tokenizer.model_max_length
-    if seq_len > longest:
+    if seq_len > (longest := tokenizer.model_max_length):
         raise ValueError(f"seq_len {seq_len} is longer than the {longest} tokens that the model was made for")
     if seed is not None:
         texts = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
@@ -284,9 +287,9 @@ def healing_windows(tokenizer, n_samples: int, seq_len: int, *, source: str | No
 
     Arguments, result and errors as for :func:`calibration_windows`.
     """
-    texts = documents("boolq", "healing") + documents("quac", "healing") if source is None else \
-        documents(source, "healing")
-    return _windows(tokenizer, n_samples, seq_len, texts, seed, f"{source or 'boolq + quac'}/healing")
+    sources = ("boolq", "quac") if source is None else (source,)
+    texts = [text for name in sources for text in documents(name, "healing")]
+    return _windows(tokenizer, n_samples, seq_len, texts, seed, f"{' + '.join(sources)}/healing")
 
 
 def identity() -> str:

@@ -134,10 +134,10 @@ def _run_backbone(model: nn.Module, batch: torch.Tensor) -> tuple[nn.Module | No
     if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
         return None, None
     outputs = {}
-    # Most models call their base model; OPT calls the decoder inside it.
-    candidates = [module for module in (causal.base_model, causal.get_decoder()) if module is not causal]
+    # Most models call their base model; OPT calls the decoder inside it, and Llama 4 has it under another name.
+    candidates = (causal.base_model, causal.get_decoder(), getattr(causal, "model", causal))
     with contextlib.ExitStack() as hooks:
-        for module in candidates:
+        for module in set(candidates) - {causal}:
             hooks.enter_context(module.register_forward_hook(lambda *call: outputs.update({call[0]: call[2]})))
         model(batch, use_cache=False, logits_to_keep=1)
     backbone = next((module for module in candidates if module in outputs), None)
@@ -256,7 +256,8 @@ def _score(scorer, name: str, loaded: dict, num_fewshot: int, limit: int | None)
         found = (_question_scores(scorer, task, sample) for sample in results["samples"][label])
         scores[label] = [{"task": prefix + label} | row for row in found if row]
         if n_cut := sum(row["is_cut"] for row in scores[label]):
-            logger.warning("%d prompts of %s begin too late: the context is %d tokens", n_cut, label, scorer.max_length)
+            logger.warning("%d prompts of %s are cut in front: the context is %d tokens", n_cut, label,
+                           scorer.max_length)
     for label, found in results["results"].items():
         means = _means(found, pd.DataFrame(scores.get(label, [])), name in TASKS and "acc_norm,none" not in found)
         summary += [{"task": prefix + label, "metric": metric, "value": value,

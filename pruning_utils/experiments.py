@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pruning_utils import data, evaluation, healing, models, selection, similarity, surgery
+from pruning_utils import data, evaluation, evidence, healing, models, selection, similarity, surgery
 
 DISTANCES = {"last token": "angular_distance", "all tokens": "angular_distance_all_tokens"}
 INFLUENCES = {"mean over tokens": "block_influence", "flattened": "block_influence_flattened"}
@@ -29,16 +29,23 @@ def scan_layers(point: dict, *, model: str, revision: str | None, n_samples: int
 
     Returns:
         Rows with ``quantity``, ``start`` (first layer of the block, or the layer), ``block_size``, ``n_samples``,
-        ``value`` and ``stderr``: the distances under both token rules for every block, both influences for every
-        layer, and under ``chosen`` the share of draws in which a block is the closest of its size.
+        ``value``, ``stderr``, ``low`` and ``high``: the distances under both token rules for every block, both
+        influences for every layer, under ``chosen`` the share of draws in which a block is the closest of its size,
+        and for each size the claims of arXiv:2403.17887, Sec. 4.3, with ends of intervals: ``depth correlation``
+        (Spearman, of distance and place, over blocks with neither first nor last layer) and ``last block minus
+        median``.
     """
     quantized = point["precision"] in ("nf4", "int8")
+    if n_samples < 2:
+        raise ValueError(f"n_samples must be at least 2 for intervals, got {n_samples}")
     network, tokenizer = _load(model, revision, "bfloat16" if quantized else point["precision"],
                                point["precision"] if quantized else None)
+    for size in block_sizes:  # refused before the pass, not after it
+        selection.best_block(np.zeros(2 * [len(models.decoder_layers(network)) + 1]), size)
     windows = data.calibration_windows(tokenizer, n_samples, seq_len, source=point["source"], seed=seed)
     found = similarity.measure_similarity(network, windows)
     n_layers, samples = len(found.block_influence), found.last_token_samples
-    stderr = samples.std(0, ddof=1) / np.sqrt(n_samples) if n_samples > 1 else np.full(samples.shape[1:], np.nan)
+    stderr = samples.std(0, ddof=1) / np.sqrt(n_samples)
     rows = []
     for quantity, attribute in DISTANCES.items():
         values = getattr(found, attribute)
@@ -50,12 +57,18 @@ def scan_layers(point: dict, *, model: str, revision: str | None, n_samples: int
         rows += [{"quantity": quantity, "start": layer, "block_size": 1, "n_samples": n_samples, "value": value,
                   "stderr": np.nan} for layer, value in enumerate(getattr(found, attribute))]
     for size in block_sizes:
+        blocks = np.diagonal(samples, size, axis1=1, axis2=2)
+        claims = {"depth correlation": evidence.statistic_interval(blocks[:, 1:-1], evidence.depth_correlation),
+                  "last block minus median": evidence.statistic_interval(
+                      blocks, lambda draws, axis: draws.mean(axis)[..., -1] - np.median(draws.mean(axis), axis=-1))}
+        rows += [{"quantity": claim, "start": 0, "block_size": size, "n_samples": n_samples, "value": found.value,
+                  "stderr": np.nan, "low": found.low, "high": found.high} for claim, found in claims.items()]
         for count in sample_counts:
             starts = selection.resampled_starts(samples, size, n_samples=count, draws=draws, seed=seed)
             rows += [{"quantity": "chosen", "start": int(start), "block_size": size, "n_samples": count,
                       "value": times / draws, "stderr": np.nan}
                      for start, times in zip(*np.unique(starts, return_counts=True), strict=True)]
-    return rows
+    return [{**row, "low": row.get("low", np.nan), "high": row.get("high", np.nan)} for row in rows]
 
 
 @functools.lru_cache(maxsize=1)
@@ -81,10 +94,10 @@ def prune_and_heal(*, model: str, revision: str | None, block_size: int, n_calib
         checkpoint: Folder for the healed model, which plain transformers loads.
 
     Returns:
-        Rows with ``stage`` (``unpruned``, ``pruned``, ``healed``, and ``reloaded`` from the checkpoint), ``quantity``, ``item``, ``value`` and ``text``:
-        ``distance`` of every block of the size (item: its first layer), ``loss`` of every evaluation window (nats per
-        token), ``correct_norm`` and ``p_right`` of every question, the continued ``sentence``, ``train`` and ``eval``
-        losses of healing (item: tokens), and ``parameters``.
+        Rows with ``stage`` (``unpruned``, ``pruned``, ``healed``, and ``reloaded`` from the checkpoint), ``quantity``,
+        ``item``, ``value`` and ``text``: ``distance`` of every block of the size (item: its first layer), ``loss`` of
+        every evaluation window (nats per token), ``correct_norm`` and ``p_right`` of every question, the continued
+        ``sentence``, ``train`` and ``eval`` losses of healing (item: tokens), and ``parameters``.
     """
     network, tokenizer = models.load_model(model, revision=revision)
     windows = data.calibration_windows(tokenizer, n_calibration, seq_len, seed=seed)

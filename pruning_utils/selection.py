@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ def best_block(distance: np.ndarray, block_size: int, *, keep_last: int = 0) -> 
     """
     values = block_distances(distance, block_size, keep_last=keep_last)
     start = int(values.argmin())
-    return Block(start, block_size, float(values[start]))
+    return Block(start, int(block_size), float(values[start]))
 
 
 def resampled_starts(samples: np.ndarray, block_size: int, *, n_samples: int, draws: int = 1000, seed: int = 0,
@@ -62,20 +63,27 @@ def resampled_starts(samples: np.ndarray, block_size: int, *, n_samples: int, dr
     """First layer of the best block when the calibration samples are drawn again: the bootstrap of :func:`best_block`.
 
     Args:
-        samples: ``(N, L+1, L+1)`` distances of single samples, before the mean.
+        samples: ``(N, L+1, L+1)`` distances of single samples, before the mean; all finite.
         block_size: Layers in the block.
         n_samples: Samples in a draw, with replacement, at least 1.
-        draws: Number of draws.
+        draws: Number of draws, at least 1.
         seed: Seed of the draws.
         keep_last: Number of last layers that no block may touch.
 
     Returns:
         int64 array of shape ``(draws,)``, 0-based layer numbers.
+
+    Raises:
+        ValueError: If a distance is not finite, or a number is out of range.
     """
-    block_distances(np.asarray(samples).mean(0), block_size, keep_last=keep_last)  # the same checks
+    samples = np.asarray(samples, dtype=np.float64)
+    if samples.ndim != 3 or not len(samples) or not np.isfinite(samples).all():
+        raise ValueError(f"samples must be finite numbers of shape (N, L+1, L+1), got shape {samples.shape} with "
+                         f"{int((~np.isfinite(samples)).sum())} that are not finite")
+    n_starts = len(block_distances(samples[0], block_size, keep_last=keep_last))
     _check_count("n_samples", n_samples, 1, 10**9)
-    n_starts = samples.shape[1] - keep_last - block_size
-    values = np.diagonal(samples, block_size, axis1=1, axis2=2)[:, :n_starts].astype(np.float64)
+    _check_count("draws", draws, 1, 10**9)
+    values = np.diagonal(samples, block_size, axis1=1, axis2=2)[:, :n_starts]
     weights = np.random.default_rng(seed).multinomial(n_samples, np.full(len(values), 1 / len(values)), draws)
     return (weights @ values).argmin(1)
 
@@ -85,7 +93,7 @@ def least_important(scores: Sequence[float], n: int, *, keep_first: int = 0, kee
 
     Args:
         scores: One score a layer, shape ``(L,)``; +inf ranks last, NaN is refused.
-        n: Number of layers to drop, from 0 to L - keep_first - keep_last.
+        n: Number of layers to drop, from 0 to L - keep_first - keep_last, and less than L.
         keep_first: Number of first layers that stay.
         keep_last: Number of last layers that stay.
 
@@ -100,7 +108,7 @@ def least_important(scores: Sequence[float], n: int, *, keep_first: int = 0, kee
 
 def removal_order(scores: Sequence[float], *, keep_first: int = 0, keep_last: int = 0, n: int | None = None
                   ) -> tuple[int, ...]:
-    """Unprotected layers from the least important on (not ascending): all of them, or the first n.
+    """Unprotected layers from the least important on (not ascending): all of them where n is None, or the first n.
 
     Arguments and errors as for :func:`least_important`.
     """
@@ -112,9 +120,8 @@ def removal_order(scores: Sequence[float], *, keep_first: int = 0, keep_last: in
     n_layers = len(scores)
     _check_count("keep_first", keep_first, 0, n_layers)
     _check_count("keep_last", keep_last, 0, n_layers - keep_first)
-    free = n_layers - keep_first - keep_last
-    n = free if n is None else n
-    _check_count("n", n, 0, min(free, n_layers - 1) if keep_first + keep_last == 0 else free, "unprotected layers")
+    if n is not None:
+        _check_count("n", n, 0, min(n_layers - keep_first - keep_last, n_layers - 1), "unprotected layers")
     order = np.argsort(scores, kind="stable")
     return tuple(int(layer) for layer in order if keep_first <= layer < n_layers - keep_last)[:n]
 
@@ -124,6 +131,7 @@ def deepest(n_layers: int, n: int, *, keep_last: int = 1) -> tuple[int, ...]:
 
     With ``keep_last=0`` it is the reverse order of arXiv:2411.15558, which removes the last layer too.
     """
+    _check_count("n_layers", n_layers, 1, 10**6)
     _check_count("keep_last", keep_last, 0, n_layers)
     _check_count("n", n, 0, min(n_layers - keep_last, n_layers - 1), "unprotected layers")
     return tuple(range(n_layers - keep_last - n, n_layers - keep_last))
@@ -131,14 +139,17 @@ def deepest(n_layers: int, n: int, *, keep_last: int = 1) -> tuple[int, ...]:
 
 def alternate(n_layers: int, n: int) -> tuple[int, ...]:
     """Every second layer from L-2 downwards, then the rest from L-3 downwards; the last layer stays."""
+    _check_count("n_layers", n_layers, 1, 10**6)
     _check_count("n", n, 0, n_layers - 1, "layers below the last")
     order = [*range(n_layers - 2, -1, -2), *range(n_layers - 3, -1, -2)]
     return tuple(sorted(order[:n]))
 
 
 def random_layers(n_layers: int, n: int, *, seed: int) -> tuple[int, ...]:
-    """n different layers, all equally likely, drawn by ``seed``."""
+    """n different layers, all equally likely, drawn by ``seed``, a whole number from 0 on."""
+    _check_count("n_layers", n_layers, 1, 10**6)
     _check_count("n", n, 0, n_layers - 1)
+    _check_count("seed", seed, 0, 2**64)
     return tuple(sorted(int(layer) for layer in np.random.default_rng(seed).choice(n_layers, n, replace=False)))
 
 
@@ -148,10 +159,12 @@ def count_for_fraction(n_layers: int, fraction: float) -> int:
     Raises:
         ValueError: If the fraction is outside [0, 1), or would leave no layer.
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction must be in [0, 1), got {fraction}")
-    n = int(np.floor(n_layers * fraction + 0.5))
-    _check_count("n", n, 0, n_layers - 1)
+    _check_count("n_layers", n_layers, 1, 10**6)
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
+        raise ValueError(f"fraction must be in [0, 1), got {fraction!r}")
+    n = math.floor(round(n_layers * fraction, 9) + 0.5)  # 50 * 0.29 is 14.499999999999998 in binary, and rounds up
+    if n == n_layers:
+        raise ValueError(f"fraction {fraction} of {n_layers} layers would leave none")
     return n
 
 

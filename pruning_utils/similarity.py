@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from pruning_utils import models
 
-# Where cos is this near 1, the fp32 Gram has lost the angle's digits; |u - v| still holds them.
+# Where cos is this near 1 or -1, the fp32 Gram has lost the angle's digits; |u - v| or |u + v| still holds them.
 SMALL_ANGLE_COSINE = 0.999
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def measure_similarity(model: nn.Module, input_ids: torch.Tensor, attention_mask
     then do not depend on the padding. Products are taken in float32, sums in float64.
 
     Args:
-        model: A causal language model; its training mode is left as it was.
+        model: A causal language model, quantised if need be; it is left as it was, and can be trained.
         input_ids: Token ids of shape ``(n_samples, seq_len)``.
         attention_mask: 1 at real tokens and 0 at padding, of the same shape; the real tokens of a row must be
             consecutive. None: all are real.
@@ -69,15 +69,16 @@ def measure_similarity(model: nn.Module, input_ids: torch.Tensor, attention_mask
         ValueError: If an argument is out of range, or a state is zero or not finite (the layer and sample are named).
     """
     models.check_input_ids(model, input_ids)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     rows, lengths = align_right_padded(input_ids, attention_mask)
     sums = _RunningSums(len(models.decoder_layers(model)))
-    with _LayerStates(model) as states, torch.inference_mode():
+    with _LayerStates(model) as states, torch.no_grad():
         for start in tqdm(range(0, len(rows), batch_size), desc="similarity", leave=False):
             length = lengths[start:start + batch_size]
-            hidden = states.of(rows[start:start + batch_size, :int(length.max())].to(model.device))
-            sums.add(hidden, length.to(model.device), first_sample=start)
+            # No name for the states: they must be gone before the next micro-batch begins.
+            sums.add(states.of(rows[start:start + batch_size, :int(length.max())].to(model.device)),
+                     length.to(model.device), first_sample=start)
     return sums.result()
 
 
@@ -94,10 +95,10 @@ def align_right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | N
     n_samples, seq_len = input_ids.shape
     if attention_mask is None:
         return input_ids, torch.full((n_samples,), seq_len)
-    mask = attention_mask.to("cpu", torch.long)
-    if mask.shape != input_ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+    if attention_mask.shape != input_ids.shape or not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ValueError(f"attention_mask must hold 0 and 1 in the shape {tuple(input_ids.shape)} of input_ids, got "
-                         f"shape {tuple(mask.shape)}, values {sorted(mask.unique().tolist())[:4]}")
+                         f"shape {tuple(attention_mask.shape)}, values {attention_mask.unique().tolist()[:4]}")
+    mask = attention_mask.to("cpu", torch.long)
     lengths, starts = mask.sum(1), mask.argmax(1)
     ends = seq_len - mask.flip(1).argmax(1)
     wrong = ((lengths == 0) | (ends - starts != lengths)).nonzero()
@@ -115,8 +116,9 @@ class _LayerStates:
         self.states: list[torch.Tensor] = []
 
     def __enter__(self):
-        self.training = self.model.training
-        self.model.eval()
+        self.modes = {module: module.training for module in self.model.modules()}
+        for module in self.modes:  # in evaluation mode, 4-bit layers on a CPU pack their weights and train no more
+            module.training = bool(getattr(module, "support_avx512bf16_for_cpu", False))
         self.hooks = [layer.register_forward_pre_hook(self._keep_input, with_kwargs=True) for layer in self.layers]
         self.hooks.append(self.layers[-1].register_forward_hook(self._keep_output))
         return self
@@ -124,8 +126,9 @@ class _LayerStates:
     def __exit__(self, *error):
         for hook in self.hooks:
             hook.remove()
+        for module, mode in self.modes.items():
+            module.training = mode
         self.states = []
-        self.model.train(self.training)
 
     def _keep_input(self, layer, inputs, named_inputs):
         self.states.append(inputs[0] if inputs else named_inputs["hidden_states"])
@@ -160,14 +163,14 @@ class _RunningSums:
         rows = [state.flatten(0, 1) if bool(real.all()) else state.flatten(0, 1)[real] for state in states]
         n_tokens = len(rows[0])
         # A chunk's states fit the processor's cache: the pass is bound by memory, not by arithmetic.
-        chunk = torch.empty(min(n_tokens, CHUNK_TOKENS), self.n_states, hidden, device=rows[0].device)
+        chunk = rows[0].new_empty(min(n_tokens, CHUNK_TOKENS), self.n_states, hidden, dtype=torch.float32)
         for start in range(0, n_tokens, CHUNK_TOKENS):
             by_token = chunk[:min(CHUNK_TOKENS, n_tokens - start)]
             for index, row in enumerate(rows):
                 by_token[:, index] = row[start:start + CHUNK_TOKENS]
             angle, cosine, norm = _angles(by_token)
             if not bool(torch.isfinite(angle).all()):
-                token, index = (int(place) for place in (~torch.isfinite(norm) | (norm == 0)).nonzero()[0])
+                index, token = (int(place) for place in (~torch.isfinite(norm) | (norm == 0)).T.nonzero()[0])
                 sample = first_sample + int(torch.searchsorted(lengths.cumsum(0), start + token, right=True))
                 raise ValueError(f"the input of layer {index} (where {self.n_states - 1} is the output of the last) is "
                                  f"zero or not finite at a token of sample {sample}")
@@ -183,8 +186,10 @@ class _RunningSums:
     def result(self) -> Similarity:
         samples = np.concatenate(self.last)
         lengths = np.sqrt(self.squares)
+        last, every = samples.mean(0, dtype=np.float64), self.angles / self.n_tokens
         return Similarity(
-            angular_distance=samples.mean(0, dtype=np.float64), angular_distance_all_tokens=self.angles / self.n_tokens,
+            # A product's two triangles may differ in the last bit.
+            angular_distance=(last + last.T) / 2, angular_distance_all_tokens=(every + every.T) / 2,
             block_influence=self.influence / self.n_tokens,
             block_influence_flattened=1 - self.inner / (lengths[1:] * lengths[:-1]),
             n_samples=len(samples), n_tokens=self.n_tokens, last_token_samples=samples)
@@ -213,12 +218,14 @@ def _angles(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     inverse = (1 / lengths).to(gram.dtype)
     cosine = gram.mul_(inverse[:, :, None]).mul_(inverse[:, None, :])
     cosine.diagonal(dim1=1, dim2=2).fill_(0)  # its angle is set below; 0 keeps it out of the repair of small angles
-    near = (cosine > SMALL_ANGLE_COSINE).nonzero(as_tuple=True)
+    near = (cosine.abs() > SMALL_ANGLE_COSINE).nonzero(as_tuple=True)
     angle = cosine.clamp_(-1, 1).acos().mul_(1 / math.pi)
     angle.diagonal(dim1=1, dim2=2).fill_(0)
-    for token, row, column in zip(*(index.split(65536) for index in near), strict=True):
+    for token, row, column in zip(*(index.split(4096) for index in near), strict=True):
+        sign = cosine[token, row, column].sign()
         chord = (states[token, row] * inverse[token, row, None] -
-                 states[token, column] * inverse[token, column, None]).norm(dim=-1)
-        angle[token, row, column] = 2 / math.pi * (chord / 2).clamp_(max=1).asin_()
-        cosine[token, row, column] = 1 - chord.square() / 2
+                 states[token, column] * (sign * inverse[token, column])[:, None]).norm(dim=-1)
+        small = 2 / math.pi * (chord / 2).asin()
+        angle[token, row, column] = torch.where(sign > 0, small, 1 - small)
+        cosine[token, row, column] = sign * (1 - chord.square() / 2)
     return angle, cosine, norm

@@ -28,14 +28,14 @@ ENTRY_PER_LAYER = frozenset((
     "layer_types", "mlp_layer_types", "layers_block_type", "layers_num_experts", "no_rope_layers", "attention_layers",
     "moe_layer_freq", "activation_sparsity_pattern", "layer_rope_theta", "num_attention_heads_per_layer",
     "intermediate_size", "num_experts", "moe_topk"))
-LAYER_NUMBERS = frozenset((
-    "mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers"))
-LAYERS_BEFORE = frozenset(("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index"))
+LAYER_NUMBERS = frozenset(("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices"))
+BOUNDARIES = {"first_k_dense_replace": 0, "num_dense_layers": 0, "max_window_layers": 0, "moe_layer_start_index": 0,
+              "moe_layer_end_index": 1}  # 0: the first layer of another kind, 1: the last of a kind
 # Of RWKV, which halves weights by layer number as it evaluates, and of Inkling 2, which attends over groups of layers.
 COUNTED_WHEN_RUN = ("rescale_every", "n_layers_per_attn_res_block")
 # Lists that may be as long as the model is deep by chance, or that are rewritten by name.
 OTHER_LISTS = re.compile("architectures|.*_token_ids?|.*_multipliers|time_step_limit|mtp_.*|(block|attention)_types")
-WITHOUT_LENGTH = frozenset(("linear_attention", "conv", "moe", "mlp"))  # layers whose cache cannot count tokens
+WITHOUT_LENGTH = frozenset(("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"))  # caches count no tokens
 MARKER = "pruning_utils.json"  # tells our directories from somebody else's
 
 
@@ -55,25 +55,21 @@ def _kept_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     return [layer for layer in range(n_layers) if layer not in dropped]
 
 
-def _has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT wraps the model or sits in it."""
-    return not isinstance(model, PreTrainedModel) or any(type(part).__module__.startswith("peft.")
-                                                         for part in model.modules())
+def _refuse_adapters(model: nn.Module) -> None:
+    """ValueError if PEFT wraps the model or sits in it."""
+    if any(type(part).__module__.startswith("peft.") for part in model.modules()):
+        raise ValueError(f"{type(model).__name__} carries adapters: merge them first (merge_and_unload)")
 
 
 def _refuse_unfit(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> None:
     """ValueError for what no configuration repairs: adapters, shared weights, computations that depend on depth."""
-    if _has_adapters(model):
-        raise ValueError("it carries adapters: merge them first (merge_and_unload)")
+    _refuse_adapters(model)
     owner: dict[int, int] = {}
     for number, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
             if owner.setdefault(id(parameter), number) != number:
                 raise ValueError(f"layers {owner[id(parameter)]} and {number} share {name}")
     text = model.config.get_text_config(decoder=True)
-    for rule in COUNTED_WHEN_RUN:
-        if getattr(text, rule, 0):
-            raise ValueError(f"{rule} = {getattr(text, rule)} counts layers from the first")
     if types := getattr(text, "layer_types", None):
         if not WITHOUT_LENGTH.issuperset(types) and WITHOUT_LENGTH.issuperset(types[layer] for layer in kept):
             raise ValueError("no attention layer would stay, and without one the cache cannot count tokens")
@@ -86,8 +82,10 @@ def _new_fields(text: PreTrainedConfig, kept: list[int]) -> dict[str, object]:
     n_layers, position = text.num_hidden_layers, {layer: new for new, layer in enumerate(kept)}
     fields: dict[str, object] = {"num_hidden_layers": len(kept)}
     for name, value in vars(text).items():
-        if isinstance(value, int) and name in LAYERS_BEFORE and value < n_layers:
-            fields[name] = sum(layer < value for layer in kept)
+        if name in COUNTED_WHEN_RUN and value:
+            raise ValueError(f"{name} = {value} counts layers as the model runs")
+        if isinstance(value, int) and name in BOUNDARIES and value < n_layers:
+            fields[name] = sum(layer < value + BOUNDARIES[name] for layer in kept) - BOUNDARIES[name]
         if not isinstance(value, (list, tuple)) or not value or OTHER_LISTS.fullmatch(name):
             continue
         if name in ENTRY_PER_LAYER and len(value) == n_layers:
@@ -103,10 +101,6 @@ def _new_fields(text: PreTrainedConfig, kept: list[int]) -> dict[str, object]:
     if (step := getattr(text, "decoder_sparse_step", None) or 1) > 1:  # every step-th layer is a mixture of experts
         fields |= {"decoder_sparse_step": 1, "mlp_only_layers": [
             position[layer] for layer in kept if (layer + 1) % step or layer in text.mlp_only_layers]}
-    if (last := getattr(text, "moe_layer_end_index", None)) is not None:  # inclusive
-        fields["moe_layer_end_index"] = sum(layer <= last for layer in kept) - 1
-    if shared := getattr(text, "num_kv_shared_layers", None):  # the last layers borrow keys and values
-        fields["num_kv_shared_layers"] = sum(layer >= n_layers - shared for layer in kept)
     if overrides := text.to_dict().get("per_layer_config"):
         fields["per_layer_config"] = {position[int(layer)]: values for layer, values in overrides.items()
                                       if int(layer) in position}
@@ -144,33 +138,32 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _facts(module: nn.Module) -> dict[tuple[str, str], object]:
-    """Class and plain attributes of every submodule, keyed by (path, name); tuples as lists, as JSON has it."""
+    """Class and plain attributes of every submodule (tuples as lists, as JSON has it), and the shapes of tensors."""
     def plain(value: object) -> bool:
         return all(map(plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, plain_types)
 
-    plain_types = (type(None), bool, int, float, str, torch.dtype)
+    plain_types = (type(None), int, float, str, torch.dtype)
     return {(path, name): list(value) if isinstance(value, tuple) else value for path, part in module.named_modules()
             for name, value in {"class": type(part).__name__, **vars(part)}.items()
-            if plain(value) and name != "name_or_path"}  # where a model came from says nothing of its layers
+            if plain(value) and name != "name_or_path"} | {  # where a model came from says nothing of its layers
+                (name, "shape"): shape for name, shape in _shapes(module).items()}
 
 
 def _attribute_changes(before: PreTrainedModel, after: PreTrainedModel, name: str, kept: list[int]) -> list[tuple]:
-    """What makes ``before``, sliced here, an ``after``: (module path, attribute, value).
+    """What makes ``before``, sliced here, an ``after``, skeletons both: (module path, attribute, value).
 
-    Both are skeletons with their layers in the list ``name``. ValueError for what differs beyond numbers of layers: a
-    rule that the new configuration cannot express (a scale by depth, a first layer unlike the others, a shape).
+    ValueError for what differs beyond numbers of layers, a rule that the new configuration cannot express: a scale by
+    depth, a first layer unlike the others, a shape. ``name`` is the path of the list of layers.
     """
     n_layers, changes = len(before.get_submodule(name)), []
-    _slice(before.get_submodule(name), kept)
-    old, new = _shapes(before), _shapes(after)
-    if wrong := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-        raise ValueError(f"{wrong[0]} has shape {old.get(wrong[0])}, and would have {new.get(wrong[0])} after a reload")
+    for layer in sorted(set(range(n_layers)).difference(kept), reverse=True):
+        del before.get_submodule(name)[layer]
     old, new = _facts(before), _facts(after)
     for path, attribute in sorted(old.keys() | new.keys()):
         one, other = (facts.get((path, attribute), "absent") for facts in (old, new))
         if type(one) is type(other) and one == other:
             continue
-        if other == "absent" and not f"{path}.".startswith(f"{name}."):
+        if other == "absent" and attribute != "shape" and not path.startswith(f"{name}."):
             continue  # belonged to a kind of layer that has gone altogether
         if type(one) is list:
             allowed = ([one[layer] for layer in kept] if len(one) == n_layers else None,
@@ -183,19 +176,11 @@ def _attribute_changes(before: PreTrainedModel, after: PreTrainedModel, name: st
     return changes
 
 
-def _slice(layers: nn.ModuleList, kept: list[int]) -> None:
-    """Delete every layer that is not kept; the list stays the same object."""
-    for layer in reversed(range(len(layers))):
-        if layer not in kept:
-            del layers[layer]
-
-
 def drop_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
     """Remove decoder layers in place: the model computes, generates with a cache, saves and reloads without them.
 
-    The layers that stay are renumbered, and every field of the configuration that speaks of single layers (attention
-    types, experts, layers without rotary embedding and so on) is sliced by their old numbers. Weights are neither
-    copied nor converted; their tying, dtype and quantisation stay. Any error comes before the first change.
+    The layers that stay are renumbered, and every field of the configuration that speaks of single layers is cut to
+    match. Weights are neither copied nor converted, tied nor untied. Any error comes before the first change.
 
     Args:
         model: A causal language model of transformers, at any dtype, also bitsandbytes-quantised.
@@ -210,8 +195,7 @@ def drop_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMode
             configuration of the smaller model expresses (the message names it).
     """
     decoder = decoder_layers(model)
-    kept, n_layers = _kept_layers(layers, len(decoder)), len(decoder)
-    if len(kept) == n_layers:
+    if len(kept := _kept_layers(layers, len(decoder))) == len(decoder):
         return model
     try:
         _refuse_unfit(model, decoder, kept)
@@ -223,16 +207,15 @@ def drop_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMode
             raise ValueError("its weights are not those that its configuration describes")
         changes = _attribute_changes(before, _skeleton(model, reloaded), name, kept)
     except Exception as error:  # the code of the architectures refuses in many ways
-        raise ValueError(f"{type(model).__name__} cannot do without layers {sorted(set(range(n_layers)) - set(kept))}: "
-                         f"{error}") from error
-    _slice(decoder, kept)
+        raise ValueError(f"{type(model).__name__} cannot be cut to layers {kept}: {error}") from error
+    for layer in sorted(set(range(len(decoder))).difference(kept), reverse=True):
+        del decoder[layer]
     for path, attribute, value in changes:
         setattr(model.get_submodule(path), attribute, value)
     old, new = (config.get_text_config(decoder=True) for config in (model.config, planned))
     changed = {field: value for field, value in vars(new).items() if vars(old).get(field) != value}
     # Modules may hold copies of the configuration, without the fields that differ between layers.
-    holders = [old, *(value for part in model.modules() for value in vars(part).values() if type(value) is type(old))]
-    for holder in holders:
+    for holder in (old, *(own for part in model.modules() for own in vars(part).values() if type(own) is type(old))):
         vars(holder).update({field: value for field, value in changed.items() if field in vars(holder)})
     return model
 
@@ -253,19 +236,20 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path
         ``path``, as a Path.
 
     Raises:
-        ValueError: If ``path`` is a file, or holds something else and ``overwrite`` is False; if the model carries
-            adapters, or a quantisation that cannot be saved.
+        ValueError: If ``path`` is a file or holds something else, or the model adapters or weights it cannot save.
         OSError: If writing fails (a full disk, say), with ``path`` named; nothing half-written stays.
     """
     path, quantizer = Path(path), getattr(model, "hf_quantizer", None)
-    if path.exists() and (not path.is_dir() or not (overwrite or (path / MARKER).is_file() or not any(path.iterdir()))):
-        raise ValueError(f"path must be a directory, new, empty or written by this function, got {path}; "
-                         "overwrite=True replaces any directory")
-    if _has_adapters(model):
-        raise ValueError(f"{type(model).__name__} carries adapters: merge them first (merge_and_unload)")
+    ours = path.is_dir() and (overwrite or (path / MARKER).is_file() or not any(path.iterdir()))
+    if path.exists() and not ours:
+        raise ValueError(f"path must be a new or empty directory, or one written by this function, got {path}")
+    _refuse_adapters(model)
+    # On some CPUs bitsandbytes repacks 4-bit weights when it first evaluates, rounds their scales and unpacks wrongly.
+    if any(getattr(getattr(weight, "quant_state", 0), "packing_format_for_cpu", 0) for weight in model.parameters()):
+        raise ValueError("4-bit weights that have evaluated on this CPU cannot be saved: drop the same layers from a "
+                         "fresh copy and save it before its first forward pass")
     if quantizer is not None and not quantizer.is_serializable():
-        raise ValueError(f"weights quantised by {type(quantizer).__name__} cannot be saved: drop the same layers from "
-                         "the model in 16 or 32 bits and save that")
+        raise ValueError(f"{type(quantizer).__name__} cannot save its weights: drop the same layers in 16 or 32 bits")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
@@ -274,6 +258,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             (new / MARKER).write_text(f'{{"pruning_utils": "{__version__}"}}\n')
+            for file in filter(Path.is_file, new.iterdir()):
+                file.chmod(0o644)  # safetensors lets nobody else read
             if path.exists():
                 os.replace(path, old)
             try:
@@ -289,28 +275,25 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path
 
 
 def mergekit_plan(model_name: str, n_layers: int, layers: Iterable[int], *, dtype: str = "bfloat16") -> str:
-    """The same cut as a mergekit configuration (``mergekit-yaml plan.yml out/``): half-open ranges of kept layers.
+    """The same cut as a mergekit configuration, for ``mergekit-yaml plan.yml out/``.
 
     Args:
         model_name: Name on a hub, or directory, of the model to cut.
         n_layers: Its number of decoder layers, at least 1.
-        layers: 0-based numbers of the layers to remove, different from each other, in any order.
+        layers: 0-based numbers of the layers to remove, as for :func:`drop_layers`.
         dtype: Of the written weights: ``bfloat16``, ``float16`` or ``float32``.
 
     Returns:
-        YAML text: one slice ``layer_range: [start, end]`` for each run of kept layers, ``merge_method: passthrough``.
+        YAML text: a slice ``layer_range: [start, end]``, half open, for each run of kept layers, passed through.
 
     Raises:
-        ValueError: If a layer number is no integer in [0, n_layers), comes twice, or no layer would stay; if
-            ``n_layers`` is no positive integer, ``model_name`` is empty, or ``dtype`` is another.
+        ValueError: As :func:`drop_layers`; or for another dtype, an empty name, or ``n_layers`` below 1.
     """
     if not isinstance(model_name, str) or not model_name or type(n_layers) is not int or n_layers < 1:
         raise ValueError(f"model_name must be a name and n_layers at least 1, got {model_name!r} and {n_layers!r}")
     kept = _kept_layers(layers, n_layers)
-    starts = [layer for layer in kept if layer - 1 not in kept]
-    ends = [layer + 1 for layer in kept if layer + 1 not in kept]
-    slices = [{"sources": [{"model": model_name, "layer_range": [start, end]}]}
-              for start, end in zip(starts, ends, strict=True)]
-    plan = {"slices": slices, "merge_method": "passthrough",
-            "dtype": str(runtime.resolve_dtype(dtype)).removeprefix("torch.")}
+    runs = zip([layer for layer in kept if layer - 1 not in kept],
+               [layer + 1 for layer in kept if layer + 1 not in kept], strict=True)
+    plan = {"slices": [{"sources": [{"model": model_name, "layer_range": list(run)}]} for run in runs],
+            "merge_method": "passthrough", "dtype": str(runtime.resolve_dtype(dtype)).removeprefix("torch.")}
     return yaml.safe_dump(plan, sort_keys=False, default_flow_style=None)

