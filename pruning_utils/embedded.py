@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -59,14 +60,15 @@ def _unpack(gguf: Path, folder: Path) -> None:
         raise ValueError(f"{gguf.name} is damaged: sha256 {found}, expected {EMBEDDED_SHA256}; install it again")
     logger.info("unpacking %s (once)", gguf.name)
     with quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-                                                     quantization_config=GgufConfig(dequantize=True))
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF files always shows a progress bar
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
+                                                         quantization_config=GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain now, but the record of their origin would make save_pretrained refuse.
-    model.hf_quantizer, model.is_quantized = None, False
-    vars(model.config).pop("quantization_config", None)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        # The weights are plain now, but the record of their origin would make save_pretrained refuse.
+        model.hf_quantizer, model.is_quantized = None, False
+        vars(model.config).pop("quantization_config", None)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     (folder / "checksums.json").write_text(json.dumps(checksums, indent=1))
 
@@ -86,7 +88,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Reading a file that is already there needs no progress bars."""
+    """Reading and writing files on this machine needs no progress bars."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()

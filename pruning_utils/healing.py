@@ -131,7 +131,8 @@ def _check(model: nn.Module, settings: dict, train_ids: torch.Tensor, eval_ids: 
 def _trainable_copy(model: nn.Module, settings: dict) -> nn.Module:
     """A copy in which exactly what the method trains requires gradients, in float32."""
     method = settings["method"]
-    trained = models.quantized_copy(model) if method == "qlora" else copy.deepcopy(model)
+    source = copy.deepcopy(model).float() if model.dtype == torch.float16 else model  # too narrow for gradients
+    trained = models.quantized_copy(source) if method == "qlora" else copy.deepcopy(source)
     parts = [trained] if method == "full" else []
     if method == "last_layers":
         if settings["untie"]:
@@ -142,7 +143,7 @@ def _trainable_copy(model: nn.Module, settings: dict) -> nn.Module:
     chosen = {id(weight) for part in parts for weight in part.parameters()}
     for weight in trained.parameters():  # not buffers: rotary frequencies have a precision of their own
         weight.requires_grad_(id(weight) in chosen)
-        if weight.requires_grad or weight.dtype == torch.float16:  # which is too narrow for gradients
+        if weight.requires_grad:
             weight.data = weight.data.float()
     if method not in ADAPTERS:
         return trained
@@ -239,11 +240,10 @@ def _trainer(trained: nn.Module, dtype: torch.dtype, train_ids, eval_ids, settin
 def _mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Mean loss in nats over every token but the first of each window; float32 logits exist of a few tokens only."""
     targets, size = nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten(), LOGITS_AT_ONCE // logits.shape[-1] + 1
+    parts = zip(logits.flatten(0, 1).split(size), targets.split(size), strict=True)
     return sum(torch.utils.checkpoint.checkpoint(
-        lambda part, expected: nn.functional.cross_entropy(part.float(), expected, reduction="sum"),
-        part, expected, use_reentrant=False, preserve_rng_state=False)
-        for part, expected in zip(logits.flatten(0, 1).split(size), targets.split(size), strict=True)) \
-        / ids[:, 1:].numel()
+        lambda rows, expected: nn.functional.cross_entropy(rows.float(), expected, reduction="sum"),
+        *part, use_reentrant=False, preserve_rng_state=False) for part in parts) / ids[:, 1:].numel()
 
 
 def _finished(trained: nn.Module, model: nn.Module, method: str, merge: bool) -> nn.Module:
@@ -294,7 +294,7 @@ def _last_whole_checkpoint(folder: Path, settings: dict) -> Path | None:
     elif folder.exists() and any(not path.name.startswith(f".{SETTINGS}") for path in folder.iterdir()):
         raise ValueError(f"output_dir {folder} is not empty, and holds no healing run")
     for last in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        if (last / SEAL).is_file() and json.loads((last / SEAL).read_text()) == _file_digests(last):
+        if (last / SEAL).is_file() and (last / SEAL).read_text() == json.dumps(_file_digests(last)):
             return last
         shutil.rmtree(last)
     return None

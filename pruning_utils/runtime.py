@@ -69,16 +69,18 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The asked device, or the first CUDA GPU where there is one, or the CPU.
 
     Raises:
-        ValueError: If the name is no torch device, or names a CUDA GPU on a machine without one.
+        ValueError: If the name is no torch device, or one that this machine does not have.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs")
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device must be a torch device of this machine, such as 'cpu', with "
+                         f"{torch.cuda.device_count()} CUDA GPUs here, got {device!r}") from error
+    if chosen.type == "meta":
+        raise ValueError("device must be one that can compute, got 'meta'")
     return chosen
 
 

@@ -35,10 +35,14 @@ class Tokenizer:
 
 
 def llama(tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A random model; its rotary frequencies are float32 whatever its dtype, as those of a loaded one."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
+    model = LlamaForCausalLM(LlamaConfig(
         vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=L, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, pad_token_id=0)).to(dtype).eval()
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, pad_token_id=0))
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model.eval()
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -78,7 +82,6 @@ def changed(model, healed) -> set[str]:
 
 def layer_names(*layers: int) -> set[str]:
     parts = [f"self_attn.{name}" if name[0] in "qkvo" else f"mlp.{name}" for name in LINEAR]
-    parts = [part.replace("self_attn.o_proj", "self_attn.o_proj") for part in parts]
     return {f"model.layers.{layer}.{part}.weight"
             for layer in layers for part in [*parts, "input_layernorm", "post_attention_layernorm"]}
 
@@ -151,14 +154,13 @@ def test_full_trains_everything(tied):
     ({"rank": 2, "targets": "mlp"}, 2 * (80 + 80 + 80) * L),
     ({"method": "qlora"}, 4 * 464 * L),
     ({"method": "dora"}, (4 * 464 + 224) * L),  # and a magnitude for each output
-    ({"method": "last_layers", "last_k": 1}, V * 32 + 7168 + 2 * 32),
+    ({"method": "last_layers", "last_k": 1}, V * 32 + 7680 + 2 * 32),
     ({"method": "last_layers", "last_k": 0, "train_norm": True}, V * 32 + 32),
-    ({"method": "full"}, 2 * V * 32 + (7168 + 64) * L + 32),
+    ({"method": "full"}, 2 * V * 32 + (7680 + 2 * 32) * L + 32),
 ])
 def test_numbers_of_trained_parameters_by_hand(settings, expected):
-    assert sum(a * b for a, b in LINEAR.values()) == 7680  # not 7168: see below
-    healed = heal(llama(), steps=1, **settings)
-    assert healed.trainable_parameters == expected
+    assert sum(a * b for a, b in LINEAR.values()) == 7680 and sum(a + b for a, b in LINEAR.values()) == 464
+    assert heal(llama(), steps=1, **settings).trainable_parameters == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,7 +193,7 @@ def test_the_loss_falls_and_the_dtype_stays(method, dtype):
     healed = heal(model, method=method, steps=16, learning_rate=3e-2, batch_size=4, eval_ids=windows(3), untie=False,
                   merge=True)
     losses = healed.history.query("split == 'eval'")["loss"].tolist()
-    assert losses[0] == pytest.approx(math.log(V), abs=0.3) and losses[-1] < losses[0] - 0.5
+    assert losses[0] == pytest.approx(math.log(V), abs=0.3) and losses[-1] < losses[0] - 0.2
     assert {weight.dtype for weight in healed.model.parameters()} == {dtype}
     own = float(evaluation.token_losses(healed.model, windows(3)).double().mean())
     # The merged weights of qlora are not the 4-bit ones that were trained over.
@@ -279,7 +281,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not():
     assert not same(bits(first.model), bits(other.model))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "mixtral", "mamba", "gemma3_text"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "mixtral", "falcon", "gemma3_text"])
 def test_other_architectures(name):
     model, input_ids = ARCHITECTURES[name](), windows(3)
     healed = heal(model, steps=2, eval_ids=input_ids, merge=True)
@@ -378,13 +380,12 @@ def test_accumulated_batches_train_the_same(monkeypatch):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_activations_computed_again_train_the_same(method, monkeypatch):
     model = llama()
-    kept, layers = heal(model, method=method, dropout=0.1), []
+    kept, parts, part = heal(model, method=method, dropout=0.1), [], transformers.models.llama.modeling_llama.LlamaMLP
     monkeypatch.setattr(healing, "LARGE", 0)
-    forward = transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward
-    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaDecoderLayer, "forward",
-                        lambda layer, *given, **named: layers.append(1) or forward(layer, *given, **named))
+    forward = part.forward
+    monkeypatch.setattr(part, "forward", lambda *given: parts.append(1) or forward(*given))
     again = heal(model, method=method, dropout=0.1)
-    assert len(layers) == 3 * 2 * L, "each layer runs a second time on the way back"
+    assert len(parts) == 3 * 2 * L, "each layer runs a second time on the way back"
     assert same(bits(again.model), bits(kept.model))
     assert not again.model.is_activation_checkpointing
 
@@ -415,11 +416,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(with_evaluation, tmp_path):
 # --- interrupted runs -----------------------------------------------------------------------------------------------
 
 DRIVER = """
-    import logging, os, pickle, random, signal, sys, time
+    import os, pickle, random, signal, sys, time, traceback, warnings
     from pathlib import Path
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional package when it is imported
     import torch
-    from pruning_utils import healing
+    from pruning_utils import healing, runtime
+    runtime.setup()
+    warnings.resetwarnings()  # all are shown again
+    warnings.simplefilter("ignore", DeprecationWarning)  # but those that Python itself hides
     from test_healing import Tokenizer, bits, llama, windows
 
     folder, method = Path(sys.argv[1]), sys.argv[2]
@@ -436,11 +439,12 @@ DRIVER = """
             healed = healing.heal(llama(tied=True, dtype=torch.bfloat16), Tokenizer, windows(), output_dir=output_dir,
                                   **settings)
             result.write_bytes(pickle.dumps((bits(healed.model), healed.history)))
-            os._exit(0)
-        finally:
+        except BaseException:
+            traceback.print_exc()
             os._exit(1)
+        os._exit(0)
 
-    for name, output_dir in (("alone", None), ("saved", folder / "saved")):
+    for name, output_dir in (("alone", None), ("saved", folder / "whole")):
         assert os.waitpid(child(output_dir, folder / name, 0), 0)[1] == 0, name
 
     run, kills, chance = folder / "run", [], random.Random(3)
@@ -479,9 +483,9 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(method, tmp_path):
     for other, other_history in (results["saved"], results["resumed"]):
         assert same(tensors, other)
         pd.testing.assert_frame_equal(history, other_history, check_exact=True)
-    # Nothing was printed, by the way, but progress bars.
-    lines = [line for line in re.split(r"[\r\n]+", driver.stderr) if line.strip(" \x1b[A")]
-    assert driver.stdout == "" and [line for line in lines if "it/s]" not in line and "?it/s" not in line] == []
+    # Nothing was printed, by the way, but the progress bar.
+    assert driver.stdout == ""
+    assert [line for line in re.split(r"[\r\n]+", driver.stderr) if line.strip() and "healing: " not in line] == []
 
 
 @pytest.fixture
@@ -607,7 +611,7 @@ REFUSED = [
     ({"learning_rate": math.inf}, "learning_rate must be above 0, got inf"),
     ({"learning_rate": "3e-4"}, "learning_rate must be above 0, got '3e-4'"),
     ({"alpha": 0}, "alpha must be above 0, got 0"), ({"alpha": math.nan}, "alpha must be above 0"),
-    ({"targets": "attention"}, "targets must be 'all', 'mlp' or a list of names among .*'down_proj'.*, got 'attention'"),
+    ({"targets": "attention"}, "targets must be 'all', 'mlp' or a list of names among .*'down_proj'.*, got 'attent"),
     ({"targets": ["q_proj", "query"]}, r"targets must be .*'q_proj'.*, got \['q_proj', 'query'\]"),
     ({"targets": ["lm_head"]}, "targets must be"), ({"targets": []}, r"targets must be .* got \[\]"),
     ({"targets": None}, "targets must be .* got None"), ({"targets": ""}, "targets must be"),
