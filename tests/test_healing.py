@@ -475,7 +475,7 @@ DRIVER = """
 def test_runs_killed_at_any_moment_end_with_the_same_bits(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     driver = subprocess.run([sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path), "lora", "last_layers"],
-                            text=True, capture_output=True, env=environment, timeout=180)
+                            text=True, capture_output=True, env=environment, timeout=300)
     assert driver.returncode == 0, driver.stderr
     for method in ("lora", "last_layers"):
         (alone, history), (resumed, resumed_history) = (
@@ -516,6 +516,17 @@ def test_a_finished_run_is_loaded_without_any_pass(finished, monkeypatch):
     assert again.trainable_parameters == expected.trainable_parameters and not again.model.training
     with torch.no_grad():
         torch.testing.assert_close(merged.model(windows()).logits, expected.model(windows()).logits, rtol=0, atol=1e-6)
+
+
+def test_saving_asks_no_hub_about_the_models_name(tmp_path, monkeypatch):
+    import peft.utils.save_and_load
+
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked a hub"))
+    model = llama()
+    model.name_or_path = model.config._name_or_path = "owner/name"
+    heal(model, output_dir=tmp_path / "run")
+    saved = json.loads((tmp_path / "run/checkpoint-3/adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] is None, "no checkpoint of that name holds the pruned weights"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "other bytes", "file missing", "no seal", "half a seal"])
