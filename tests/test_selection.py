@@ -174,6 +174,7 @@ def test_the_least_important_layers_by_hand():
         assert selection.removal_order(SCORES, n=n) == selection.removal_order(SCORES)[:n]
         assert is_plain(selection.least_important(SCORES, n))
     assert selection.least_important([2, 2, 2, 2], 2) == (0, 1)
+    assert selection.least_important([1, 0] * 50, 20) == tuple(range(1, 41, 2))  # ties of a deep model
     assert selection.least_important([math.inf, math.inf, 1, math.inf], 3) == (0, 1, 2)
     assert selection.least_important([-math.inf, -1, 0, 1], 1) == (0,)
     assert selection.least_important(np.array(SCORES, dtype=np.float32), np.int64(3)) == (1, 4, 6)
