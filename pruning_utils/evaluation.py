@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import inspect
 import logging
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +16,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pruning_utils import data, models
+from pruning_utils import data, models, sharing
 
 TASK_FILES = Path(__file__).with_name("tasks")
 TASKS = (*data.BENCHMARKS, "mmlu_letter")
 OFFICIAL = "lm-eval:"  # prefix of a task that lm-eval brings itself and that reads its data from a hub
-LOGITS_AT_ONCE = 2**25  # float32 logits alive at a time: 128 MiB
 logger = logging.getLogger(__name__)
 
 
@@ -64,10 +61,9 @@ def token_losses(model: nn.Module, input_ids: torch.Tensor, *, batch_size: int =
     Raises:
         ValueError: If an argument is out of range, or a loss is NaN.
     """
-    models.check_input_ids(model, input_ids)
-    if input_ids.dtype == torch.bool or input_ids.shape[1] < 2:
-        raise ValueError("input_ids must hold integers in windows of at least 2 tokens, got "
-                         f"{input_ids.dtype} in windows of {input_ids.shape[1]}")
+    models.check_input_ids(model, input_ids, shortest=2)
+    if input_ids.dtype == torch.bool:
+        raise ValueError("input_ids must hold integers, got torch.bool")
     _check_count("batch_size", batch_size)
     input_ids = input_ids.to(model.get_input_embeddings().weight.device, torch.long)
     with _evaluating(model):
@@ -94,59 +90,28 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _replaced(module: nn.Module, name: str, function: Callable) -> Iterator[None]:
-    """Let a method of this one module be another function for a while."""
-    before = {key: value for key, value in vars(module).items() if key == name}
-    vars(module)[name] = function
-    try:
-        yield
-    finally:
-        del vars(module)[name]
-        vars(module).update(before)
-
-
 def _batch_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Losses (B, T - 1): the decoder layers run once, then the model's own head on chunks of their output."""
-    backbone, output = _run_backbone(model, batch)
+    backbone, output = sharing.run_backbone(model, batch)
     if backbone is None:
-        return torch.stack([_losses(model(row[None], use_cache=False).logits[:, :-1], row[1:]) for row in batch])
+        return torch.stack([_losses(model(row[None], use_cache=False).logits[0, :-1], row[1:]) for row in batch])
     states, targets, losses = output.last_hidden_state[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), []
-    size = max(1, LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings)
-    for part, expected in zip(states.split(size), targets.split(size), strict=True):
-        known = type(output)(**{**output, "last_hidden_state": part[None]})
-        with _replaced(backbone, "forward", lambda *_, known=known, **__: known):
-            losses.append(_losses(model(expected[None], use_cache=False).logits, expected))
+    for logits in sharing.head_logits(model, backbone, output, states):
+        losses.append(_losses(logits, targets[:len(logits)]))
+        targets = targets[len(logits):]
     return torch.cat(losses).view(len(batch), -1)
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """float32 losses (n,) of targets (n,) under logits (1, n, V)."""
-    if logits.shape[1] != len(targets):
-        raise ValueError(f"the model returns logits for {logits.shape[1]} positions where {len(targets)} tokens follow")
-    logits = logits[0].float()
+    """float32 losses (n,) of targets (n,) under logits (n, V)."""
+    if len(logits) != len(targets):
+        raise ValueError(f"the model returns logits for {len(logits)} positions where {len(targets)} tokens follow")
+    logits = logits.float()
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None].to(logits.device))[:, 0]
 
 
-def _run_backbone(model: nn.Module, batch: torch.Tensor) -> tuple[nn.Module | None, object]:
-    """The module that the head is applied to, and its output; (None, None) where the two cannot be parted."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters wrap the model
-    if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
-        return None, None
-    outputs = {}
-    # Most models call their base model; OPT calls the decoder inside it, and Llama 4 has it under another name.
-    candidates = (causal.base_model, causal.get_decoder(), getattr(causal, "model", causal))
-    with contextlib.ExitStack() as hooks:
-        for module in set(candidates) - {causal}:
-            hooks.enter_context(module.register_forward_hook(lambda *call: outputs.update({call[0]: call[2]})))
-        model(batch, use_cache=False, logits_to_keep=1)
-    backbone = next((module for module in candidates if module in outputs), None)
-    states = getattr(outputs.get(backbone), "last_hidden_state", None)
-    return (backbone, outputs[backbone]) if states is not None and states.shape[:2] == batch.shape else (None, None)
-
-
 def evaluate_tasks(model: nn.Module, tokenizer, tasks: Sequence[str], *, num_fewshot: int = 0,
-                   limit: int | None = None, batch_size: int = 8) -> Evaluation:
+                   limit: int | None = None, batch_size: int = 8, shot_order: int = 0) -> Evaluation:
     """Score multiple-choice questions with lm-eval, in this process, on the model as it is in memory.
 
     With l_c the log-likelihood of choice c after the prompt (nats, summed over its tokens), k_c its length in
@@ -175,24 +140,38 @@ def evaluate_tasks(model: nn.Module, tokenizer, tasks: Sequence[str], *, num_few
             the order of their rows, whose number is the ``question_id``.
         num_fewshot: Solved questions before each one, 0 to 16.
         limit: Questions of each task, at least 1; None takes all.
-        batch_size: Sequences in one forward pass, at least 1.
+        batch_size: Questions in one forward pass, at least 1.
+        shot_order: 0 takes the shots in their fixed order; any other number is the seed of another order of the same
+            shots (with lm-eval's tasks, the seed of their choice).
 
     Raises:
         ValueError: If an argument is out of range, a task unknown or its data out of reach, all before any scoring; or
             if a log-likelihood is not finite.
     """
-    if isinstance(tasks, str) or not tasks:
-        raise ValueError(f"tasks must be a list with one or more of {', '.join(TASKS)}, got {tasks!r}")
-    _check_count("num_fewshot", num_fewshot, 0)
     _check_count("batch_size", batch_size)
-    _check_count("limit", 1 if limit is None else limit)
+    loaded = load_tasks(tasks, num_fewshot=num_fewshot, limit=limit, shot_order=shot_order)
     with _quiet_libraries(), _evaluating(model):
-        loaded = {name: _load_task(name, num_fewshot) for name in dict.fromkeys(tasks)}
-        scorer = _language_model(model, tokenizer, batch_size)
+        scorer = sharing.language_model(model, tokenizer, batch_size)
         parts = [_score(scorer, name, found, num_fewshot, limit) for name, found in loaded.items()]
     columns = ["task", "question_id", "correct", "correct_norm", "p_right", "nll"]
     return Evaluation(pd.DataFrame([row for rows, _ in parts for row in rows]),
                       pd.DataFrame([row for _, rows in parts for row in rows], columns=columns))
+
+
+def load_tasks(tasks: Sequence[str], *, num_fewshot: int = 0, limit: int | None = None, shot_order: int = 0
+               ) -> dict[str, dict]:
+    """lm-eval's task objects by name: the check that :func:`evaluate_tasks`, whose arguments these are, begins with.
+
+    Raises:
+        ValueError: If an argument is out of range, a task unknown or its data out of reach.
+    """
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"tasks must be a list with one or more of {', '.join(TASKS)}, got {tasks!r}")
+    for name, value in (("num_fewshot", num_fewshot), ("shot_order", shot_order)):
+        _check_count(name, value, 0)
+    _check_count("limit", 1 if limit is None else limit)
+    with _quiet_libraries():
+        return {name: _load_task(name, num_fewshot, shot_order) for name in dict.fromkeys(tasks)}
 
 
 @contextlib.contextmanager
@@ -208,16 +187,6 @@ def _quiet_libraries() -> Iterator[None]:
         yield
 
 
-def _language_model(model: nn.Module, tokenizer, batch_size: int):
-    """The object that lm-eval asks for log-likelihoods."""
-    from lm_eval.models.huggingface import HFLM
-
-    # HFLM ties weights again, which would undo an untied head, and sets a mode that is set already.
-    with _replaced(model, "tie_weights", lambda: None), _replaced(model, "eval", lambda: model):
-        return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
-                    softmax_dtype="float32")
-
-
 @functools.cache
 def _task_manager(embedded: bool):
     from lm_eval.tasks import TaskManager
@@ -225,7 +194,7 @@ def _task_manager(embedded: bool):
     return TaskManager(include_path=TASK_FILES if embedded else None, include_defaults=not embedded)
 
 
-def _load_task(name: str, num_fewshot: int) -> dict:
+def _load_task(name: str, num_fewshot: int, shot_order: int) -> dict:
     """lm-eval's task objects behind a name, with their questions."""
     manager, own_name = _task_manager(name in TASKS), str(name).removeprefix(OFFICIAL)
     if own_name not in manager.all_tasks:
@@ -239,7 +208,10 @@ def _load_task(name: str, num_fewshot: int) -> dict:
             raise ValueError(f"num_fewshot must be in [0, {most}], got {num_fewshot}")
         if task.get_config("num_fewshot") != 0:  # 0 in a task file is meant to stay
             task.set_config("num_fewshot", num_fewshot)
-        task.set_fewshot_seed(0)
+        task.set_fewshot_seed(shot_order)
+        if name in TASKS and shot_order:
+            order = np.random.default_rng(shot_order).permutation(num_fewshot)
+            task.sampler.replace_df([list(task.fewshot_docs())[index] for index in order])
     return loaded
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 RESAMPLES = 2000
+UNTOLD = "cannot be told from this data"
 
 
 class Interval(NamedTuple):
@@ -25,6 +28,36 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: in
     Arguments and errors as for :func:`statistic_interval`, with one number an observation.
     """
     return statistic_interval(values, lambda draws, axis: draws.mean(axis), confidence=confidence, seed=seed)
+
+
+def group_intervals(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+    """Means of groups of rows with their 95 % bootstrap intervals.
+
+    Args:
+        table: One observation a row.
+        by: Columns that tell the groups apart; they keep the order of the table.
+        value: Column to average.
+
+    Returns:
+        A row for each group: the columns ``by``, then ``value`` (the mean), ``low``, ``high`` and ``n``.
+
+    Raises:
+        ValueError: If a group has fewer than 2 observations, or NaN among them.
+    """
+    rows = []
+    for names, group in table.groupby(list(by), sort=False):
+        values = group[value].to_numpy(dtype=np.float64)
+        if len(values) < 2 or np.isnan(values).any():
+            raise ValueError(f"an interval needs at least 2 observations without NaN, got {values[:5]} for {names}")
+        low, high = np.quantile(_weights(len(values)) @ values, [0.025, 0.975])
+        rows.append((*names, values.mean(), low, high, len(values)))
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(n: int, seed: int = 0) -> np.ndarray:
+    """Weight of each of n observations in each bootstrap resample, shape (RESAMPLES, n)."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
 
 
 def statistic_interval(observations: np.ndarray, statistic: Callable[..., np.ndarray], *, confidence: float = 0.95,
@@ -71,6 +104,78 @@ def depth_correlation(distances: np.ndarray, axis: int) -> np.ndarray:
     return (ranks * depth).sum(-1) / np.sqrt((ranks**2).sum(-1) * (depth**2).sum())
 
 
+def fall(curves: np.ndarray, axis: int, *, width: int) -> np.ndarray:
+    """Place and sharpness of the steepest part of a falling curve of means, for :func:`statistic_interval`.
+
+    Args:
+        curves: Values with observations along ``axis`` and the places of the curve along the last one.
+        axis: The axis to average over first.
+        width: Steps over which the steepest part extends.
+
+    Returns:
+        Along a new last axis: the index of the place where that part begins, and its share in the whole fall from the
+        first place to the lowest mean (NaN where nothing falls).
+    """
+    means = curves.mean(axis)
+    drops = means[..., :-width] - means[..., width:]
+    whole = means[..., 0] - means.min(-1)
+    share = np.divide(drops.max(-1), whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+    return np.stack([drops.argmax(-1).astype(float), share], axis=-1)
+
+
+def steepness(curves: np.ndarray, axis: int, *, places: Sequence[float]) -> np.ndarray:
+    """Largest slope between neighbouring places of a curve of means over its mean slope: 1 for a straight line."""
+    means = curves.mean(axis)
+    slopes = np.diff(means, axis=-1) / np.diff(np.asarray(places, dtype=float))
+    return slopes.max(-1) / ((means[..., -1] - means[..., 0]) / (places[-1] - places[0]))
+
+
+def paired_verdicts(differences: Mapping[str, np.ndarray], *, margin: float, seed: int = 0) -> pd.DataFrame:
+    """Whether paired measurements differ, are equal within a margin, or cannot be told apart.
+
+    Observations are resampled and, where there are several runs, runs too, so that the interval covers both. A pair
+    "differs" if its interval excludes 0 at the confidence that the method of Holm (1979) gives it among all pairs, and
+    is "equal" if its 90 % interval lies inside the margin (two one-sided tests, Schuirmann 1987).
+
+    Args:
+        differences: By name, one difference a window or question, shape ``(n,)``, or ``(n, runs)`` for several runs
+            (healing seeds) on the same ones.
+        margin: Largest difference, of either sign, that counts as none; above 0.
+        seed: Seed of the resampling.
+
+    Returns:
+        A row for each name: ``difference`` (the mean), ``low`` and ``high`` (at the confidence after Holm), ``low_90``
+        and ``high_90``, ``n``, ``runs``, ``detectable`` (the difference that such data finds in 80 % of cases, at 5 %)
+        and ``verdict``.
+
+    Raises:
+        ValueError: If the margin is not above 0, or a difference has fewer than 2 observations, or NaN.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin must be above 0, got {margin}")
+    draws, rows = {}, {}
+    for name, values in differences.items():
+        values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+        if len(values) < 2 or np.isnan(values).any():
+            raise ValueError(f"{name}: at least 2 differences without NaN are needed, got shape {values.shape}")
+        n, runs = values.shape
+        chosen = np.random.default_rng([seed, 1]).integers(runs, size=(RESAMPLES, runs))
+        draws[name] = np.take_along_axis(_weights(n, seed) @ values, chosen, axis=1).mean(1)
+        rows[name] = {"difference": values.mean(), "n": n, "runs": runs}
+    shares = {name: min((drawn <= 0).mean(), (drawn >= 0).mean()) for name, drawn in draws.items()}
+    still = True
+    for place, name in enumerate(sorted(shares, key=shares.get)):
+        drawn, level = draws[name], 0.05 / (len(draws) - place)
+        low, low_90, high_90, high = np.quantile(drawn, [level / 2, 0.05, 0.95, 1 - level / 2])
+        still &= not low <= 0 <= high
+        equal = -margin < low_90 and high_90 < margin
+        said = {(True, False): "differs", (True, True): "differs, within the margin", (False, True): "equal"}
+        rows[name] |= {"low": low, "high": high, "low_90": low_90, "high_90": high_90, "detectable": 2.8 * drawn.std(),
+                       "verdict": said.get((bool(still), equal), UNTOLD)}
+    columns = ["difference", "low", "high", "low_90", "high_90", "n", "runs", "detectable", "verdict"]
+    return pd.DataFrame.from_dict(rows, orient="index")[columns].rename_axis("pair").reset_index()
+
+
 def verdict(interval: Interval, *, claimed: str) -> str:
     """What an interval says of a claim about the sign of its value.
 
@@ -88,5 +193,5 @@ def verdict(interval: Interval, *, claimed: str) -> str:
     if claimed not in ("above 0", "below 0"):
         raise ValueError(f"claimed must be 'above 0' or 'below 0', got {claimed!r}")
     if interval.low <= 0 <= interval.high:
-        return "cannot be told from this data"
+        return UNTOLD
     return "holds" if (interval.low > 0) == (claimed == "above 0") else "does not hold at this size"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import shutil
@@ -33,7 +34,7 @@ class HealedModel(NamedTuple):
     """A healed model and how its loss went.
 
     Attributes:
-        model: The trained copy: a PEFT model for unmerged adapters, else a plain one, in evaluation mode.
+        model: The trained copy, in evaluation mode: a PEFT model for unmerged adapters, else a plain one.
         history: ``step`` (1-based; 0 is before training), ``tokens`` (seen so far), ``split`` (``train`` or ``eval``),
             ``loss`` (nats per token, of the step's batch or all evaluation windows), ``learning_rate`` (NaN for eval).
         trainable_parameters: Number of parameters that were trained.
@@ -81,13 +82,14 @@ def heal(model: nn.Module, tokenizer, train_ids: torch.Tensor, *, method: str = 
         ValueError: If an argument is out of range, the model is quantised or has adapters, ``output_dir`` holds
             anything but a run with these settings (the differing ones are named), or a loss is not finite.
     """
-    alpha, targets = rank if alpha is None else alpha, list(targets) if isinstance(targets, tuple) else targets
-    settings = {key: value for key, value in locals().items() if key not in NOT_RECORDED}
-    _check(model, settings, train_ids, eval_ids)
+    settings = check_settings(model, {key: value for key, value in locals().items() if key not in NOT_RECORDED})
+    for ids in [train_ids] if eval_ids is None else [train_ids, eval_ids]:
+        models.check_input_ids(model, ids, shortest=2)
     folder, last = None if output_dir is None else Path(output_dir), None
     if folder is not None:
-        settings |= {"model": _digest(dict(model.named_parameters())), "train_ids": _digest({"ids": train_ids}),
-                     "eval_ids": None if eval_ids is None else _digest({"ids": eval_ids})}
+        inputs = {"model": dict(model.named_parameters()), "train_ids": {"ids": train_ids},
+                  "eval_ids": None if eval_ids is None else {"ids": eval_ids}}
+        settings |= {name: given and runtime.tensor_digest(given) for name, given in inputs.items()}
         last = _last_whole_checkpoint(folder, settings)
     torch.manual_seed(seed)
     trained = _trainable_copy(model, settings)
@@ -106,7 +108,14 @@ def heal(model: nn.Module, tokenizer, train_ids: torch.Tensor, *, method: str = 
     return HealedModel(_finished(trained, model, method, merge), history, count)
 
 
-def _check(model: nn.Module, settings: dict, train_ids: torch.Tensor, eval_ids: torch.Tensor | None) -> None:
+def check_settings(model: nn.Module, settings: dict) -> dict:
+    """All settings of :func:`heal` for a model, defaults filled in; a ValueError as there, also for unknown names."""
+    defaults = {name: given.default for name, given in inspect.signature(heal).parameters.items()
+                if name not in NOT_RECORDED}
+    if unknown := settings.keys() - defaults.keys():
+        raise ValueError(f"healing has no settings {sorted(unknown)}; it has {', '.join(defaults)}")
+    settings = defaults | settings
+    settings["targets"] = list(targets) if isinstance(targets := settings["targets"], tuple) else targets
     if settings["method"] not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {settings['method']!r}")
     if getattr(model, "is_quantized", False) or hasattr(model, "peft_config"):
@@ -117,15 +126,13 @@ def _check(model: nn.Module, settings: dict, train_ids: torch.Tensor, eval_ids: 
                             ("rank", 1, most), ("last_k", 0, n_layers), ("seed", 0, most)):
         if type(settings[name]) is not int or not low <= settings[name] <= high:
             raise ValueError(f"{name} must be a whole number from {low} to {high}, got {settings[name]!r}")
+    settings["alpha"] = settings["rank"] if settings["alpha"] is None else settings["alpha"]
     for name, least, below in (("learning_rate", 5e-324, math.inf), ("alpha", 5e-324, math.inf), ("dropout", 0, 1)):
         if not isinstance(settings[name], int | float) or not least <= settings[name] < below:
             raise ValueError(f"{name} must be {'in [0, 1)' if below == 1 else 'above 0'}, got {settings[name]!r}")
-    for ids in [train_ids] if eval_ids is None else [train_ids, eval_ids]:
-        models.check_input_ids(model, ids)
-        if ids.shape[1] < 2:
-            raise ValueError(f"windows must hold at least 2 tokens, got {ids.shape[1]}")
     if settings["method"] in ADAPTERS:
         adapter_targets(model, settings["targets"])
+    return settings
 
 
 def _trainable_copy(model: nn.Module, settings: dict) -> nn.Module:
@@ -152,13 +159,12 @@ def _trainable_copy(model: nn.Module, settings: dict) -> nn.Module:
         # On the CPU, bitsandbytes repacks 4-bit weights at the first evaluation, after which no gradient passes them.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    trained.name_or_path = ""  # else each save asks the hub about that name, which never had these weights
     config = LoraConfig(
         task_type="CAUSAL_LM", r=settings["rank"], lora_alpha=settings["alpha"], lora_dropout=settings["dropout"],
         target_modules=adapter_targets(trained, settings["targets"]), use_dora=method == "dora")
     with warnings.catch_warnings(action="ignore"):  # of old names within transformers, and that Conv1D is transposed
-        adapted = get_peft_model(trained, config)
-    config.base_model_name_or_path = None  # else each save asks the hub about that name
-    return adapted
+        return get_peft_model(trained, config)
 
 
 def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
@@ -265,14 +271,6 @@ def _finished(trained: nn.Module, model: nn.Module, method: str, merge: bool) ->
             own_name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             weight.data = weight.data.to(dtypes.get(own_name, model.dtype))
     return trained.requires_grad_(False).eval()
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _file_digests(folder: Path) -> dict[str, str]:

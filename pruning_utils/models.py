@@ -166,16 +166,17 @@ def context_length(config) -> int:
     return int(1e30)
 
 
-def check_input_ids(model: nn.Module, input_ids: torch.Tensor) -> None:
+def check_input_ids(model: nn.Module, input_ids: torch.Tensor, *, shortest: int = 1) -> None:
     """Refuse token ids that the model cannot take, before any work.
 
     Args:
         model: A causal language model.
         input_ids: Integer tensor of shape ``(n_samples, seq_len)``, both at least 1.
+        shortest: Tokens that each sequence must have: 2 where tokens are to be predicted.
 
     Raises:
-        ValueError: If the shape or dtype is wrong, an id lies outside the vocabulary, or a sequence is longer than
-            the model's context.
+        ValueError: If the shape or dtype is wrong, an id lies outside the vocabulary, or a sequence is too short, or
+            longer than the model's context.
     """
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point() \
             or input_ids.numel() == 0:
@@ -185,6 +186,8 @@ def check_input_ids(model: nn.Module, input_ids: torch.Tensor) -> None:
     for extreme in (int(input_ids.min()), int(input_ids.max())):
         if not 0 <= extreme < vocabulary:
             raise ValueError(f"token id {extreme} is outside the vocabulary [0, {vocabulary})")
+    if input_ids.shape[1] < shortest:
+        raise ValueError(f"windows must hold at least {shortest} tokens, got {input_ids.shape[1]}")
     if input_ids.shape[1] > (longest := context_length(model.config)):
         raise ValueError(f"sequences of {input_ids.shape[1]} tokens are longer than the model's context of {longest}")
 

@@ -22,21 +22,25 @@ ENTITIES = {
     "last token": ("#0072B2", "o"), "all tokens": ("#E69F00", "D"),
     "mean over tokens": ("#009E73", "o"), "flattened": ("#CC79A7", "s"),
     "xsum": ("#0072B2", "o"), "boolq": ("#E69F00", "s"), "quac": ("#009E73", "^"),
+    "similarity": ("#0072B2", "o"), "deepest": ("#D55E00", "s"),
+    "rank 2": ("#56B4E9", "o"), "rank 8": ("#0072B2", "^"), "rank 32": ("#CC79A7", "s"),
 }
 matplotlib.style.use(STYLE)
 
 
-def _colour(entity: str) -> str:
+def colour_of(entity: str) -> str:
+    """Colour of an entity everywhere; one for all that have none of their own."""
     return ENTITIES[entity][0] if entity in ENTITIES else "#56B4E9"
 
 
-def _figure(width: float, height: float, columns: int = 1, **grid) -> tuple[Figure, np.ndarray]:
+def new_figure(width: float, height: float, columns: int = 1, **grid) -> tuple[Figure, np.ndarray]:
     """A figure that no interactive window owns, with its axes as a flat array."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(1, columns, **grid)).ravel()
 
 
-def _need(table: pd.DataFrame, *columns: str) -> None:
+def need_columns(table: pd.DataFrame, *columns: str) -> None:
+    """Raise a ValueError for a table without rows or without one of the columns."""
     missing = [column for column in columns if column not in table]
     if missing or table.empty:
         raise ValueError(f"the table needs rows and the columns {', '.join(columns)}; "
@@ -53,11 +57,11 @@ def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Fig
     Returns:
         The figure; a cross marks each row's minimum.
     """
-    _need(table, "start", "block_size", value)
+    need_columns(table, "start", "block_size", value)
     raw = table.pivot(index="block_size", columns="start", values=value).sort_index()
     low, high = raw.min(axis=1), raw.max(axis=1)
     spread = (high - low).where(high > low, 1)
-    figure, axes = _figure(WIDE, 2.5, 2, sharey=True)
+    figure, axes = new_figure(WIDE, 2.5, 2, sharey=True)
     for axis, values, label in ((axes[0], raw.sub(low, axis=0).div(spread, axis=0), "distance, scaled per row"),
                                 (axes[1], raw, "angular distance")):
         sns.heatmap(values, ax=axis, vmin=0, cmap="viridis", xticklabels=5, yticklabels=False, rasterized=True,
@@ -84,9 +88,9 @@ def distance_curves(table: pd.DataFrame, *, value: str = "angular_distance", blo
     Returns:
         The figure.
     """
-    _need(table, "start", "block_size", value)
+    need_columns(table, "start", "block_size", value)
     sizes = sorted(table["block_size"].unique()) if block_sizes is None else list(block_sizes)
-    figure, (axis,) = _figure(WIDE, 2.8)
+    figure, (axis,) = new_figure(WIDE, 2.8)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(sizes)))
     minima = []
     for size, colour in zip(sizes, colours, strict=True):
@@ -116,8 +120,8 @@ def layer_scores(table: pd.DataFrame, *, label: str = "score") -> Figure:
     Returns:
         The figure, on a logarithmic axis.
     """
-    _need(table, "layer", "definition", "value")
-    figure, (axis,) = _figure(WIDE, 2.4)
+    need_columns(table, "layer", "definition", "value")
+    figure, (axis,) = new_figure(WIDE, 2.4)
     for definition, rows in table.groupby("definition", sort=False):
         colour, marker = ENTITIES.get(definition, ("#56B4E9", "o"))
         axis.plot(rows["layer"], rows["value"], marker=marker, color=colour, label=definition, linewidth=0.9)
@@ -136,13 +140,13 @@ def chosen_starts(table: pd.DataFrame, *, n_layers: int) -> Figure:
     Returns:
         The figure: area of a disc is the share of draws.
     """
-    _need(table, "source", "n_samples", "start", "share")
+    need_columns(table, "source", "n_samples", "start", "share")
     sources, counts = list(table["source"].unique()), sorted(table["n_samples"].unique())
-    figure, axes = _figure(WIDE, 2.3, len(sources), sharey=True, sharex=True)
+    figure, axes = new_figure(WIDE, 2.3, len(sources), sharey=True, sharex=True)
     for axis, source in zip(axes, sources, strict=True):
         rows = table[table["source"] == source]
         axis.scatter(rows["start"], [counts.index(count) for count in rows["n_samples"]], s=90 * rows["share"],
-                     color=_colour(source), linewidths=0)
+                     color=colour_of(source), linewidths=0)
         axis.set(title=source, xlabel=r"chosen first layer $\ell^*$", xlim=(-1, n_layers),
                  ylim=(-0.6, len(counts) - 0.4))
         axis.set_yticks(range(len(counts)), [str(count) for count in counts])
@@ -161,16 +165,16 @@ def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
     Returns:
         The figure; on the dashed line, a block would end with the last layer.
     """
-    _need(chosen, "model", "n_layers", "block_size", "start")
-    _need(published, "model", "n_layers", "block_size", "start")
-    figure, (axis,) = _figure(NARROW, 2.6)
+    need_columns(chosen, "model", "n_layers", "block_size", "start")
+    need_columns(published, "model", "n_layers", "block_size", "start")
+    figure, (axis,) = new_figure(NARROW, 2.6)
     axis.plot([0, 1], [1, 0], "--", color="0.6", linewidth=0.8)
     for (model, rows), marker in zip(published.groupby("model", sort=False), "os^Dv", strict=False):
         axis.plot(rows["block_size"] / rows["n_layers"], rows["start"] / rows["n_layers"], marker, color="0.45",
                   fillstyle="none", markersize=3, markeredgewidth=0.6, label=f"{model} (published)")
     for model, rows in chosen.groupby("model", sort=False):
         axis.plot(rows["block_size"] / rows["n_layers"], rows["start"] / rows["n_layers"], ".-", label=model,
-                  color=_colour("healed"), linewidth=0.8)
+                  color=colour_of("healed"), linewidth=0.8)
     axis.set(xlabel="layers removed $n / L$", ylabel=r"first removed layer $\ell^* / L$", xlim=(0, 0.85), ylim=(0, 1))
     axis.legend(loc="upper right", fontsize=6, borderaxespad=0)
     return figure
@@ -187,13 +191,13 @@ def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame)
     Returns:
         The figure: distances with the chosen block, means with 95 % intervals over windows, loss against tokens.
     """
-    _need(distances, "start", "angular_distance")
-    _need(losses, "stage", "loss")
-    _need(history, "tokens", "split", "loss")
-    figure, (first, left, right) = _figure(WIDE * 1.2, 2.2, 3)
+    need_columns(distances, "start", "angular_distance")
+    need_columns(losses, "stage", "loss")
+    need_columns(history, "tokens", "split", "loss")
+    figure, (first, left, right) = new_figure(WIDE * 1.2, 2.2, 3)
     best = distances.loc[distances["angular_distance"].idxmin()]
     first.plot(distances["start"], distances["angular_distance"], color="0.4", linewidth=0.9)
-    first.plot(best["start"], best["angular_distance"], "s", color=_colour("pruned"))
+    first.plot(best["start"], best["angular_distance"], "s", color=colour_of("pruned"))
     first.set(xlabel="first layer of the block (0-based)", ylabel="angular distance", ylim=(0, None), title="choose")
     for place, (stage, rows) in enumerate(losses.groupby("stage", sort=False)):
         mean, low, high = evidence.mean_interval(rows["loss"])

@@ -22,7 +22,7 @@ from pruning_utils.runtime import atomic_path, peak_memory_bytes
 
 PACKAGE = Path(__file__).resolve().parent
 # These show, keep or place results; a change in them cannot change a number of a table.
-NOT_COMPUTING = ("plots", "results", "records", "saved_points", "runtime", "__init__")
+NOT_COMPUTING = ("plots", "depth_plots", "results", "records", "saved_points", "runtime", "__init__")
 VOLATILE = ("seconds", "per_second", "peak_bytes")  # endings of column names whose values differ from run to run
 
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from pruning_utils import records, runtime, saved_points
 from pruning_utils.records import StaleResult, canonical, plain, read_record
 
-__all__ = ["StaleResult", "Summary", "load_or_compute", "read_record", "slug", "stale_modules", "summary", "sweep",
-           "table_path"]
+__all__ = ["StaleResult", "Summary", "checkpoint_path", "load_or_compute", "read_record", "slug", "stale_modules",
+           "summary", "sweep", "table_path"]
 NO_COMPUTE = "PRUNING_UTILS_NO_COMPUTE"
 SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
 SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -60,6 +60,12 @@ def table_path(profile: str, notebook: str, table: str) -> Path:
             raise ValueError(f"{kind} must be a plain name (a-z, 0-9, '-', '_', '.', first a letter or digit, not "
                              f"ending in .measured or .points; results.slug makes one), got {name!r}")
     return runtime.output_root(profile) / "results" / profile / notebook / f"{table}.csv"
+
+
+def checkpoint_path(profile: str, modules: Sequence[str]) -> Path:
+    """Folder for trained weights that depend on these modules of the package: another one for other sources."""
+    sources = {name: records.digest_now(name) for name in modules}
+    return runtime.output_root(profile) / "checkpoints" / records.digest(canonical(sources))[:12]
 
 
 def stale_modules(path: str | os.PathLike) -> list[str]:

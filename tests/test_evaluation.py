@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pruning_utils import data, evaluation, models
+from pruning_utils import data, evaluation, models, sharing
 
 V = 96
 SHARED = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -74,7 +74,7 @@ def test_losses_equal_the_models_own(name, monkeypatch):
     models.decoder_layers(model)[0].register_forward_hook(lambda *_: runs.append(1))
     model.get_output_embeddings().register_forward_pre_hook(lambda _, call: widths.append(call[0][..., 0].numel()))
     vocabulary = model.get_input_embeddings().num_embeddings
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 5 * vocabulary)  # chunks of five tokens cross the ends of windows
+    monkeypatch.setattr(sharing, "LOGITS_AT_ONCE", 5 * vocabulary)  # chunks of five tokens cross the ends of windows
     losses = evaluation.token_losses(model, input_ids, batch_size=3)
     assert losses.dtype == torch.float32 and losses.shape == (3, 8)
     assert torch.allclose(losses, expected, atol=5e-5)
@@ -111,7 +111,7 @@ def test_unknown_head_falls_back_on_its_forward():
 @pytest.mark.parametrize("tokens_at_once", [1, 3, 1000])
 def test_batches_and_chunks_change_nothing(batch_size, tokens_at_once, monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", tokens_at_once * V)
+    monkeypatch.setattr(sharing, "LOGITS_AT_ONCE", tokens_at_once * V)
     assert torch.allclose(evaluation.token_losses(model, windows(), batch_size=batch_size),
                           own_losses(model, windows()), atol=2e-5)
 
@@ -264,7 +264,7 @@ def toy(monkeypatch):
 
     scorer = ToyLM()
     scorer.requests = []
-    monkeypatch.setattr(evaluation, "_language_model", lambda *_: scorer)
+    monkeypatch.setattr(sharing, "language_model", lambda *_: scorer)
     return scorer
 
 
@@ -514,7 +514,7 @@ def test_cut_prompts_are_reported(small, caplog):
     ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
 ])
 def test_bad_requests_are_refused(arguments, message, monkeypatch):
-    monkeypatch.setattr(evaluation, "_language_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(sharing, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match=message):
         evaluation.evaluate_tasks(nn.Identity(), None, **{"tasks": ["piqa"], **arguments})
 
@@ -617,14 +617,14 @@ def test_unreachable_hub_is_one_clear_error(official, monkeypatch):
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    monkeypatch.setattr(evaluation, "_language_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(sharing, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match="task 'far' could not be read from the hub: Couldn't reach"):
         evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "far"])
 
 
 @pytest.mark.parametrize("name", ["nope", "lm-eval:nope", "lm-eval:mmlu_letter", "../piqa", None, 3])
 def test_unknown_task_is_refused_before_any_work(official, monkeypatch, name):
-    monkeypatch.setattr(evaluation, "_language_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(sharing, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match="unknown task .*mmlu, boolq, piqa, openbookqa, commonsenseqa, siqa"):
         evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", name])
 

@@ -1,0 +1,104 @@
+"""Figures over the depth of pruning: curves, how healing went, paired differences, and which layers go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pruning_utils.plots import ENTITIES, WIDE, colour_of, need_columns, new_figure
+
+BASELINES = ("unpruned", "chance", "majority")
+
+
+def depth_curves(table: pd.DataFrame, *, n_layers: int, baselines: pd.DataFrame | None = None, columns: int = 3,
+                 height: float = 1.75) -> Figure:
+    """Quantities against the fraction of layers removed, a panel each.
+
+    Args:
+        table: Columns ``panel``, ``series``, ``n_dropped`` (layers), ``value``, ``low`` and ``high``.
+        n_layers: L.
+        baselines: Columns ``panel``, ``name`` and ``value``: thin lines, named in the legend.
+        columns: Panels in a row.
+        height: Of a row of panels, in inches.
+
+    Returns:
+        The figure; series that are dense in n are lines with bands, others marks with error bars.
+    """
+    need_columns(table, "panel", "series", "n_dropped", "value", "low", "high")
+    panels = list(table["panel"].unique())
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDE * 1.15, 0.35 + height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+    handles: dict = {}
+    for axis, panel in zip(axes, panels, strict=False):
+        for series, points in table[table["panel"] == panel].sort_values("n_dropped").groupby("series", sort=False):
+            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
+            x, y = points["n_dropped"] / n_layers, points["value"]
+            handles[series] = axis.plot(x, y, marker=marker, color=colour, markersize=2.5, linewidth=0.8)[0]
+            axis.fill_between(x, points["low"], points["high"], color=colour, alpha=0.18, linewidth=0)
+        for name, style in zip(BASELINES, ("-", ":", "--"), strict=True):
+            for value in [] if baselines is None else baselines[baselines[["panel", "name"]].eq(
+                    [panel, name]).all(axis=1)]["value"]:
+                handles[name] = axis.axhline(value, color="0.35", linestyle=style, linewidth=0.7, zorder=0)
+        axis.set_title(panel)
+    for axis in axes[len(panels):]:
+        axis.set_visible(False)
+    figure.supxlabel(f"layers removed $n / L$ ($L$ = {n_layers})", fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6))
+    return figure
+
+
+def healing_curves(table: pd.DataFrame) -> Figure:
+    """Loss against healing tokens, a panel for each ``panel``, a curve for each ``n_dropped``; columns with them
+    ``tokens`` and ``loss`` (nats per token)."""
+    need_columns(table, "panel", "n_dropped", "tokens", "loss")
+    panels, depths = list(table["panel"].unique()), sorted(table["n_dropped"].unique())
+    figure, axes = new_figure(WIDE, 2.5, len(panels), sharey=True)
+    for axis, panel in zip(axes, panels, strict=True):
+        for depth, colour in zip(depths, matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(depths))),
+                                 strict=True):
+            rows = table[(table["panel"] == panel) & (table["n_dropped"] == depth)]
+            axis.plot(rows["tokens"] / 1000, rows["loss"], color=colour, marker=".", linewidth=0.9, label=f"{depth}")
+        axis.set(title=panel, xlabel="healing tokens (thousands)")
+    axes[0].set(ylabel="validation loss (nats per token)")
+    figure.legend(*axes[0].get_legend_handles_labels(), title="layers\nremoved", loc="outside right upper")
+    return figure
+
+
+def differences(table: pd.DataFrame, *, margin: float, label: str) -> Figure:
+    """Paired differences with their corrected and 90 % intervals beside the margin within which they count as none.
+
+    Args:
+        table: From :func:`evidence.paired_verdicts`.
+        margin: Half the width of the grey band.
+        label: What the difference is of, with its unit.
+    """
+    need_columns(table, "pair", "difference", "low", "high", "low_90", "high_90")
+    figure, (axis,) = new_figure(WIDE, 0.7 + 0.24 * len(table))
+    axis.axvspan(-margin, margin, color="0.9", zorder=0)
+    axis.axvline(0, color="0.35", linewidth=0.7)
+    places = np.arange(len(table))[::-1]
+    axis.hlines(places, table["low"], table["high"], color=colour_of("healed"), linewidth=0.8)
+    axis.hlines(places, table["low_90"], table["high_90"], color=colour_of("healed"), linewidth=2.6)
+    axis.plot(table["difference"], places, "o", color="white", markeredgecolor=colour_of("healed"), markersize=4)
+    axis.set_yticks(places, table["pair"])
+    axis.set(xlabel=label)
+    return figure
+
+
+def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figure:
+    """A drawing of which layers go: a row of squares for each name, the removed ones filled; L = ``n_layers``."""
+    figure, (axis,) = new_figure(WIDE, 0.6 + 0.28 * len(removed))
+    gone = np.array([[layer in set(layers) for layer in range(n_layers)] for layers in removed.values()])
+    axis.pcolormesh(gone, cmap=matplotlib.colors.ListedColormap(["white", colour_of("pruned")]), vmin=0, vmax=1,
+                    edgecolors="0.5", linewidth=0.5)
+    axis.set_yticks(np.arange(len(removed)) + 0.5, list(removed))
+    axis.set_xticks(np.arange(0, n_layers, 2) + 0.5, range(0, n_layers, 2))
+    axis.invert_yaxis()
+    axis.tick_params(length=0)
+    axis.set(xlabel=f"layer (0-based; {n_layers - 1} is the last)")
+    return figure
