@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pruning_utils.plots import ENTITIES, WIDE, colour_of, need_columns, new_figure
+from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, new_figure
 
 BASELINES = ("unpruned", "chance", "majority")
 
 
 def depth_curves(table: pd.DataFrame, *, n_layers: int, baselines: pd.DataFrame | None = None, columns: int = 3,
-                 height: float = 1.75) -> Figure:
+                 height: float = 1.75, label: str = "") -> Figure:
     """Quantities against the fraction of layers removed, a panel each.
 
     Args:
@@ -24,9 +24,10 @@ def depth_curves(table: pd.DataFrame, *, n_layers: int, baselines: pd.DataFrame 
         baselines: Columns ``panel``, ``name`` and ``value``: thin lines, named in the legend.
         columns: Panels in a row.
         height: Of a row of panels, in inches.
+        label: Of the vertical axes, where all panels share it.
 
     Returns:
-        The figure; series that are dense in n are lines with bands, others marks with error bars.
+        The figure: means with their intervals as bands.
     """
     need_columns(table, "panel", "series", "n_dropped", "value", "low", "high")
     panels = list(table["panel"].unique())
@@ -44,10 +45,11 @@ def depth_curves(table: pd.DataFrame, *, n_layers: int, baselines: pd.DataFrame 
             for value in [] if baselines is None else baselines[baselines[["panel", "name"]].eq(
                     [panel, name]).all(axis=1)]["value"]:
                 handles[name] = axis.axhline(value, color="0.35", linestyle=style, linewidth=0.7, zorder=0)
-        axis.set_title(panel)
+        axis.set_title(NAMES.get(panel, panel))
     for axis in axes[len(panels):]:
         axis.set_visible(False)
     figure.supxlabel(f"layers removed $n / L$ ($L$ = {n_layers})", fontsize=8)
+    figure.supylabel(label, fontsize=8)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6))
     return figure
 

@@ -52,9 +52,8 @@ def heal(model: nn.Module, tokenizer, train_ids: torch.Tensor, *, method: str = 
          merge: bool = False, seed: int = 0, output_dir: str | Path | None = None) -> HealedModel:
     """Train a copy of a model on windows of text, with AdamW, a cosine schedule and gradient clipping at norm 1.
 
-    What is trained is kept in float32 whatever the model's dtype; everything else stays as it is. The input model is
-    never changed. With ``output_dir``, training is saved four times on its way; called again with the same settings
-    after an interruption it goes on from the last save that is whole, and after its end it only loads the result.
+    What is trained is kept in float32; everything else, and the input model, stays as it is. With ``output_dir``,
+    training is saved four times; called again with the same settings it goes on from the last save that is whole.
 
     Args:
         model: A 16- or 32-bit causal language model, pruned or not.

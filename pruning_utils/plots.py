@@ -25,6 +25,8 @@ ENTITIES = {
     "similarity": ("#0072B2", "o"), "deepest": ("#D55E00", "s"),
     "rank 2": ("#56B4E9", "o"), "rank 8": ("#0072B2", "^"), "rank 32": ("#CC79A7", "s"),
 }
+NAMES = {"piqa": "PIQA", "openbookqa": "OpenBookQA", "commonsenseqa": "CommonsenseQA", "siqa": "SIQA", "mmlu": "MMLU",
+         "mmlu_letter": "MMLU, by letter", "boolq": "BoolQ", "xsum": "XSum", "quac": "QuAC", "c4": "C4"}
 matplotlib.style.use(STYLE)
 
 

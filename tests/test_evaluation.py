@@ -352,6 +352,19 @@ def test_limit_beyond_the_benchmark_takes_all(toy):
     assert len(evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"], limit=10**6).questions) == 500
 
 
+def test_another_order_has_the_same_shots_and_questions(toy):
+    solved, asked = [], []
+    for shot_order in (0, 1, 2, 1):
+        toy.requests.clear()
+        questions = evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"], num_fewshot=4, limit=5,
+                                              shot_order=shot_order).questions
+        (shots,) = {tuple(prompt.split("\n\n")[:-1]) for prompt, _ in toy.requests}
+        solved.append(shots)
+        asked.append(questions.question_id.tolist())
+    assert len(set(solved)) == 3 and solved[1] == solved[3], "an order is fixed by its number"
+    assert len({frozenset(shots) for shots in solved}) == 1 and asked.count(asked[0]) == 4
+
+
 @pytest.mark.parametrize("limit", [None, 30, 490])
 def test_shots_are_never_scored(toy, limit):
     shots = 3
@@ -511,6 +524,7 @@ def test_cut_prompts_are_reported(small, caplog):
     ({"limit": 0}, "limit must be an integer of at least 1, got 0"), ({"limit": -3}, "-3"), ({"limit": 0.5}, "0.5"),
     ({"num_fewshot": -1}, "num_fewshot must be an integer of at least 0, got -1"),
     ({"num_fewshot": 17}, r"num_fewshot must be in \[0, 16\], got 17"),
+    ({"shot_order": -1}, "shot_order must be an integer of at least 0, got -1"),
     ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
 ])
 def test_bad_requests_are_refused(arguments, message, monkeypatch):

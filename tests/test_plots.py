@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pruning_utils import plots, results
+from pruning_utils import depth_plots, evidence, plots, results
 
 N_LAYERS = 6
 
@@ -107,3 +107,66 @@ def test_smoke_figures_are_stamped(blocks, tmp_path, monkeypatch):
     figure = plots.distance_map(blocks)
     plots.save_figure(figure, "99_test", tables=[table], profile="smoke")
     assert [text.get_text() for text in figure.texts] == ["smoke profile: not a result"]
+
+
+# --- depth ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def curves():
+    """Two panels, two series of three depths; the value is 1, 2, 3 for the first and 10 times that for the second."""
+    return pd.DataFrame([{"panel": panel, "series": series, "n_dropped": n, "value": scale * (n + 1),
+                          "low": scale * (n + 0.5), "high": scale * (n + 2)}
+                         for panel in ("piqa", "pooled") for series, scale in (("pruned", 1), ("healed", 10))
+                         for n in (2, 0, 1)])
+
+
+def test_depth_curves_show_every_mean_at_its_fraction(curves):
+    baselines = pd.DataFrame([{"panel": "piqa", "name": "chance", "value": 0.5}])
+    figure = depth_plots.depth_curves(curves, n_layers=4, baselines=baselines, columns=2, label="accuracy")
+    first, second = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["PIQA", "pooled"]
+    for axis, n_baselines in ((first, 1), (second, 0)):
+        pruned, healed = axis.lines[:2]
+        assert pruned.get_xydata().tolist() == [[0, 1], [0.25, 2], [0.5, 3]]
+        assert healed.get_ydata().tolist() == [10, 20, 30]
+        assert pruned.get_color() == plots.colour_of("pruned") != healed.get_color()
+        assert [line.get_ydata()[0] for line in axis.lines[2:]] == [0.5] * n_baselines
+        band = axis.collections[0].get_paths()[0].get_extents()
+        assert (band.ymin, band.ymax) == (0.5, 4)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["pruned", "healed", "chance"]
+    assert len(depth_plots.depth_curves(curves, n_layers=4, columns=3).axes) == 3, "an empty place is hidden"
+
+
+def test_healing_curves_have_a_line_for_each_depth():
+    table = pd.DataFrame([{"panel": rule, "n_dropped": n, "tokens": 1000 * step, "loss": n - step}
+                          for rule in ("similarity", "deepest") for n in (2, 8) for step in range(3)])
+    figure = depth_plots.healing_curves(table)
+    assert [len(axis.lines) for axis in figure.axes] == [2, 2]
+    assert figure.axes[1].lines[1].get_xydata().tolist() == [[0, 8], [1, 7], [2, 6]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["2", "8"]
+
+
+def test_differences_stand_beside_their_margin():
+    table = evidence.paired_verdicts({"a": np.array([0.1, 0.2, 0.3]), "b": np.array([-0.1, 0.1])}, margin=0.02)
+    (axis,) = depth_plots.differences(table, margin=0.02, label="accuracy").axes
+    assert axis.lines[-1].get_xydata().tolist() == [[pytest.approx(0.2), 1], [0, 0]]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "b"]
+    corrected = [segment[:, 0].tolist() for segment in axis.collections[0].get_segments()]
+    assert corrected == table[["low", "high"]].to_numpy().tolist()
+    assert axis.patches[0].get_extents().transformed(axis.transData.inverted()).width == pytest.approx(0.04)
+
+
+def test_drawing_fills_the_removed_layers():
+    figure = depth_plots.removed_layers({"deepest": [2, 3], "none": []}, n_layers=5)
+    cells = figure.axes[0].collections[0].get_array()
+    assert cells.astype(int).tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("draw", [
+    lambda table: depth_plots.depth_curves(table, n_layers=4), depth_plots.healing_curves,
+    lambda table: depth_plots.differences(table, margin=1, label="")])
+def test_depth_figures_refuse_other_tables(draw):
+    with pytest.raises(ValueError, match="the table needs rows and the columns"):
+        draw(pd.DataFrame({"panel": ["a"]}))
