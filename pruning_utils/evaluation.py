@@ -210,7 +210,7 @@ def _load_task(name: str, num_fewshot: int, shot_order: int) -> dict:
             task.set_config("num_fewshot", num_fewshot)
         task.set_fewshot_seed(shot_order)
         if name in TASKS and shot_order:
-            order = np.random.default_rng(shot_order).permutation(num_fewshot)
+            order = np.roll(np.random.default_rng(shot_order).permutation(num_fewshot), shot_order)
             task.sampler.replace_df([list(task.fewshot_docs())[index] for index in order])
     return loaded
 

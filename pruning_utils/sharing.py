@@ -48,6 +48,9 @@ def run_backbone(model: nn.Module, batch: torch.Tensor, **inputs) -> tuple[nn.Mo
     with contextlib.ExitStack() as hooks:
         for module in set(candidates) - {causal}:
             hooks.enter_context(module.register_forward_hook(lambda *call: outputs.update({call[0]: call[2]})))
+        # The head is applied afterwards, to what is asked: for a last token of each row alone it may cost five times
+        # what all layers do.
+        hooks.enter_context(replaced(model.get_output_embeddings(), "forward", lambda states: states[..., :1]))
         model(batch, logits_to_keep=1, **{"use_cache": False, **inputs})
     backbone = next((module for module in candidates if module in outputs), None)
     states = getattr(outputs.get(backbone), "last_hidden_state", None)
@@ -76,6 +79,9 @@ def language_model(model: nn.Module, tokenizer, batch_size: int):
     from lm_eval.models.huggingface import HFLM
 
     class SharingLM(HFLM):
+        def loglikelihood(self, requests, disable_tqdm=True):
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # no bar for what takes a moment
+
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             most = min(longest_shared(self.model), self.max_length)
             fits = [len(prompt) + len(answer) <= most + 1 for _, prompt, answer in requests]
