@@ -4,9 +4,9 @@ One module a step, in the order of the work: :mod:`~pruning_utils.models` and :m
 :mod:`~pruning_utils.similarity` scores layers, :mod:`~pruning_utils.selection` chooses,
 :mod:`~pruning_utils.surgery` removes, :mod:`~pruning_utils.healing` trains, :mod:`~pruning_utils.evaluation` measures
 (:mod:`~pruning_utils.sharing` runs once what measurements have in common), :mod:`~pruning_utils.evidence` says how sure
-a number is, :mod:`~pruning_utils.experiments` joins the steps for a notebook, :mod:`~pruning_utils.results` keeps, and
-:mod:`~pruning_utils.plots` and :mod:`~pruning_utils.depth_plots` draw. Importing the package imports none of them, so
-that a run record names exactly the modules its numbers depend on.
+a number is, :mod:`~pruning_utils.experiments` and :mod:`~pruning_utils.depth_study` join the steps for notebooks,
+:mod:`~pruning_utils.results` keeps, and :mod:`~pruning_utils.plots` and :mod:`~pruning_utils.depth_plots` draw.
+Importing the package imports none of them, so that a run record names exactly the modules its numbers depend on.
 """
 
 __version__ = "0.1.0"

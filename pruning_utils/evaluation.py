@@ -20,6 +20,7 @@ from pruning_utils import data, models, sharing
 
 TASK_FILES = Path(__file__).with_name("tasks")
 TASKS = (*data.BENCHMARKS, "mmlu_letter")
+POOLED = ("piqa", "openbookqa", "commonsenseqa", "siqa")  # on these a model of 135 million parameters beats a guess
 OFFICIAL = "lm-eval:"  # prefix of a task that lm-eval brings itself and that reads its data from a hub
 logger = logging.getLogger(__name__)
 
@@ -177,12 +178,15 @@ def load_tasks(tasks: Sequence[str], *, num_fewshot: int = 0, limit: int | None 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Only errors from the libraries underneath; their levels, and the random state that they draw from, come back."""
+    from lm_eval.api import task
+
     with contextlib.ExitStack() as undo:
         undo.callback(random.setstate, random.getstate())
         for name in ("lm_eval", "datasets", "huggingface_hub", "transformers"):
             library = logging.getLogger(name)
             undo.callback(library.setLevel, library.level)
             library.setLevel(logging.ERROR)
+        undo.enter_context(sharing.replaced(task, "tqdm", lambda items, **_: items))  # flashing bars
         undo.enter_context(warnings.catch_warnings(action="ignore"))
         yield
 

@@ -27,7 +27,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: in
 
     Arguments and errors as for :func:`statistic_interval`, with one number an observation.
     """
-    return statistic_interval(values, lambda draws, axis: draws.mean(axis), confidence=confidence, seed=seed)
+    return statistic_interval(values, lambda means: means, confidence=confidence, seed=seed)
 
 
 def group_intervals(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
@@ -46,32 +46,27 @@ def group_intervals(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.Da
     """
     rows = []
     for names, group in table.groupby(list(by), sort=False):
-        values = group[value].to_numpy(dtype=np.float64)
-        if len(values) < 2 or np.isnan(values).any():
-            raise ValueError(f"an interval needs at least 2 observations without NaN, got {values[:5]} for {names}")
-        low, high = np.quantile(_weights(len(values)) @ values, [0.025, 0.975])
-        rows.append((*names, values.mean(), low, high, len(values)))
+        try:
+            rows.append((*names, *mean_interval(group[value]), len(group)))
+        except ValueError as error:
+            raise ValueError(f"{names}: {error}") from error
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
 
-@functools.lru_cache(maxsize=4)
-def _weights(n: int, seed: int = 0) -> np.ndarray:
-    """Weight of each of n observations in each bootstrap resample, shape (RESAMPLES, n)."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
-
-
-def statistic_interval(observations: np.ndarray, statistic: Callable[..., np.ndarray], *, confidence: float = 0.95,
-                       seed: int = 0) -> Interval:
-    """A statistic with the percentile interval of 2,000 bootstrap resamples.
+def statistic_interval(observations: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *,
+                       confidence: float = 0.95, seed: int = 0) -> Interval:
+    """A statistic of means with the percentile interval of 2,000 bootstrap resamples.
 
     Args:
-        observations: Shape ``(n, ...)``; the first axis, of at least 2, is resampled.
-        statistic: Called with resampled observations and ``axis``, the axis that runs over them.
+        observations: Shape ``(n, ...)``; the first axis, of at least 2, is resampled and averaged.
+        statistic: Called with means ``(...)`` of the observations, and with those of all resamples ``(2000, ...)``;
+            returns a number for each, so it works along the last axes.
         confidence: In (0, 1).
         seed: Seed of the resampling.
 
     Returns:
-        The :class:`Interval`; its value is the statistic of the observations themselves.
+        The :class:`Interval`; its value is the statistic of the observations themselves. The ends are NaN where the
+        statistic is NaN for a resample.
 
     Raises:
         ValueError: If there are fewer than 2 observations, or one is NaN.
@@ -79,53 +74,53 @@ def statistic_interval(observations: np.ndarray, statistic: Callable[..., np.nda
     observations = np.asarray(observations, dtype=np.float64)
     if observations.ndim == 0 or len(observations) < 2 or np.isnan(observations).any():
         raise ValueError(f"an interval needs at least 2 observations without NaN, got shape {observations.shape}")
-    random, draws = np.random.default_rng(seed), []
-    for _ in range(0, RESAMPLES, 100):  # in parts, so that large observations need little memory
-        chosen = random.integers(len(observations), size=(100, len(observations)))
-        draws.append(statistic(observations[chosen], axis=1))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(draws), [tail, 1 - tail])
-    return Interval(float(statistic(observations, axis=0)), float(low), float(high))
+    low, high = np.quantile(statistic(_resampled_means(observations, seed)), [tail, 1 - tail])
+    return Interval(float(statistic(observations.mean(0))), float(low), float(high))
 
 
-def depth_correlation(distances: np.ndarray, axis: int) -> np.ndarray:
+def _resampled_means(observations: np.ndarray, seed: int) -> np.ndarray:
+    """Means (RESAMPLES, ...) of bootstrap resamples of observations (n, ...)."""
+    return np.tensordot(_weights(len(observations), seed), observations, axes=1)
+
+
+@functools.lru_cache(maxsize=2)
+def _weights(n: int, seed: int) -> np.ndarray:
+    """Weight of each of n observations in each resample, shape (RESAMPLES, n)."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+
+
+def depth_correlation(means: np.ndarray) -> np.ndarray:
     """Spearman correlation of the place of a block with its mean distance; below 0, deeper blocks are more alike.
 
     Args:
-        distances: Distances with observations along ``axis`` and blocks, in the order of depth, along the last axis.
-        axis: The axis to average over first.
+        means: Mean distances, with blocks in the order of depth along the last axis.
 
     Returns:
         Correlations in [-1, 1], of the shape that is left.
     """
-    ranks = stats.rankdata(distances.mean(axis), axis=-1)
+    ranks = stats.rankdata(means, axis=-1)
     depth = np.arange(ranks.shape[-1], dtype=float)
     ranks, depth = ranks - ranks.mean(-1, keepdims=True), depth - depth.mean()
     return (ranks * depth).sum(-1) / np.sqrt((ranks**2).sum(-1) * (depth**2).sum())
 
 
-def fall(curves: np.ndarray, axis: int, *, width: int) -> np.ndarray:
-    """Place and sharpness of the steepest part of a falling curve of means, for :func:`statistic_interval`.
+def fall_place(means: np.ndarray, *, width: int) -> np.ndarray:
+    """Index of the place from which a curve of means, along the last axis, falls most within ``width`` steps."""
+    return (means[..., :-width] - means[..., width:]).argmax(-1).astype(float)
 
-    Args:
-        curves: Values with observations along ``axis`` and the places of the curve along the last one.
-        axis: The axis to average over first.
-        width: Steps over which the steepest part extends.
 
-    Returns:
-        Along a new last axis: the index of the place where that part begins, and its share in the whole fall from the
-        first place to the lowest mean (NaN where nothing falls).
-    """
-    means = curves.mean(axis)
-    drops = means[..., :-width] - means[..., width:]
+def fall_share(means: np.ndarray, *, width: int) -> np.ndarray:
+    """Share of the steepest ``width`` steps in the whole fall of a curve of means, from its first place to its lowest;
+    NaN where nothing falls."""
     whole = means[..., 0] - means.min(-1)
-    share = np.divide(drops.max(-1), whole, out=np.full(whole.shape, np.nan), where=whole > 0)
-    return np.stack([drops.argmax(-1).astype(float), share], axis=-1)
+    drop = (means[..., :-width] - means[..., width:]).max(-1)
+    return np.divide(drop, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
-def steepness(curves: np.ndarray, axis: int, *, places: Sequence[float]) -> np.ndarray:
-    """Largest slope between neighbouring places of a curve of means over its mean slope: 1 for a straight line."""
-    means = curves.mean(axis)
+def steepness(means: np.ndarray, *, places: Sequence[float]) -> np.ndarray:
+    """Largest slope between neighbouring places of a curve of means, along the last axis, over its mean slope: 1 for a
+    straight line."""
     slopes = np.diff(means, axis=-1) / np.diff(np.asarray(places, dtype=float))
     return slopes.max(-1) / ((means[..., -1] - means[..., 0]) / (places[-1] - places[0]))
 
@@ -160,7 +155,7 @@ def paired_verdicts(differences: Mapping[str, np.ndarray], *, margin: float, see
             raise ValueError(f"{name}: at least 2 differences without NaN are needed, got shape {values.shape}")
         n, runs = values.shape
         chosen = np.random.default_rng([seed, 1]).integers(runs, size=(RESAMPLES, runs))
-        draws[name] = np.take_along_axis(_weights(n, seed) @ values, chosen, axis=1).mean(1)
+        draws[name] = np.take_along_axis(_resampled_means(values, seed), chosen, axis=1).mean(1)
         rows[name] = {"difference": values.mean(), "n": n, "runs": runs}
     shares = {name: min((drawn <= 0).mean(), (drawn >= 0).mean()) for name, drawn in draws.items()}
     still = True
@@ -185,13 +180,13 @@ def verdict(interval: Interval, *, claimed: str) -> str:
 
     Returns:
         ``holds``, ``does not hold at this size`` (the interval lies on the other side), or ``cannot be told from this
-        data`` (it holds 0).
+        data`` (it holds 0, or its ends are NaN).
 
     Raises:
         ValueError: For another claim.
     """
     if claimed not in ("above 0", "below 0"):
         raise ValueError(f"claimed must be 'above 0' or 'below 0', got {claimed!r}")
-    if interval.low <= 0 <= interval.high:
+    if not (interval.low > 0 or interval.high < 0):
         return UNTOLD
     return "holds" if (interval.low > 0) == (claimed == "above 0") else "does not hold at this size"

@@ -431,7 +431,12 @@ def test_empty_rows_of_a_hub_corpus_are_skipped(tmp_path, monkeypatch, corpus):
     rows = ["", " first", "  \n", "second", ""]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
     assert data.documents("local", "calibration") == [" first", "second"]
-    assert data._hub_documents("local", "calibration", limit=1) == (" first",)
+
+
+def test_only_the_first_documents_of_a_hub_corpus_are_read(tmp_path, monkeypatch, corpus):
+    corpus("jsonl", [{"body": f"{number}"} for number in range(7)])
+    monkeypatch.setattr(data, "OTHER_DOCUMENTS", 3)
+    assert data.documents("local", "calibration") == ["train0", "train1", "train2"]
 
 
 @pytest.mark.parametrize("error", ["DatasetNotFoundError", "ConnectionError", "OSError"])

@@ -30,8 +30,24 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_interval_of_any_statistic():
     pairs = np.column_stack([np.arange(50.0), 2 * np.arange(50.0)])
-    found = statistic_interval(pairs, lambda draws, axis: draws[..., 1].mean(axis) / draws[..., 0].mean(axis))
+    found = statistic_interval(pairs, lambda means: means[..., 1] / means[..., 0])
     assert found == pytest.approx((2, 2, 2))
+
+
+def test_interval_of_a_curve_is_that_of_drawing_observations_by_hand():
+    curves = np.random.default_rng(3).normal([5, 4, 1, 2], 1, (40, 4))
+    found = statistic_interval(curves, lambda means: evidence.fall_share(means, width=1))
+    random = np.random.default_rng(4)
+    draws = [evidence.fall_share(curves[random.integers(40, size=40)].mean(0), width=1) for _ in range(4000)]
+    assert found.value == pytest.approx(evidence.fall_share(curves.mean(0), width=1))
+    assert found[1:] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.02)
+
+
+def test_a_statistic_that_some_resamples_lack_has_no_ends():
+    curves = np.array([[0.0, 1, 1], [1, 0, 0], [1, 0, 1], [1, 1, 0]])
+    found = statistic_interval(curves, lambda means: evidence.fall_share(means, width=1))
+    assert np.isfinite(found.value) and np.isnan(found[1:]).all()
+    assert verdict(found, claimed="above 0") == verdict(found, claimed="below 0") == evidence.UNTOLD
 
 
 @pytest.mark.parametrize("observations", [[], [1.0], 3.0, [1.0, np.nan]])
@@ -42,10 +58,10 @@ def test_too_little_to_say(observations):
 
 def test_depth_correlation_equals_scipy_and_sees_direction():
     distances = np.random.default_rng(2).random((30, 12))
-    expected = stats.spearmanr(np.arange(12), distances.mean(0)).statistic
-    assert depth_correlation(distances, axis=0) == pytest.approx(expected)
-    assert depth_correlation(np.stack([distances, distances]), axis=1) == pytest.approx([expected] * 2)
-    assert depth_correlation(np.arange(8.0)[None, ::-1], axis=0) == pytest.approx(-1)
+    expected = [stats.spearmanr(np.arange(12), row).statistic for row in distances]
+    assert depth_correlation(distances) == pytest.approx(expected)
+    assert depth_correlation(distances[0]) == pytest.approx(expected[0])
+    assert depth_correlation(np.arange(8.0)[::-1]) == pytest.approx(-1)
 
 
 def test_verdicts():
@@ -70,7 +86,7 @@ def test_groups_have_the_intervals_of_their_means():
         alone = mean_interval(values)
         assert (row.value, row.n) == (pytest.approx(values.mean()), size)
         assert row.low == pytest.approx(alone.low, abs=0.02) and row.high == pytest.approx(alone.high, abs=0.02)
-    with pytest.raises(ValueError, match="at least 2 observations without NaN, got .*'a'"):
+    with pytest.raises(ValueError, match="'a'.*: .*at least 2 observations without NaN, got"):
         evidence.group_intervals(pd.DataFrame({"task": ["a", "a"], "score": [1, np.nan]}), ["task"], "score")
 
 
@@ -81,21 +97,22 @@ def test_groups_have_the_intervals_of_their_means():
     ([5, 4, 1, 2, 0], 2, 0, 0.8),
 ])
 def test_fall_by_hand(means, width, place, share):
-    noise = np.array([[1], [-1]])  # two observations around the means
-    found = evidence.fall(np.array(means) + noise * np.arange(len(means)), 0, width=width)
-    assert found.tolist() == [place, pytest.approx(share)]
-    stacked = evidence.fall(np.stack([np.array(means) + noise] * 3), 1, width=width)
-    assert stacked.shape == (3, 2) and (stacked == stacked[0]).all()
+    means = np.array(means, dtype=float)
+    assert evidence.fall_place(means, width=width) == place
+    assert evidence.fall_share(means, width=width) == pytest.approx(share)
+    stacked = np.stack([means, means + 1, 2 * means])
+    assert evidence.fall_place(stacked, width=width).tolist() == [place] * 3
+    assert evidence.fall_share(stacked, width=width) == pytest.approx([share] * 3)
 
 
 def test_what_does_not_fall_has_no_share():
-    assert np.isnan(evidence.fall(np.array([[1.0, 2, 3]] * 2), 0, width=1)[1])
+    assert np.isnan(evidence.fall_share(np.array([1.0, 2, 3]), width=1))
 
 
 def test_steepness_by_hand():
-    line = np.array([[0.0, 2, 3], [0, 4, 5]])  # means 0, 3, 4
-    assert evidence.steepness(line, 0, places=[0, 3, 4]) == pytest.approx(1)
-    assert evidence.steepness(line, 0, places=[0, 1, 4]) == pytest.approx(3)
+    line = np.array([0.0, 3, 4])
+    assert evidence.steepness(line, places=[0, 3, 4]) == pytest.approx(1)
+    assert evidence.steepness(np.stack([line, line]), places=[0, 1, 4]) == pytest.approx([3, 3])
 
 
 def test_pairs_that_differ_are_equal_or_cannot_be_told():

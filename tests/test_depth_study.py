@@ -1,4 +1,4 @@
-"""What notebooks compute: the study of depth against the same steps one by one, bad points, and kills at any moment."""
+"""The study of depth against the same steps one by one, bad points, and kills at any moment."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pruning_utils import data, evaluation, experiments, healing, models, selection, similarity, surgery
+from pruning_utils import data, depth_study, evaluation, healing, models, selection, similarity, surgery
 
 N_LAYERS = 5
 HEALING = {"method": "lora", "targets": "mlp", "rank": 2, "dropout": 0.0, "learning_rate": 1e-2, "warmup_steps": 0,
@@ -46,16 +46,19 @@ def tiny(tmp_path_factory):
 
 
 def study(tiny, folder, points, **settings):
-    return experiments.DepthStudy(points, model=tiny, checkpoints=folder, **{**SETTINGS, **settings})
+    return depth_study.DepthStudy(points, model=tiny, checkpoints=folder, **{**SETTINGS, **settings})
 
 
 def test_points_cover_both_rules_once():
-    points = experiments.depth_points(range(3), [0, 2], 7)
+    points = depth_study.depth_points(range(3), [0, 2], 7)
     assert [(point["rule"], point["n_dropped"]) for point in points if not point["healed"]] == [
         ("none", 0), ("similarity", 1), ("deepest", 1), ("similarity", 2), ("deepest", 2)]
     assert [(point["rule"], point["n_dropped"]) for point in points if point["healed"]] == [
         ("none", 0), ("similarity", 2), ("deepest", 2)]
     assert {point["seed"] for point in points} == {7}
+    one_rule = depth_study.depth_points([0, 3], [3], 7, rules=["deepest"], healing_seeds=[1, 2])
+    assert [tuple(point.values()) for point in one_rule] == [
+        ("none", 0, False, 7), ("deepest", 3, False, 7), ("deepest", 3, True, 1), ("deepest", 3, True, 2)]
 
 
 def test_every_point_equals_the_steps_one_by_one(tiny, tmp_path):
@@ -149,9 +152,9 @@ def test_tasks_without_labels_are_refused(tiny, tmp_path, monkeypatch):
 DRIVER = """
     import os, random, signal, sys, time, traceback
     from pathlib import Path
-    from pruning_utils import data, evaluation, experiments, results, runtime
+    from pruning_utils import data, depth_study, evaluation, results, runtime
     runtime.setup()
-    from test_experiments import DENSE, INFORMED, SETTINGS, SIMPLE
+    from test_depth_study import DENSE, INFORMED, SETTINGS, SIMPLE
     import lm_eval.models.huggingface, peft, transformers  # once, not in each child
     from transformers import LlamaForCausalLM, Trainer
     root, tiny = Path(sys.argv[1]), sys.argv[2]
@@ -163,7 +166,7 @@ DRIVER = """
         if pid := os.fork():
             return pid
         try:
-            study = experiments.DepthStudy(points, model=tiny, checkpoints=folder / "checkpoints", **SETTINGS)
+            study = depth_study.DepthStudy(points, model=tiny, checkpoints=folder / "checkpoints", **SETTINGS)
             results.sweep(points, study, path=folder / "depth.csv", parameters=SETTINGS)
         except BaseException:
             traceback.print_exc()
