@@ -21,11 +21,11 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 
 # Imports run one way along the steps of the work. Every module may use `runtime`; no step builds on how results are
 # kept (`results` and the two modules under it) or on how they are drawn.
-ORDER = ("runtime", "embedded", "models", "data", "similarity", "importance", "selection", "surgery", "healing",
-         "sharing", "evaluation", "efficiency", "evidence", "experiments", "records", "saved_points", "results",
-         "depth_study", "plots", "depth_plots")
+ORDER = ("runtime", "embedded", "models", "data", "similarity", "selection", "surgery", "healing",
+         "sharing", "evaluation", "importance", "efficiency", "evidence", "experiments", "records", "saved_points",
+         "results", "depth_study", "plots", "depth_plots")
 
-MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 300, 60, 2600
+MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 300, 60, 2700
 MAX_NOTEBOOK_LINES, MAX_CELL_LINES = 150, 25
 
 # Written so that no pattern matches its own text.
