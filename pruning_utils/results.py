@@ -145,9 +145,7 @@ def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list
             return records.read_table(path, record)
         seeds = _reusable(path, record, points)
     _before_computing(path)
-    if recompute:
-        saved_points.discard(folder)
-    with saved_points.opened(folder, parameters, seeds):
+    with saved_points.opened(folder, parameters, seeds, anew=recompute):
         commit = records.package_commit()
         missing = [point for point in points if saved_points.read(folder, point) is None]
         with (contextlib.closing(saved_points.compute(missing, compute_point, executor)) as outcomes,

@@ -53,39 +53,51 @@ def _flat_row(row: Mapping, name: str) -> dict:
 
 def unfinished(folder: Path) -> bool:
     """Whether a folder of points counts; what a kill left of one that does not is removed."""
-    if (folder / "parameters.json").exists():
-        return True
-    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists() or (folder / "parameters.json").exists():
+        return folder.exists()
+    with _held(folder):
+        shutil.rmtree(folder, ignore_errors=True)
     return False
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder of points. A kill in between leaves one that no longer counts."""
+    """Remove a folder of points that this process holds. A kill in between leaves one that no longer counts."""
     (folder / "parameters.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def opened(folder: Path, parameters: dict, seeds: list[dict]) -> Iterator[None]:
-    """Begin a folder of points, or go on with the one that is there, and hold it for this process alone.
-
-    Args:
-        folder: The folder of points.
-        parameters: The sweep's settings as JSON values.
-        seeds: Outcomes that are known already, for a new folder.
-
-    Raises:
-        ValueError: If the folder belongs to other settings, or its ``parameters.json`` is damaged.
-        RuntimeError: If another process holds the folder.
-    """
-    settings = folder / "parameters.json"
-    folder.mkdir(exist_ok=True)
+def _held(folder: Path) -> Iterator[None]:
     # A POSIX lock, as it ends with this very process: a worker that outlives a killed run does not hold it.
     with open(folder / "lock", "w") as handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RuntimeError(f"another process is computing the points in {folder}; wait for it to end") from error
+        yield
+
+
+@contextlib.contextmanager
+def opened(folder: Path, parameters: dict, seeds: list[dict], *, anew: bool = False) -> Iterator[None]:
+    """Begin a folder of points, or go on with the one that is there, and hold it for this process alone.
+
+    Args:
+        folder: The folder of points.
+        parameters: The sweep's settings as JSON values.
+        seeds: Outcomes that are known already, for a new folder.
+        anew: Discard what is there.
+
+    Raises:
+        ValueError: If the folder belongs to other settings, or its ``parameters.json`` is damaged.
+        RuntimeError: If another process holds the folder; nothing of it is discarded then.
+    """
+    settings = folder / "parameters.json"
+    folder.mkdir(exist_ok=True)
+    with _held(folder):
+        if anew:
+            settings.unlink(missing_ok=True)
+            for saved in folder.glob("*.json"):
+                saved.unlink()
         if not settings.exists():
             for seed in seeds:
                 save(folder, seed)

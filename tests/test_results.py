@@ -498,11 +498,14 @@ if holder == 0:
 while not (root / "held" / "started").exists():
     time.sleep(0.01)
 try:
-    results.sweep([{"n": 1}], compute_point, path=root / "held" / "t.csv", parameters={})
-except RuntimeError as error:
-    assert "another process is computing" in str(error)
-else:
-    raise AssertionError("two processes compute one table")
+    for recompute in (False, True):
+        try:
+            results.sweep([{"n": 1}], compute_point, path=root / "held" / "t.csv", parameters={}, recompute=recompute)
+        except RuntimeError as error:
+            assert "another process is computing" in str(error)
+        else:
+            raise AssertionError("two processes compute one table")
+    assert (root / "held" / "t.points" / "parameters.json").exists(), "what another process holds is not discarded"
 finally:
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
