@@ -80,29 +80,29 @@ def taylor(model: nn.Module, input_ids: torch.Tensor, *, batch_size: int | None 
 def _taylor(model: nn.Module, input_ids: torch.Tensor, batch_size: int, alone: list | None) -> np.ndarray:
     layers = models.decoder_layers(model)
     scores, sums = np.zeros(len(layers)), {}
+    owner = {weight: number for number, layer in enumerate(layers) for weight in layer.parameters()}
     n_parts = -(-len(input_ids) // batch_size)
 
-    def reduce(layer: int, weight: torch.Tensor, n_added: int) -> None:
+    def reduce(weight: torch.Tensor) -> None:
         """Add a micro-batch's gradient; the last one completes the score of the weight."""
         total, count = sums.get(weight, (0, 0))
-        sums[weight] = total + weight.grad.float(), count + n_added
+        sums[weight] = total + weight.grad.float(), count + 1
         weight.grad = None
-        if count + n_added == n_parts:
-            scores[layer] += _product(weight, sums.pop(weight)[0])
+        if count + 1 == n_parts:
+            scores[owner[weight]] += _product(weight, sums.pop(weight)[0])
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.enable_grad())
-        undo.callback(model.zero_grad)
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
             module.training = False
-        owner = {weight: number for number, layer in enumerate(layers) for weight in layer.parameters()}
         for weight in model.parameters():
             undo.callback(weight.requires_grad_, weight.requires_grad)
             weight.requires_grad_(weight in owner)
-        for weight, number in owner.items():
-            hook = weight.register_post_accumulate_grad_hook(lambda weight, number=number: reduce(number, weight, 1))
-            undo.callback(hook.remove)
+        for weight in owner:
+            undo.callback(setattr, weight, "grad", weight.grad)
+            weight.grad = None
+            undo.callback(weight.register_post_accumulate_grad_hook(reduce).remove)
         for number, layer in enumerate(layers):
             undo.enter_context(sharing.replaced(layer, "forward", _in_parts(
                 layer.forward, len(input_ids), batch_size, alone and alone[number])))

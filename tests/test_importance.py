@@ -71,6 +71,15 @@ def test_taylor_equals_the_plain_way_whatever_the_batch(model):
     assert all(weight.grad is None for weight in model.parameters())
 
 
+def test_gradients_that_were_there_neither_count_nor_go():
+    model, ids = ARCHITECTURES["llama"](), windows()
+    expected = importance.taylor(model, ids)
+    model(ids, labels=ids).loss.backward()
+    before = [weight.grad.clone() for weight in model.parameters()]
+    assert importance.taylor(model, ids) == pytest.approx(expected)
+    assert all(torch.equal(weight.grad, there) for weight, there in zip(model.parameters(), before, strict=True))
+
+
 def test_taylor_keeps_the_gradients_of_one_layer():
     """Each layer's gradients are reduced, and gone, before those of the layer below it begin to come."""
     model, alive, most, order = ARCHITECTURES["llama"](), {}, [], []
