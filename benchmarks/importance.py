@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from pruning_utils import data, evaluation, importance, models, runtime, sharing, surgery
 
@@ -42,21 +42,25 @@ def rebuilt(model: torch.nn.Module, ids: torch.Tensor) -> np.ndarray:
     return np.array(found)
 
 
-def layer_bytes(model: torch.nn.Module) -> int:
-    return sum(weight.nbytes for weight in models.decoder_layers(model)[0].parameters())
+def allocated(run: Callable[[], object]) -> int:
+    """Most bytes of tensors that a call holds at once, beside those that were there."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]))
 
 
-def taylor_memory(asked: argparse.Namespace, batch_size: int) -> None:
-    """Peak memory above the loaded model, in a process of its own, because a process's peak never falls."""
-    model, tokenizer = models.load_model(asked.model, dtype="float32")
-    ids = data.calibration_windows(tokenizer, asked.samples, asked.seq_len)
-    evaluation.token_losses(model, ids[:1, :2])  # libraries and thread pools are part of neither
-    before = runtime.peak_memory_bytes()
-    importance.taylor(model, ids, batch_size=batch_size)
-    weights = sum(weight.nbytes for weight in model.parameters())
-    print(f"Taylor, {batch_size:>2} of {asked.samples} samples at a time: peak "
-            f"{(runtime.peak_memory_bytes() - before) / 2**20:.0f} MiB above the loaded model; all gradients would "
-          f"be {weights / 2**20:.0f} MiB, one layer's are {layer_bytes(model) / 2**20:.0f} MiB")
+def plain_gradients(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    """Taylor scores with the gradients of all weights at once."""
+    model.requires_grad_()
+    model(ids, labels=ids).loss.backward()
+    [sum((weight * weight.grad).abs().sum() for weight in layer.parameters()) for layer in models.decoder_layers(model)]
+    model.zero_grad()
 
 
 def main() -> None:
@@ -64,11 +68,8 @@ def main() -> None:
     parser.add_argument("--model", default=models.EMBEDDED)
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--taylor", type=int, help="only the memory of Taylor scores, so many samples at a time")
+    parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    if asked.taylor:
-        return taylor_memory(asked, asked.taylor)
     runtime.setup(0)
     model, tokenizer = models.load_model(asked.model, dtype="float32")
     ids = data.calibration_windows(tokenizer, asked.samples, asked.seq_len)
@@ -85,9 +86,14 @@ def main() -> None:
         worst = np.max(np.abs(found[way] / found["sweep"] - 1))
         median = statistics.median(values)
         print(f"{way:>9}: {median:7.1f} s ({median / fastest:.2f} times the sweep), differs by {worst:.1e} at most")
-    for batch_size in sorted({1, asked.samples}):
-        subprocess.run([sys.executable, __file__, "--model", asked.model, "--samples", str(asked.samples), "--seq-len",
-                        str(asked.seq_len), "--taylor", str(batch_size)], check=True)
+    layer_bytes = sum(weight.nbytes for weight in models.decoder_layers(model)[0].parameters())
+    inputs = len(models.decoder_layers(model)) * ids.numel() * models.text_config(model).hidden_size * 4
+    print(f"   Taylor: one layer's gradients are {layer_bytes / 2**20:.0f} MiB, the inputs of all layers "
+          f"{inputs / 2**20:.0f} MiB")
+    for name, run in (("one sample at a time", lambda: importance.taylor(model, ids, batch_size=1)),
+                      ("all at once", lambda: importance.taylor(model, ids, batch_size=asked.samples)),
+                      ("plainly, every gradient kept", lambda: plain_gradients(model, ids))):
+        print(f"   Taylor, {name}: {allocated(run) / 2**20:.0f} MiB at most beside the weights")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pruning_utils import evaluation, models, sharing
 
-TOKENS_AT_ONCE = 2**15  # tokens of all streams in one pass, where batch_size is None
+TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**15}  # where batch_size is None; on a CPU more leave its caches
 logger = logging.getLogger(__name__)
 
 
@@ -53,11 +53,12 @@ def taylor(model: nn.Module, input_ids: torch.Tensor, *, batch_size: int | None 
     Args:
         model: A causal language model in 16 or 32 bits; it is left as it was.
         input_ids: Token ids without padding, of shape ``(N, T)``, T from 2 to the model's context length.
-        batch_size: Samples in a micro-batch; None takes as many as make 32,768 tokens. It is halved, with a notice,
-            where memory does not suffice.
+        batch_size: Samples in a micro-batch; None takes as many as make 4,096 tokens, on a GPU 32,768. It is
+            halved, with a notice, where memory does not suffice.
 
     Returns:
-        float64 scores ``(L,)``: gradients are added and multiplied in float32, sums taken in float64.
+        float64 scores ``(L,)``: gradients of micro-batches are added in the weights' own precision, products taken in
+        float32 and sums in float64.
 
     Raises:
         ValueError: If the weights are quantised, an argument is out of range, or a score is not finite.
@@ -66,7 +67,7 @@ def taylor(model: nn.Module, input_ids: torch.Tensor, *, batch_size: int | None 
     models.check_input_ids(model, input_ids, shortest=2)
     input_ids = input_ids.to(model.get_input_embeddings().weight.device, torch.long)
     n_samples = len(input_ids)
-    size = min(n_samples, _checked_size(batch_size, max(1, TOKENS_AT_ONCE // input_ids.shape[1])))
+    size = min(n_samples, _checked_size(batch_size, input_ids, 1))
     alone = None
     while True:
         try:
@@ -79,17 +80,13 @@ def taylor(model: nn.Module, input_ids: torch.Tensor, *, batch_size: int | None 
 
 def _taylor(model: nn.Module, input_ids: torch.Tensor, batch_size: int, alone: list | None) -> np.ndarray:
     layers = models.decoder_layers(model)
-    scores, sums = np.zeros(len(layers)), {}
+    scores = np.zeros(len(layers))
     owner = {weight: number for number, layer in enumerate(layers) for weight in layer.parameters()}
-    n_parts = -(-len(input_ids) // batch_size)
 
     def reduce(weight: torch.Tensor) -> None:
-        """Add a micro-batch's gradient; the last one completes the score of the weight."""
-        total, count = sums.get(weight, (0, 0))
-        sums[weight] = total + weight.grad.float(), count + 1
+        """Called once for each weight, when the gradients of all micro-batches have been added."""
+        scores[owner[weight]] += float((weight.detach().float() * weight.grad.float()).abs().sum(dtype=torch.float64))
         weight.grad = None
-        if count + 1 == n_parts:
-            scores[owner[weight]] += _product(weight, sums.pop(weight)[0])
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.enable_grad())
@@ -107,23 +104,16 @@ def _taylor(model: nn.Module, input_ids: torch.Tensor, batch_size: int, alone: l
             undo.enter_context(sharing.replaced(layer, "forward", _in_parts(
                 layer.forward, len(input_ids), batch_size, alone and alone[number])))
         _mean_loss(model, input_ids).backward()
-    for weight, (total, _) in sums.items():  # an expert that only some micro-batches were routed to
-        scores[owner[weight]] += _product(weight, total)
     return scores
-
-
-def _product(weight: torch.Tensor, gradient: torch.Tensor) -> float:
-    return float((weight.detach().float() * gradient).abs().sum(dtype=torch.float64))
 
 
 def _in_parts(own: Callable, n_rows: int, batch_size: int, alone: list | None) -> Callable:
     """A layer's forward, a few rows at a time, that keeps nothing but its input for the backward pass."""
     def forward(states, *given, **named):
-        parts = [slice(start, start + batch_size) for start in range(0, n_rows, batch_size)]
         outputs = []
-        for rows in parts:
-            more, by_name = _rows((given, named), rows, n_rows, alone)
-            outputs.append(checkpoint(own, states[rows], *more, use_reentrant=False, **by_name))
+        for start, part in zip(range(0, n_rows, batch_size), states.split(batch_size), strict=True):
+            more, by_name = _rows((given, named), slice(start, start + len(part)), n_rows, alone)
+            outputs.append(checkpoint(own, part, *more, use_reentrant=False, **by_name))
         whole = isinstance(outputs[0], tuple)
         states = torch.cat([output[0] if whole else output for output in outputs])
         return (states, *outputs[0][1:]) if whole else states
@@ -169,7 +159,8 @@ def _mean_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         (logits,) = sharing.head_logits(model, backbone, output, states)
         return nn.functional.cross_entropy(logits, follow, reduction="sum")
 
-    n_tokens = max(1, sharing.LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings)
+    # The backward pass holds the logits of a part four times over: an eighth of what a forward pass may hold.
+    n_tokens = max(1, sharing.LOGITS_AT_ONCE // (8 * model.get_input_embeddings().num_embeddings))
     parts = zip(output.last_hidden_state[:, :-1].flatten(0, 1).split(n_tokens), targets.split(n_tokens), strict=True)
     return sum(checkpoint(summed, *part, use_reentrant=False) for part in parts) / len(targets)
 
@@ -197,8 +188,8 @@ def perplexity_without_block(model: nn.Module, input_ids: torch.Tensor, *, block
         model: A causal language model, quantised or with adapters if need be; it is left as it was.
         input_ids: Token ids without padding, of shape ``(N, T)``, T from 2 to the model's context length.
         block_size: Layers in a block, from 1 to L - 1.
-        batch_size: Samples in one pass; None takes as many as make 32,768 tokens of all streams. It is halved, with a
-            notice, where memory does not suffice; what is done stays.
+        batch_size: Samples in one pass; None takes as many as make 4,096 tokens of all streams, on a GPU 32,768. It is
+            halved, with a notice, where memory does not suffice; what is done stays.
 
     Returns:
         float64 perplexities ``(L - block_size + 1,)``, exp of the mean loss over all predicted tokens (``inf`` beyond
@@ -213,7 +204,7 @@ def perplexity_without_block(model: nn.Module, input_ids: torch.Tensor, *, block
         raise ValueError(f"block_size must be a whole number from 1 to {n_layers - 1}, got {block_size!r}")
     input_ids = input_ids.to(model.get_input_embeddings().weight.device, torch.long)
     n_streams = n_layers - block_size + 2
-    size = _checked_size(batch_size, max(1, TOKENS_AT_ONCE // (n_streams * input_ids.shape[1])))
+    size = _checked_size(batch_size, input_ids, n_streams)
     sums, done, alone = np.zeros(n_streams), 0, None
     with tqdm(total=len(input_ids), desc="without each layer", leave=False) as progress:
         while done < len(input_ids):
@@ -273,9 +264,10 @@ def _refuse_quantized(model: nn.Module) -> None:
                          "quantize=None (bfloat16 or float32)")
 
 
-def _checked_size(batch_size: int | None, otherwise: int) -> int:
+def _checked_size(batch_size: int | None, input_ids: torch.Tensor, n_streams: int) -> int:
     if batch_size is None:
-        return otherwise
+        most = TOKENS_AT_ONCE["cuda" if input_ids.is_cuda else "cpu"]
+        return max(1, most // (n_streams * input_ids.shape[1]))
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, or None, got {batch_size!r}")
     return int(batch_size)

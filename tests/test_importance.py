@@ -1,6 +1,7 @@
 """Scores of layers against plain reference code, layer calls against their floor, and the published orders."""
 
 import copy
+import functools
 import logging
 
 import pandas as pd
@@ -80,24 +81,27 @@ def test_gradients_that_were_there_neither_count_nor_go():
     assert all(torch.equal(weight.grad, there) for weight, there in zip(model.parameters(), before, strict=True))
 
 
-def test_taylor_keeps_the_gradients_of_one_layer():
-    """Each layer's gradients are reduced, and gone, before those of the layer below it begin to come."""
-    model, alive, most, order = ARCHITECTURES["llama"](), {}, [], []
-    owner = {weight: number for number, layer in enumerate(models.decoder_layers(model))
-             for weight in layer.parameters()}
-    own = importance._product
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_taylor_keeps_the_gradients_of_one_layer(batch_size):
+    """A layer's gradients are reduced, and gone, before the layer two below it begins its backward pass."""
+    model, events, alive = ARCHITECTURES["llama"](), [], []
 
-    def watch(weight, gradient):
-        alive[owner[weight]] = alive.get(owner[weight], 0) + 1
-        most.append(sum(other.grad is not None for other in model.parameters()))
-        order.append(owner[weight])
-        return own(weight, gradient)
+    def seen(number: int, weight: torch.Tensor) -> None:
+        events.append(("gradient", number))
+        alive.append(sum(other.grad is not None for other in model.parameters()))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importance, "_product", watch)
-        importance.taylor(model, windows(), batch_size=2)
-    assert order == sorted(order, reverse=True), "each layer is done before the one below it begins"
-    assert max(most) == 0 and set(alive.values()) == {len(owner) // N_LAYERS}
+    for number, layer in enumerate(models.decoder_layers(model)):
+        layer.self_attn.register_forward_pre_hook(lambda *_, number=number: events.append(("run", number)))
+        for weight in layer.parameters():  # first a hook of ours, that sees the gradient, then that of the scores
+            weight.register_post_accumulate_grad_hook(functools.partial(seen, number))
+    importance.taylor(model, windows(), batch_size=batch_size)
+    assert set(alive) == {1}, "each gradient is gone before the next one comes"
+    backward = events[events.index(("run", N_LAYERS - 1)) + 4 // batch_size:]
+    for number in range(2, N_LAYERS):
+        last = max(place for place, event in enumerate(backward) if event == ("gradient", number))
+        assert last < backward.index(("run", number - 2))
+    n_weights = sum(1 for layer in models.decoder_layers(model) for _ in layer.parameters())
+    assert len(alive) == n_weights, "micro-batches are added before they are looked at"
 
 
 # --- perplexity without a layer -------------------------------------------------------------------------------------
