@@ -156,6 +156,7 @@ def _mean_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
                                            targets)
 
     def summed(states: torch.Tensor, follow: torch.Tensor) -> torch.Tensor:
+        """Summed loss of the tokens that follow these final states."""
         (logits,) = sharing.head_logits(model, backbone, output, states)
         return nn.functional.cross_entropy(logits, follow, reduction="sum")
 
@@ -237,7 +238,9 @@ def _streams(model: nn.Module, n_samples: int, block_size: int, alone: list | No
     n_rows = (len(layers) - block_size + 2) * n_samples
 
     def forward_of(number: int, own: Callable) -> Callable:
+        """What stands for the forward of one layer."""
         def forward(states, *given, **named):
+            """The layer on all streams that have reached it."""
             if number == 0:
                 if len(states) != n_rows:
                     raise ValueError(f"{type(model).__name__} cannot be run on several sequences at once")

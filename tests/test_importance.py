@@ -23,7 +23,7 @@ def without(model, layers) -> torch.nn.Module:
     return surgery.drop_layers(copy.deepcopy(model), layers)
 
 
-@pytest.fixture(params=[name for name in DENSE if name in ARCHITECTURES])
+@pytest.fixture(params=DENSE)
 def model(request):
     return ARCHITECTURES[request.param]()
 
@@ -113,7 +113,6 @@ def test_one_sweep_equals_removal_layer_by_layer(model):
     for batch_size in (None, 1, 2):
         found = importance.perplexity_without_layer(model, ids, batch_size=batch_size)
         assert found == pytest.approx(expected, rel=1e-4), batch_size
-    assert evaluation.perplexity(model, ids) == pytest.approx(evaluation.perplexity(without(model, []), ids))
 
 
 @pytest.mark.parametrize("block_size", [2, 3, N_LAYERS - 1])
