@@ -24,7 +24,7 @@ def stored_parameters(model: nn.Module) -> dict[str, int]:
         ValueError: If the weights are quantised: their number is then not that of the tensors.
     """
     if getattr(model, "is_quantized", False):
-        raise ValueError("parameters of quantised weights cannot be counted from their tensors: count before quantising")
+        raise ValueError("parameters of quantised weights cannot be counted by their tensors: count before quantising")
     tensors = list({id(weight): weight for weight in model.parameters()}.values())
     total = sum(weight.numel() for weight in tensors)
     layers = sum(weight.numel() for layer in models.decoder_layers(model) for weight in layer.parameters())
@@ -68,8 +68,8 @@ def generation_speed(model: nn.Module, *, batch_size: int, prompt_tokens: int, n
         seed: Seed of the prompts.
 
     Returns:
-        A row a run: ``first_token_seconds`` (from the prompt to the first new token), ``per_token_seconds`` (mean of the
-        later ones), ``tokens_per_second`` (new tokens of all texts over the whole time) and ``peak_bytes`` (as
+        A row a run: ``first_token_seconds`` (from the prompt to the first new token), ``per_token_seconds`` (mean of
+        the later ones), ``tokens_per_second`` (new tokens of all texts over the whole time) and ``peak_bytes`` (as
         :func:`runtime.peak_memory_bytes`).
 
     Raises:

@@ -15,13 +15,27 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from pruning_utils import (data, depth_study, evaluation, healing, importance, models, records, results, runtime,
-                           selection, surgery)
+from pruning_utils import (
+    data,
+    depth_study,
+    evaluation,
+    healing,
+    importance,
+    models,
+    records,
+    results,
+    runtime,
+    selection,
+    surgery,
+)
 
 CRITERIA = ("magnitude", "magnitude L2", "taylor", "perplexity")
 PLUS = {"keep_first": 4, "keep_last": 2}  # what the "+" rule never removes
 PRECISIONS = ("bfloat16", "int8", "nf4")
 STAGE = ("method", "learning_rate", "steps")
+# The paper's average: of plain accuracy for some tasks and of accuracy per character for the others.
+SEVEN_TASKS = {"boolq": "correct", "piqa": "correct", "hellaswag": "correct_norm", "winogrande": "correct",
+               "arc_easy": "correct", "arc_challenge": "correct_norm", "openbookqa": "correct_norm"}
 
 
 @functools.lru_cache(maxsize=1)
@@ -72,13 +86,23 @@ def removed_sets(scores: pd.DataFrame, depths: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def score_table(draws: Sequence[Sequence], *, profile: str, model: str, revision: str | None, dtype: str, seq_len: int,
+                recompute: bool = False) -> tuple[pd.DataFrame, Path]:
+    """What :func:`score_layers` finds on each draw (text, windows, seed), read if it is there, and the file with it."""
+    path = results.table_path(profile, "06_block_importance", f"{results.slug(model)}-scores")
+    points = [dict(zip(("source", "n_samples", "seed"), draw, strict=True)) for draw in draws]
+    compute = functools.partial(score_layers, model=model, revision=revision, dtype=dtype, seq_len=seq_len)
+    return results.sweep(points, compute, path=path, recompute=recompute, parameters={
+        "model": models.identity(model, revision), "data": data.identity(), "dtype": dtype, "seq_len": seq_len}), path
+
+
 def set_table(points: Sequence[dict], *, profile: str, notebook: str, model: str, revision: str | None, table: str,
               recompute: bool = False, **settings) -> tuple[pd.DataFrame, Path]:
     """What a :class:`SetStudy` finds at these points, read if it is there, and the file that holds it.
 
     Arguments as for :func:`depth_study.depth_table`.
     """
-    study = SetStudy(points, model=model, revision=revision, **settings, n_calibration=1,  # no block is chosen by it
+    study = SetStudy(points, model=model, revision=revision, **settings,
                      checkpoints=results.checkpoint_path(profile, depth_study.HEALING_CODE))
     path = results.table_path(profile, notebook, f"{results.slug(model)}-{table}")
     return results.sweep(points, study, path=path, recompute=recompute, parameters={
@@ -93,19 +117,21 @@ class SetStudy(depth_study.DepthStudy):
     `` + ``, follow each other on fresh text; empty for no training), ``seed``, and perhaps ``precision`` (of the
     weights that are measured: ``bfloat16``, ``int8`` or ``nf4``, quantised after training). What else the point holds
     names it for the reader. ``healing_settings`` are what all stages share, with ``steps`` as the most that a recipe
-    has in all. Models trained alike are trained once, whatever rule their layers come from.
+    has in all. ``texts`` may name the length of their windows, as in ``"xsum:128"``. Models trained alike are trained
+    once, whatever rule their layers come from.
     """
+    parts = ("layers",)  # what of a point says which model is trained
 
-    def __init__(self, points: Sequence[dict], **settings):
-        super().__init__([{**point, "healed": bool(point["recipe"])} for point in points], **settings)
+    def __init__(self, points: Sequence[dict], *, texts: dict[str, int], **settings):
+        self.segments = texts
+        super().__init__([{**point, "healed": bool(point["recipe"])} for point in points], **settings, n_calibration=1,
+                         texts={name: count for name, count in texts.items() if ":" not in name})
 
     def __call__(self, point: dict) -> list[dict]:
         """Rows as there; while healing, ``item`` counts the tokens of all stages."""
         network, tokenizer, _, shared = self.loaded
-        layers, rows = self._block(None, point), []
-        start = layers[0] if layers else len(models.decoder_layers(network))
-        weights = {id(weight): weight for weight in (*network.parameters(), *network.buffers())}
-        current = surgery.drop_layers(copy.deepcopy(network, weights), layers) if layers else network
+        current, rows = self.pruned(network, point), []
+        start = (*self._block(None, point), len(models.decoder_layers(network)))[0]
         unchanged = not point["recipe"] and point.get("precision", PRECISIONS[0]) == PRECISIONS[0]
         if point["recipe"]:
             current, history = self._trained(current, tokenizer, point)
@@ -116,8 +142,9 @@ class SetStudy(depth_study.DepthStudy):
                 surgery.save(current, tokenizer, folder)
                 current, _ = models.load_model(folder, quantize=point["precision"])
         with shared.used_by(current, start) if unchanged else contextlib.nullcontext():
-            for name, n_windows in self.texts.items():
-                windows = data.evaluation_windows(tokenizer, n_windows, self.seq_len, source=name)
+            for name, n_windows in self.segments.items():
+                source, _, length = name.partition(":")
+                windows = data.evaluation_windows(tokenizer, n_windows, int(length or self.seq_len), source=source)
                 losses = evaluation.token_losses(current, windows).mean(1).tolist()
                 rows += [{"dataset": name, "item": item, "nll": loss} for item, loss in enumerate(losses)]
             for task, num_fewshot in self.tasks.items():
@@ -126,12 +153,18 @@ class SetStudy(depth_study.DepthStudy):
                 rows += found.rename(columns={"task": "dataset", "question_id": "item"}).to_dict("records")
         return [{key: {"start": start, **row}.get(key, np.nan) for key in depth_study.DEPTH_COLUMNS} for row in rows]
 
+    def pruned(self, network: torch.nn.Module, point: dict) -> torch.nn.Module:
+        """The model of a point before it is trained; it may share weights with the given one, which stays as it is."""
+        weights = {id(weight): weight for weight in (*network.parameters(), *network.buffers())}
+        layers = self._block(None, point)
+        return surgery.drop_layers(copy.deepcopy(network, weights), layers) if layers else network
+
     def _trained(self, current: torch.nn.Module, tokenizer, point: dict) -> tuple[torch.nn.Module, pd.DataFrame]:
         """The model after all stages, and its losses with the tokens of the stages added up."""
         windows, histories, before = self._healing_windows(tokenizer, point["seed"]), [], 0
         validation = data.evaluation_windows(tokenizer, 16, self.seq_len, split="validation")
         made = {"model": models.identity(self.model, self.revision), "data": data.identity(), "stages": [],
-                "layers": point["layers"], "seq_len": self.seq_len, "text": self.healing_source}
+                "seq_len": self.seq_len, "text": self.healing_source, **{part: point[part] for part in self.parts}}
         for settings in self._stages(point):
             made["stages"].append({**settings, "skipped": before})
             first, count = before * settings["batch_size"], settings["steps"] * settings["batch_size"]

@@ -15,7 +15,8 @@ def tiny(tmp_path_factory):
 
 
 def study(tiny, folder, points, **settings):
-    return importance_study.SetStudy(points, model=tiny, checkpoints=folder, **{**SETTINGS, "tasks": {}, **settings})
+    given = {name: value for name, value in SETTINGS.items() if name != "n_calibration"}
+    return importance_study.SetStudy(points, model=tiny, checkpoints=folder, **{**given, "tasks": {}, **settings})
 
 
 def point(layers: str, recipe: str = "", **more) -> dict:
@@ -38,8 +39,8 @@ def test_scores_are_those_of_each_criterion(tiny):
 
 def test_sets_with_and_without_protection():
     scores = pd.DataFrame({"criterion": "taylor", "layer": np.arange(10), "score": [0, 9, 8, 1, 7, 3, 2, 6, 0, 5]})
-    found = importance_study.removed_sets(scores.sample(frac=1, random_state=0), [2, 4]).set_index(["rule", "n_dropped"])
-    assert found["layers"].to_dict() == {("taylor", 2): "0 8", ("taylor", 4): "0 3 6 8", ("taylor+", 2): "5 6",
+    found = importance_study.removed_sets(scores.sample(frac=1, random_state=0), [2, 4])
+    assert found.set_index(["rule", "n_dropped"])["layers"].to_dict() == {("taylor", 2): "0 8", ("taylor", 4): "0 3 6 8", ("taylor+", 2): "5 6",
                                          ("taylor+", 4): "4 5 6 7"}
     assert selection.least_important(scores["score"], 4, keep_first=4, keep_last=2) == (4, 5, 6, 7)
 
@@ -71,7 +72,10 @@ def test_a_point_equals_the_steps_one_by_one(layers, recipe, stages, tiny, tmp_p
     losses = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
     questions = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=3).questions
     asked = point(layers, recipe)
-    first, again = (pd.DataFrame(study(tiny, tmp_path, [asked], tasks={"piqa": 0})(asked)) for _ in range(2))
+    first, again = (pd.DataFrame(study(tiny, tmp_path, [asked], tasks={"piqa": 0}, texts={"xsum": 3, "quac:8": 2})(
+        asked)) for _ in range(2))
+    short = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 2, 8, source="quac")).mean(1).tolist()
+    assert first[first["dataset"] == "quac:8"]["nll"].tolist() == short
     assert first[first["dataset"] == "xsum"]["nll"].tolist() == losses
     assert first[first["dataset"] == "piqa"]["p_right"].tolist() == questions["p_right"].tolist()
     assert first[first["dataset"] == "healing eval"]["nll"].tolist() == validation
