@@ -104,3 +104,106 @@ def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figur
     axis.tick_params(length=0)
     axis.set(xlabel=f"layer (0-based; {n_layers - 1} is the last)")
     return figure
+
+
+def removed_sets(table: pd.DataFrame) -> Figure:
+    """Which layers each criterion removes from several models: a panel a criterion, a row a model.
+
+    Args:
+        table: Columns ``criterion``, ``model``, ``n_layers`` and ``blocks`` (removed layers, 0-based, as a text such as
+            ``"4 7 11"``); the last model is drawn in the colour of the criterion, those before in grey.
+
+    Returns:
+        The figure; layers lie at their fraction of the depth.
+    """
+    need_columns(table, "criterion", "model", "n_layers", "blocks")
+    names, criteria = list(table["model"].unique()), list(table["criterion"].unique())
+    figure, axes = new_figure(WIDE * 1.15, 0.8 + 0.16 * len(names), len(criteria), sharey=True)
+    for axis, criterion in zip(axes, criteria, strict=True):
+        for row in table[table["criterion"] == criterion].itertuples():
+            place, width = len(names) - names.index(row.model), 1 / row.n_layers
+            axis.barh(place, 1, 0.7, color="none", edgecolor="0.75", linewidth=0.5)
+            own = colour_of(criterion) if row.model == names[-1] else "0.45"
+            for layer in map(int, row.blocks.split()):
+                axis.barh(place, width, 0.7, left=layer * width, color=own, edgecolor="white", linewidth=0.3)
+        axis.set(title=criterion, xlabel="depth $l / L$", xlim=(0, 1))
+        axis.set_yticks(range(1, len(names) + 1), names[::-1])
+        axis.tick_params(axis="y", length=0)
+    return figure
+
+
+def training_curves(table: pd.DataFrame) -> Figure:
+    """Loss against training tokens, a panel for each ``panel``, a curve for each ``series``; columns with them
+    ``tokens`` and ``loss`` (nats per token)."""
+    need_columns(table, "panel", "series", "tokens", "loss")
+    panels = list(table["panel"].unique())
+    figure, axes = new_figure(WIDE * 1.15, 2.2, len(panels), sharex=True)
+    for axis, panel in zip(axes, panels, strict=True):
+        for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
+            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
+            axis.plot(rows["tokens"] / 1000, rows["loss"], color=colour, marker=marker, markersize=2.5, linewidth=0.9,
+                      label=NAMES.get(series, series))
+        axis.set(title=panel)
+    axes[0].set(ylabel="validation loss (nats per token)")
+    figure.supxlabel("training tokens (thousands)", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> Figure:
+    """Measured quantities against the batch size, a panel for each ``panel``, a curve for each ``series``.
+
+    Args:
+        table: Columns ``panel``, ``series``, ``batch_size``, ``value``, ``low`` and ``high`` (ends of the spread).
+        label: Of the vertical axes.
+        columns: Panels in a row.
+    """
+    need_columns(table, "panel", "series", "batch_size", "value", "low", "high")
+    panels, batches = list(table["panel"].unique()), sorted(table["batch_size"].unique())
+    figure = Figure(figsize=(WIDE * 1.15, 0.5 + 1.6 * -(-len(panels) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // columns), columns, sharex=True, squeeze=False).ravel()
+    handles: dict = {}
+    for axis, panel in zip(axes, panels, strict=False):
+        for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
+            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
+            places = [batches.index(batch) for batch in rows["batch_size"]]
+            spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+            handles[series] = axis.errorbar(places, rows["value"], spread, color=colour, marker=marker, markersize=3,
+                                            linewidth=0.9)
+        axis.axhline(1, color="0.35", linewidth=0.7, zorder=0)
+        axis.set_xticks(range(len(batches)), batches)
+        axis.set(title=panel)
+    for axis in axes[len(panels):]:
+        axis.set_visible(False)
+    figure.supxlabel("texts generated at once", fontsize=8)
+    figure.supylabel(label, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 4))
+    return figure
+
+
+def roofline(table: pd.DataFrame, *, flops_per_second: float, bytes_per_second: float) -> Figure:
+    """What models attain beside what the machine allows: arithmetic and memory as a roof (Williams et al., 2009).
+
+    Args:
+        table: Columns ``series``, ``stage``, ``intensity`` (operations per byte of weights) and ``attained``
+            (operations per second).
+        flops_per_second: The flat roof.
+        bytes_per_second: The slope of the other.
+    """
+    need_columns(table, "series", "stage", "intensity", "attained")
+    figure, (axis,) = new_figure(WIDE, 2.9)
+    low, high = table["intensity"].min() / 2, max(table["intensity"].max(), flops_per_second / bytes_per_second) * 2
+    across = np.geomspace(low, high, 200)
+    axis.plot(across, np.minimum(across * bytes_per_second, flops_per_second) / 1e9, color="0.35", linewidth=1)
+    for series, rows in table.groupby("series", sort=False):
+        colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
+        axis.plot(rows["intensity"], rows["attained"] / 1e9, marker, color=colour, markersize=4, fillstyle="none",
+                  label=series)
+    for stage, rows in table.groupby("stage", sort=False):
+        lowest = rows.loc[rows["attained"].idxmin()]
+        axis.annotate(stage, (lowest["intensity"], lowest["attained"] / 1e9), xytext=(4, -10),
+                      textcoords="offset points", fontsize=7)
+    axis.set(xscale="log", yscale="log", xlabel="operations per byte of weights",
+             ylabel="billion operations per second")
+    axis.legend(loc="lower right")
+    return figure

@@ -164,7 +164,52 @@ def test_drawing_fills_the_removed_layers():
     assert cells.astype(int).tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]
 
 
+def test_removed_sets_lie_at_their_depth():
+    table = pd.DataFrame({"criterion": ["taylor", "taylor", "magnitude"], "model": ["theirs", "ours", "ours"],
+                          "n_layers": [4, 10, 10], "blocks": ["0 3", "5", "1 2"]})
+    taylor, magnitude = depth_plots.removed_sets(table).axes
+    for axis, expected in ((taylor, [(0, 1, 2), (0, 0.25, 2), (0.75, 0.25, 2), (0, 1, 1), (0.5, 0.1, 1)]),
+                           (magnitude, [(0, 1, 1), (0.1, 0.1, 1), (0.2, 0.1, 1)])):
+        drawn = [(bar.get_x(), bar.get_width(), bar.get_y() + 0.35) for bar in axis.patches]
+        assert np.array(drawn) == pytest.approx(np.array(expected))
+    assert taylor.patches[-1].get_facecolor() != taylor.patches[1].get_facecolor(), "ours has the criterion's colour"
+    assert [tick.get_text() for tick in taylor.get_yticklabels()] == ["ours", "theirs"]
+
+
+def test_training_curves_show_every_series():
+    table = pd.DataFrame([{"panel": f"{n} layers", "series": method, "tokens": 1000 * step, "loss": n - step}
+                          for n in (6, 24) for method in ("lora", "full") for step in range(3)])
+    figure = depth_plots.training_curves(table)
+    assert [axis.get_title() for axis in figure.axes] == ["6 layers", "24 layers"]
+    assert figure.axes[1].lines[0].get_xydata().tolist() == [[0, 24], [1, 23], [2, 22]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "all weights"]
+
+
+def test_speed_curves_show_ratios_with_their_spread():
+    table = pd.DataFrame([{"panel": "first token", "series": shape, "batch_size": batch, "value": value,
+                           "low": value - 0.1, "high": value + 0.2}
+                          for shape, value in (("depth", 0.8), ("width", 1.1)) for batch in (1, 16)])
+    first, *hidden = depth_plots.speed_curves(table, columns=2).axes
+    depth, width, unity = first.lines[0], first.lines[3], first.lines[-1]
+    assert depth.get_xydata().tolist() == [[0, 0.8], [1, 0.8]] and width.get_ydata().tolist() == [1.1, 1.1]
+    spread = first.collections[0].get_segments()[0][:, 1]
+    assert spread.tolist() == pytest.approx([0.7, 1.0]) and unity.get_ydata()[0] == 1
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["1", "16"] and not hidden[0].get_visible()
+
+
+def test_the_roof_is_the_lower_of_both_limits():
+    table = pd.DataFrame({"series": ["depth", "width"], "stage": "generating", "intensity": [1.0, 1.0],
+                          "attained": [2e9, 1e9]})
+    (axis,) = depth_plots.roofline(table, flops_per_second=1e11, bytes_per_second=1e10).axes
+    across, roof = axis.lines[0].get_data()
+    assert roof == pytest.approx(np.minimum(across * 10, 100)) and roof.max() == 100 and roof.min() == 10 * across.min()
+    assert [line.get_ydata().tolist() for line in axis.lines[1:]] == [[2], [1]], "billions a second"
+    assert [(text.get_text(), text.xy) for text in axis.texts] == [("generating", (1, 1))]
+
+
 @pytest.mark.parametrize("draw", [
+    depth_plots.removed_sets, depth_plots.training_curves, depth_plots.speed_curves,
+    lambda table: depth_plots.roofline(table, flops_per_second=1, bytes_per_second=1),
     lambda table: depth_plots.depth_curves(table, n_layers=4), depth_plots.healing_curves,
     lambda table: depth_plots.differences(table, margin=1, label="")])
 def test_depth_figures_refuse_other_tables(draw):
