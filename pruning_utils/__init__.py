@@ -2,11 +2,13 @@
 
 One module a step, in the order of the work: :mod:`~pruning_utils.models` and :mod:`~pruning_utils.data` load,
 :mod:`~pruning_utils.similarity` compares the states around blocks, :mod:`~pruning_utils.importance` scores single
-layers, :mod:`~pruning_utils.selection` chooses, :mod:`~pruning_utils.surgery` removes, :mod:`~pruning_utils.healing`
-trains, :mod:`~pruning_utils.evaluation` measures (:mod:`~pruning_utils.sharing` runs once what measurements have in
-common), :mod:`~pruning_utils.evidence` says how sure a number is, :mod:`~pruning_utils.experiments` and
-:mod:`~pruning_utils.depth_study` join the steps for notebooks, :mod:`~pruning_utils.results` keeps, and
-:mod:`~pruning_utils.plots` and :mod:`~pruning_utils.depth_plots` draw.
+layers, :mod:`~pruning_utils.selection` chooses, :mod:`~pruning_utils.surgery` removes (:mod:`~pruning_utils.width`
+makes all layers narrower instead), :mod:`~pruning_utils.healing` trains, :mod:`~pruning_utils.evaluation` measures
+(:mod:`~pruning_utils.sharing` runs once what measurements have in common), :mod:`~pruning_utils.efficiency` says what a
+model costs and :mod:`~pruning_utils.evidence` how sure a number is, :mod:`~pruning_utils.experiments`,
+:mod:`~pruning_utils.depth_study`, :mod:`~pruning_utils.importance_study` and :mod:`~pruning_utils.shape_study` join the
+steps for notebooks, :mod:`~pruning_utils.results` keeps, and :mod:`~pruning_utils.plots` and
+:mod:`~pruning_utils.depth_plots` draw.
 Importing the package imports none of them, so that a run record names exactly the modules its numbers depend on.
 """
 

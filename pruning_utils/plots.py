@@ -31,7 +31,7 @@ ENTITIES = {
 }
 NAMES = {"piqa": "PIQA", "openbookqa": "OpenBookQA", "commonsenseqa": "CommonsenseQA", "siqa": "SIQA", "mmlu": "MMLU",
          "mmlu_letter": "MMLU, by letter", "boolq": "BoolQ", "xsum": "XSum", "quac": "QuAC", "c4": "C4",
-         "lora": "LoRA", "full": "all weights"}
+         "wikitext2": "WikiText-2", "lora": "LoRA", "full": "all weights"}
 matplotlib.style.use(STYLE)
 
 

@@ -61,6 +61,8 @@ def prune_width(model: PreTrainedModel, *, intermediate_size: int, n_kv_heads: i
     if input_ids is not None:
         models.check_input_ids(model, input_ids, shortest=2)
     fields, cuts, attributes, _ = _plan(model, intermediate_size, n_kv_heads)
+    if not cuts:
+        return model
     for (rows, n_kept), scores in zip(cuts, _scores(model, cuts, input_ids, batch_size), strict=True):
         _remove(model, rows, np.argsort(-scores, axis=1, kind="stable")[:, n_kept:])
     for path, name, value in attributes:
@@ -142,7 +144,9 @@ def _plan(model: PreTrainedModel, intermediate_size: int, n_kv_heads: int | None
 
 def _coupled_rows(before: PreTrainedModel, after: PreTrainedModel, n_units: int) -> dict[tuple[str, int], np.ndarray]:
     """``rows`` of the cut that turns one weightless model into the other, by tracing the first layer."""
-    layer, calls = models.decoder_layers(before)[0], []
+    short, calls = copy.deepcopy(before), []
+    (layer, *_) = layers = models.decoder_layers(short)
+    del layers[1:]
     paths = {module: path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
     readers = [module for module, path in paths.items()
                if module.in_features != models.decoder_layers(after)[0].get_submodule(path).in_features]
@@ -150,10 +154,10 @@ def _coupled_rows(before: PreTrainedModel, after: PreTrainedModel, n_units: int)
         raise ValueError(f"{len(readers)} linear modules of a layer, instead of one, would read fewer channels")
     layer.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     with torch.enable_grad():
-        # With two tokens no two axes that the graph compares are of the same size. A mask of four dimensions is taken
-        # as it is; any other would be looked into, and there is nothing to see.
-        before(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False,
-               attention_mask=torch.zeros(1, 1, 2, 2, device="meta"))
+        # Of one token, the heads that are joined again would look like a flattened image to the graph. A mask of four
+        # dimensions is taken as it is; any other would be looked into, and there is nothing to see.
+        short(torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False,
+              attention_mask=torch.zeros(1, 1, 2, 2, device="meta"))
         graph = torch_pruning.DependencyGraph().build_dependency(
             layer, calls[0], lambda layer, call: layer(*call[0], **call[1]), verbose=False)
     for node in graph.module2node.values():
@@ -195,7 +199,7 @@ def _changed_attributes(before: nn.Module, after: nn.Module) -> list[tuple[str, 
     changed = [key for key in old | new if old.get(key) != new.get(key)]
     for path, name in changed:
         if type(new.get((path, name))) is not int:
-            raise ValueError(f"{path}.{name} would be {new.get((path, name))}, and what is left is {old[path, name]}")
+            raise ValueError(f"{path}.{name} would be {new.get((path, name))}, but {old.get((path, name))} is left")
     return [(*key, new[key]) for key in changed]
 
 
@@ -221,7 +225,7 @@ def _scores(model: nn.Module, cuts: list, input_ids: torch.Tensor | None, batch_
             else:  # called before the hooks of the score of layers, which let each gradient go
                 undo.callback(weight.requires_grad_, weight.requires_grad)
                 undo.callback(weight.requires_grad_(True).register_post_accumulate_grad_hook(collect).remove)
-        if input_ids is not None and cuts:
+        if input_ids is not None:
             importance.taylor(model, input_ids, batch_size=batch_size)
     scores = [np.zeros((len(layers), len(next(iter(rows.values()))))) for rows, _ in cuts]
     for weight, (place, number, _, _) in owner.items():
