@@ -117,22 +117,20 @@ def distance_curves(table: pd.DataFrame, *, value: str = "angular_distance", blo
     return figure
 
 
-def layer_scores(table: pd.DataFrame, *, label: str = "score") -> Figure:
+def layer_scores(table: pd.DataFrame, *, label: str = "score", log: bool = True) -> Figure:
     """Scores of single layers, one curve a definition.
 
     Args:
         table: Columns ``layer`` (0-based), ``definition`` and ``value``.
         label: Label of the score's axis, with its symbol.
-
-    Returns:
-        The figure, on a logarithmic axis.
+        log: Whether that axis is logarithmic.
     """
     need_columns(table, "layer", "definition", "value")
     figure, (axis,) = new_figure(WIDE, 2.4)
     for definition, rows in table.groupby("definition", sort=False):
         colour, marker = ENTITIES.get(definition, ("#56B4E9", "o"))
         axis.plot(rows["layer"], rows["value"], marker=marker, color=colour, label=definition, linewidth=0.9)
-    axis.set(xlabel="layer (0-based)", ylabel=label, yscale="log")
+    axis.set(xlabel="layer (0-based)", ylabel=label, yscale="log" if log else "linear")
     axis.legend()
     return figure
 

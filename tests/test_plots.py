@@ -62,7 +62,9 @@ def test_stages_show_means_and_the_chosen_block(path_tables):
 def test_other_figures_show_their_rows():
     scores = pd.DataFrame({"layer": [0, 1, 0, 1], "definition": ["mean over tokens"] * 2 + ["flattened"] * 2,
                            "value": [0.1, 0.2, 0.3, 0.4]})
-    assert [line.get_ydata().tolist() for line in plots.layer_scores(scores).axes[0].lines] == [[0.1, 0.2], [0.3, 0.4]]
+    (axis,) = plots.layer_scores(scores).axes
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[0.1, 0.2], [0.3, 0.4]]
+    assert (axis.get_yscale(), plots.layer_scores(scores, log=False).axes[0].get_yscale()) == ("log", "linear")
     drawn = pd.DataFrame({"source": ["xsum", "quac"], "n_samples": [1, 4], "start": [3, 5], "share": [1.0, 0.5]})
     figure = plots.chosen_starts(drawn, n_layers=N_LAYERS)
     assert [axis.collections[0].get_offsets().tolist() for axis in figure.axes] == [[[3, 0]], [[5, 1]]]
