@@ -166,30 +166,29 @@ def test_magnitudes_are_exact_in_16_bits():
         assert heads[layer] == pytest.approx(of_heads.numpy(), rel=1e-6)
 
 
-def test_zero_units_go_first_and_equal_ones_from_the_end(model):
+def test_zero_units_go_first(model):
     for number, layer in enumerate(model.model.layers):
-        gone = [(7 * number + 5 * step) % N_CHANNELS for step in range(6)]
-        head, attention = number % 2, layer.self_attn
-        for module, rows in ((layer.mlp.gate_proj, gone), (layer.mlp.up_proj, gone), (attention.q_proj, None),
-                             (attention.k_proj, None), (attention.v_proj, None)):
-            for weight in module.parameters():
-                if rows is None:
-                    size = len(weight) // 2
-                    rows_of_head = range(head * size, (head + 1) * size)
-                weight.detach()[list(rows_of_head if rows is None else rows)] = 0
-        layer.mlp.down_proj.weight.detach()[:, gone] = 0
-        size = attention.o_proj.in_features // 2
-        attention.o_proj.weight.detach()[:, head * size:(head + 1) * size] = 0
+        channels, head = [(7 * number + 5 * step) % N_CHANNELS for step in range(6)], number % 2
+        attention, mlp = layer.self_attn, layer.mlp
+        for module in (mlp.gate_proj, mlp.up_proj):
+            module.weight.detach()[channels] = 0
+        for weight in (weight for name in "qkv" for weight in getattr(attention, f"{name}_proj").parameters()):
+            weight.detach().view(2, -1)[head] = 0
+        mlp.down_proj.weight.detach()[:, channels] = 0
+        attention.o_proj.weight.detach().view(32, 2, -1)[:, head] = 0
     found = pruned(model, N_CHANNELS - 6, n_kv_heads=1)
     assert_same_logits(found, model)
     assert all((part.weight != 0).any(1).all() for layer in found.model.layers
                for part in (layer.mlp.gate_proj, layer.self_attn.k_proj)), "a zero row has stayed"
+
+
+def test_of_equal_channels_the_first_stay(model):
+    signs = 1.0 - 2 * (torch.arange(N_CHANNELS) >> torch.arange(32)[:, None] & 1)  # a column tells its number
     for layer in model.model.layers:
-        for weight in layer.mlp.parameters():
-            nn.init.ones_(weight)
-            weight.detach()[..., 0] += torch.arange(len(weight)) if len(weight) < N_CHANNELS else 0
-    equal = pruned(model, 5)
-    assert torch.equal(equal.model.layers[0].mlp.down_proj.weight, model.model.layers[0].mlp.down_proj.weight[:, :5])
+        nn.init.ones_(layer.mlp.gate_proj.weight), nn.init.ones_(layer.mlp.up_proj.weight)
+        layer.mlp.down_proj.weight.detach().copy_(signs)
+    for layer in pruned(model, 21).model.layers:
+        assert torch.equal(layer.mlp.down_proj.weight, signs[:, :21])
 
 
 # --- a whole model --------------------------------------------------------------------------------------------------
