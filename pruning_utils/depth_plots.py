@@ -160,7 +160,7 @@ def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> F
     """
     need_columns(table, "panel", "series", "batch_size", "value", "low", "high")
     panels, batches = list(table["panel"].unique()), sorted(table["batch_size"].unique())
-    figure = Figure(figsize=(WIDE * 1.15, 0.5 + 1.6 * -(-len(panels) // columns)), layout="constrained")
+    figure = Figure(figsize=(WIDE * 1.15, 0.5 + 1.7 * -(-len(panels) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // columns), columns, sharex=True, squeeze=False).ravel()
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=False):
@@ -204,6 +204,6 @@ def roofline(table: pd.DataFrame, *, flops_per_second: float, bytes_per_second: 
         axis.annotate(stage, (lowest["intensity"], lowest["attained"] / 1e9), xytext=(4, -10),
                       textcoords="offset points", fontsize=7)
     axis.set(xscale="log", yscale="log", xlabel="operations per byte of weights",
-             ylabel="billion operations per second")
+             ylabel="billion operations per second", ylim=(table["attained"].min() / 3e9, None))
     axis.legend(loc="lower right")
     return figure
