@@ -106,7 +106,7 @@ def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figur
     return figure
 
 
-def removed_sets(table: pd.DataFrame) -> Figure:
+def removed_by_criterion(table: pd.DataFrame) -> Figure:
     """Which layers each criterion removes from several models: a panel a criterion, a row a model.
 
     Args:
@@ -129,24 +129,6 @@ def removed_sets(table: pd.DataFrame) -> Figure:
         axis.set(title=criterion, xlabel="depth $l / L$", xlim=(0, 1))
         axis.set_yticks(range(1, len(names) + 1), names[::-1])
         axis.tick_params(axis="y", length=0)
-    return figure
-
-
-def training_curves(table: pd.DataFrame) -> Figure:
-    """Loss against training tokens, a panel for each ``panel``, a curve for each ``series``; columns with them
-    ``tokens`` and ``loss`` (nats per token)."""
-    need_columns(table, "panel", "series", "tokens", "loss")
-    panels = list(table["panel"].unique())
-    figure, axes = new_figure(WIDE * 1.15, 2.2, len(panels), sharex=True)
-    for axis, panel in zip(axes, panels, strict=True):
-        for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
-            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
-            axis.plot(rows["tokens"] / 1000, rows["loss"], color=colour, marker=marker, markersize=2.5, linewidth=0.9,
-                      label=NAMES.get(series, series))
-        axis.set(title=panel)
-    axes[0].set(ylabel="validation loss (nats per token)")
-    figure.supxlabel("training tokens (thousands)", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 

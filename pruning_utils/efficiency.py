@@ -102,6 +102,7 @@ def _generation_moments(model: nn.Module, tokens: torch.Tensor, new_tokens: int)
     from transformers import DynamicCache
 
     def now() -> float:
+        """Seconds, once what was asked of the device is done."""
         if tokens.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()

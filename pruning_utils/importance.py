@@ -110,6 +110,7 @@ def _taylor(model: nn.Module, input_ids: torch.Tensor, batch_size: int, alone: l
 def _in_parts(own: Callable, n_rows: int, batch_size: int, alone: list | None) -> Callable:
     """A layer's forward, a few rows at a time, that keeps nothing but its input for the backward pass."""
     def forward(states, *given, **named):
+        """The layer on each part, and its outputs joined."""
         outputs = []
         for start, part in zip(range(0, n_rows, batch_size), states.split(batch_size), strict=True):
             more, by_name = _rows((given, named), slice(start, start + len(part)), n_rows, alone)

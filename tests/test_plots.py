@@ -169,22 +169,13 @@ def test_drawing_fills_the_removed_layers():
 def test_removed_sets_lie_at_their_depth():
     table = pd.DataFrame({"criterion": ["taylor", "taylor", "magnitude"], "model": ["theirs", "ours", "ours"],
                           "n_layers": [4, 10, 10], "blocks": ["0 3", "5", "1 2"]})
-    taylor, magnitude = depth_plots.removed_sets(table).axes
+    taylor, magnitude = depth_plots.removed_by_criterion(table).axes
     for axis, expected in ((taylor, [(0, 1, 2), (0, 0.25, 2), (0.75, 0.25, 2), (0, 1, 1), (0.5, 0.1, 1)]),
                            (magnitude, [(0, 1, 1), (0.1, 0.1, 1), (0.2, 0.1, 1)])):
         drawn = [(bar.get_x(), bar.get_width(), bar.get_y() + 0.35) for bar in axis.patches]
         assert np.array(drawn) == pytest.approx(np.array(expected))
     assert taylor.patches[-1].get_facecolor() != taylor.patches[1].get_facecolor(), "ours has the criterion's colour"
     assert [tick.get_text() for tick in taylor.get_yticklabels()] == ["ours", "theirs"]
-
-
-def test_training_curves_show_every_series():
-    table = pd.DataFrame([{"panel": f"{n} layers", "series": method, "tokens": 1000 * step, "loss": n - step}
-                          for n in (6, 24) for method in ("lora", "full") for step in range(3)])
-    figure = depth_plots.training_curves(table)
-    assert [axis.get_title() for axis in figure.axes] == ["6 layers", "24 layers"]
-    assert figure.axes[1].lines[0].get_xydata().tolist() == [[0, 24], [1, 23], [2, 22]]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "all weights"]
 
 
 def test_speed_curves_show_ratios_with_their_spread():
@@ -210,7 +201,7 @@ def test_the_roof_is_the_lower_of_both_limits():
 
 
 @pytest.mark.parametrize("draw", [
-    depth_plots.removed_sets, depth_plots.training_curves, depth_plots.speed_curves,
+    depth_plots.removed_by_criterion, depth_plots.speed_curves,
     lambda table: depth_plots.roofline(table, flops_per_second=1, bytes_per_second=1),
     lambda table: depth_plots.depth_curves(table, n_layers=4), depth_plots.healing_curves,
     lambda table: depth_plots.differences(table, margin=1, label="")])

@@ -95,7 +95,7 @@ def test_storage_counts_what_is_written(precision, tiny, tmp_path):
     assert found["disk"] == sum(path.stat().st_size for path in (tmp_path / "again").glob("*.safetensors"))
     total = sum(weight.numel() for weight in surgery.drop_layers(models.load_model(tiny)[0], [1, 3]).parameters())
     assert found["memory"] == efficiency.weight_bytes(model)
-    assert (found["memory"] >= 2 * total) == (precision == "bfloat16") and found["disk"] > 0
+    assert (found["memory"] >= 2 * total) == (precision == "bfloat16")
 
 
 def test_each_point_has_a_process_of_its_own():
