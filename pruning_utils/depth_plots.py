@@ -71,6 +71,24 @@ def healing_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def training_curves(table: pd.DataFrame) -> Figure:
+    """Loss against training tokens, a panel for each ``panel``, a curve for each ``series``; columns with them
+    ``tokens`` and ``loss`` (nats per token)."""
+    need_columns(table, "panel", "series", "tokens", "loss")
+    panels = list(table["panel"].unique())
+    figure, axes = new_figure(WIDE * 1.15, 2.2, len(panels), sharex=True)
+    for axis, panel in zip(axes, panels, strict=True):
+        for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
+            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
+            axis.plot(rows["tokens"] / 1000, rows["loss"], color=colour, marker=marker, markersize=2.5, linewidth=0.9,
+                      label=NAMES.get(series, series))
+        axis.set(title=panel)
+    axes[0].set(ylabel="validation loss (nats per token)")
+    figure.supxlabel("training tokens (thousands)", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
 def differences(table: pd.DataFrame, *, margin: float, label: str) -> Figure:
     """Paired differences with their corrected and 90 % intervals beside the margin within which they count as none.
 

@@ -26,11 +26,12 @@ ENTITIES = {
     "magnitude": ("#D55E00", "s"), "magnitude+": ("#E69F00", "v"), "taylor": ("#009E73", "D"),
     "taylor+": ("#CC79A7", "P"), "perplexity": ("#0072B2", "o"),
     "depth": ("#0072B2", "o"), "width": ("#CC79A7", "s"), "width, heads too": ("#D55E00", "D"),
+    "lora": ("#0072B2", "^"), "full": ("#D55E00", "s"),
     "rank 2": ("#56B4E9", "o"), "rank 8": ("#0072B2", "^"), "rank 32": ("#CC79A7", "s"),
 }
 NAMES = {"piqa": "PIQA", "openbookqa": "OpenBookQA", "commonsenseqa": "CommonsenseQA", "siqa": "SIQA", "mmlu": "MMLU",
          "mmlu_letter": "MMLU, by letter", "boolq": "BoolQ", "xsum": "XSum", "quac": "QuAC", "c4": "C4",
-         "wikitext2": "WikiText-2"}
+         "wikitext2": "WikiText-2", "lora": "LoRA", "full": "all weights"}
 matplotlib.style.use(STYLE)
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -142,9 +143,15 @@ def device_name() -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process in bytes: allocated CUDA memory where a GPU is used, else resident memory."""
+    """Peak memory of this process in bytes: allocated CUDA memory where a GPU is used, else resident memory.
+
+    On Linux the kernel's own mark is read, for what ``getrusage`` reports begins, in a process started by another, at
+    the size that the other had.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if (status := Path("/proc/self/status")).is_file():
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -150,6 +150,16 @@ def test_healing_curves_have_a_line_for_each_depth():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["2", "8"]
 
 
+def test_training_curves_have_a_line_for_each_method():
+    table = pd.DataFrame([{"panel": panel, "series": method, "tokens": 1000 * step, "loss": loss - step}
+                          for panel in ("6 layers", "14 layers") for method, loss in (("full", 9), ("lora", 8))
+                          for step in range(3)])
+    figure = depth_plots.training_curves(table)
+    assert [[line.get_ydata().tolist() for line in axis.lines] for axis in figure.axes] == 2 * [[[9, 8, 7], [8, 7, 6]]]
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 1, 2], "thousands"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all weights", "LoRA"]
+
+
 def test_differences_stand_beside_their_margin():
     table = evidence.paired_verdicts({"a": np.array([0.1, 0.2, 0.3]), "b": np.array([-0.1, 0.1])}, margin=0.02)
     (axis,) = depth_plots.differences(table, margin=0.02, label="accuracy").axes
@@ -201,7 +211,7 @@ def test_the_roof_is_the_lower_of_both_limits():
 
 
 @pytest.mark.parametrize("draw", [
-    depth_plots.removed_by_criterion, depth_plots.speed_curves,
+    depth_plots.removed_by_criterion, depth_plots.speed_curves, depth_plots.training_curves,
     lambda table: depth_plots.roofline(table, flops_per_second=1, bytes_per_second=1),
     lambda table: depth_plots.depth_curves(table, n_layers=4), depth_plots.healing_curves,
     lambda table: depth_plots.differences(table, margin=1, label="")])

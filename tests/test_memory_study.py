@@ -1,0 +1,52 @@
+"""Peak memory of a model in use: of its own shape and of its own process alone."""
+
+import pytest
+import torch
+from test_depth_study import save_tiny_model
+
+from pruning_utils import efficiency, memory_study, models, results, runtime, shape_study, surgery
+
+RUN = {"revision": None, "dtype": "bfloat16", "new_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+def point(layers: str = "", width: str = "", **given) -> dict:
+    return {"layers": layers, "width": width, "batch_size": 1, "prompt_tokens": 4, **given}
+
+
+@pytest.mark.parametrize("layers, width", [("", ""), ("1 3", ""), ("", "15 1")])
+def test_what_is_used_is_the_shape_asked(layers, width, tiny):
+    found = memory_study.measure_memory(point(layers, width), model=tiny, **RUN)
+    network, _ = models.load_model(tiny)
+    network = shape_study.narrowed(network, width) if width else surgery.drop_layers(network, map(int, layers.split()))
+    assert found["weights"] == efficiency.weight_bytes(network)
+    assert 0 < found["before"] <= found["loaded"] <= found["generated"]
+
+
+def test_more_texts_take_more_memory(tiny):
+    small, large = (memory_study.measure_memory(point(batch_size=batch), model=tiny, **RUN) for batch in (1, 512))
+    vocabulary = models.load_model(tiny)[0].config.vocab_size
+    assert large["generated"] - small["generated"] > 511 * vocabulary  # each text has a number for every token
+
+
+def test_the_memory_of_the_asking_process_does_not_count(tiny):
+    before = runtime.peak_memory_bytes()
+    held = torch.ones(2**29, dtype=torch.uint8)
+    assert runtime.peak_memory_bytes() >= len(held)
+    with shape_study.fresh_processes() as alone:
+        inside = alone.submit(runtime.peak_memory_bytes).result()
+    assert 0 < inside < len(held) + before / 2
+
+
+def test_the_table_is_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
+    asked = dict(profile="smoke", notebook="07_depth_against_width", model=tiny, **RUN)
+    first, path = memory_study.memory_table([point("1")], **asked)
+    monkeypatch.setattr(memory_study, "measure_memory", lambda *_, **__: pytest.fail("measured again"))
+    again, _ = memory_study.memory_table([point("1")], **asked)
+    assert first.equals(again) and path.parent.is_relative_to(tmp_path)
+    assert results.read_record(path)["parameters"]["new_tokens"] == RUN["new_tokens"]
