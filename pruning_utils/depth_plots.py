@@ -110,6 +110,31 @@ def differences(table: pd.DataFrame, *, margin: float, label: str) -> Figure:
     return figure
 
 
+def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
+    """How an order changes: a line from each name's rank in one column to its rank in another, the lowest value on top.
+
+    Args:
+        table: Columns ``panel``, ``name`` and the two of the names ``before`` and ``after``.
+        before: Column of the values on the left.
+        after: Column of the values on the right.
+    """
+    need_columns(table, "panel", "name", before, after)
+    panels = list(table["panel"].unique())
+    most = table.groupby("panel").size().max()
+    figure, axes = new_figure(WIDE * 1.25, 0.6 + 0.17 * most, len(panels))
+    for axis, panel in zip(axes, panels, strict=True):
+        rows = table[table["panel"] == panel]
+        ranks = [rows[column].rank(method="first") for column in (before, after)]
+        for name, left, right in zip(rows["name"], *ranks, strict=True):
+            axis.plot([0, 1], [left, right], color=colour_of(name), marker="o", markersize=2.5, linewidth=0.9)
+            axis.annotate(name, (0, left), xytext=(-4, 0), textcoords="offset points", ha="right", va="center", size=6)
+            axis.annotate(name, (1, right), xytext=(4, 0), textcoords="offset points", va="center", size=6)
+        axis.set(title=panel, xlim=(-1.1, 2.1), ylim=(most + 0.5, 0.5), yticks=[])
+        axis.set_xticks([0, 1], [before, after])
+        axis.spines[["left", "right", "top", "bottom"]].set_visible(False)
+    return figure
+
+
 def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figure:
     """A drawing of which layers go: a row of squares for each name, the removed ones filled; L = ``n_layers``."""
     figure, (axis,) = new_figure(WIDE, 0.6 + 0.28 * len(removed))

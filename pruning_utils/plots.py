@@ -26,6 +26,7 @@ ENTITIES = {
     "magnitude": ("#D55E00", "s"), "magnitude+": ("#E69F00", "v"), "taylor": ("#009E73", "D"),
     "taylor+": ("#CC79A7", "P"), "perplexity": ("#0072B2", "o"),
     "depth": ("#0072B2", "o"), "width": ("#CC79A7", "s"), "width, heads too": ("#D55E00", "D"),
+    "reverse order": ("#000000", "o"), "block influence": ("#E69F00", "v"), "closest block": ("#CC79A7", "P"),
     "lora": ("#0072B2", "^"), "full": ("#D55E00", "s"),
     "rank 2": ("#56B4E9", "o"), "rank 8": ("#0072B2", "^"), "rank 32": ("#CC79A7", "s"),
 }

@@ -170,6 +170,15 @@ def test_differences_stand_beside_their_margin():
     assert axis.patches[0].get_extents().transformed(axis.transData.inverted()).width == pytest.approx(0.04)
 
 
+def test_rank_changes_join_the_ranks_of_each_name():
+    table = pd.DataFrame({"panel": "8 layers", "name": ["taylor", "reverse order", "random"], "pruned": [5.0, 18, 7],
+                          "healed": [4.0, 3.9, 4.5]})
+    (axis,) = depth_plots.rank_changes(table, before="pruned", after="healed").axes
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[1, 2], [3, 1], [2, 3]]
+    assert [(text.get_text(), text.xy) for text in axis.texts][:2] == [("taylor", (0, 1)), ("taylor", (1, 2))]
+    assert axis.get_ylim() == (3.5, 0.5), "the lowest on top"
+
+
 def test_drawing_fills_the_removed_layers():
     figure = depth_plots.removed_layers({"deepest": [2, 3], "none": []}, n_layers=5)
     cells = figure.axes[0].collections[0].get_array()
@@ -212,6 +221,7 @@ def test_the_roof_is_the_lower_of_both_limits():
 
 @pytest.mark.parametrize("draw", [
     depth_plots.removed_by_criterion, depth_plots.speed_curves, depth_plots.training_curves,
+    lambda table: depth_plots.rank_changes(table, before="pruned", after="healed"),
     lambda table: depth_plots.roofline(table, flops_per_second=1, bytes_per_second=1),
     lambda table: depth_plots.depth_curves(table, n_layers=4), depth_plots.healing_curves,
     lambda table: depth_plots.differences(table, margin=1, label="")])
