@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +12,13 @@ import pandas as pd
 from pruning_utils import efficiency, models, results, runtime, shape_study, surgery
 
 
-def measure_memory(point: dict, *, model: str, revision: str | None, dtype: str, new_tokens: int) -> dict:
+def measure_memory(point: dict, *, model: str, revision: str | None, dtype: str, new_tokens: int,
+                   own_process: bool = True) -> dict:
     """What :func:`generation_memory` finds for the shape of a point: ``layers``, ``width``, ``batch_size`` and
-    ``prompt_tokens``. The shape is made in one process and used in another, for making it takes more memory."""
-    with tempfile.TemporaryDirectory() as folder, shape_study.fresh_processes() as alone:
+    ``prompt_tokens``. The shape is made in one process and used in another, for making it takes more memory; without
+    ``own_process`` both are done here, which shows that it works and measures nothing."""
+    alone = shape_study.fresh_processes() if own_process else ThreadPoolExecutor(1)
+    with tempfile.TemporaryDirectory() as folder, alone:
         alone.submit(_write, folder, model, revision, dtype, point["layers"], point["width"]).result()
         return alone.submit(generation_memory, folder, dtype=dtype, batch_size=point["batch_size"],
                             prompt_tokens=point["prompt_tokens"], new_tokens=new_tokens).result()

@@ -18,9 +18,9 @@ def point(layers: str = "", width: str = "", **given) -> dict:
     return {"layers": layers, "width": width, "batch_size": 1, "prompt_tokens": 4, **given}
 
 
-@pytest.mark.parametrize("layers, width", [("", ""), ("1 3", ""), ("", "15 1")])
-def test_what_is_used_is_the_shape_asked(layers, width, tiny):
-    found = memory_study.measure_memory(point(layers, width), model=tiny, **RUN)
+@pytest.mark.parametrize("layers, width, own_process", [("", "", False), ("1 3", "", True), ("", "15 1", False)])
+def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny):
+    found = memory_study.measure_memory(point(layers, width), model=tiny, own_process=own_process, **RUN)
     network, _ = models.load_model(tiny)
     network = shape_study.narrowed(network, width) if width else surgery.drop_layers(network, map(int, layers.split()))
     assert found["weights"] == efficiency.weight_bytes(network)
