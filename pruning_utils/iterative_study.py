@@ -1,0 +1,87 @@
+"""Layers removed a few at a time, with healing in between."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pruning_utils import (
+    data,
+    depth_study,
+    importance,
+    importance_study,
+    models,
+    records,
+    selection,
+    similarity,
+    surgery,
+)
+
+CALIBRATION = {"n_samples": 10, "seq_len": 128}  # of every round, as for removal at once
+METRICS = ("reverse order", "taylor", "block influence")
+REMOVED = "removed"  # the dataset under which the layers stand that a point removed
+
+
+class IterativeStudy(importance_study.SetStudy):
+    """A :class:`importance_study.SetStudy` whose layers are chosen again after each round of healing.
+
+    A point has ``metric`` (one of ``METRICS``; scores are taken in float32), ``n_dropped`` (layers in all) and
+    ``per_round`` (layers in each round), with ``layers`` empty and a ``recipe`` of one stage. Its steps and warm-up
+    steps are shared out evenly over the rounds, each with a learning-rate schedule of its own and on fresh text, so
+    that all ways to ``n_dropped`` layers see the same tokens.
+    """
+
+    def __call__(self, point: dict) -> list[dict]:
+        """Rows as there, and under the dataset ``removed`` a row for each layer that went (``item``, 0-based as in the
+        unpruned model; ``nll``: the round, from 1)."""
+        rows = super().__call__(point)
+        return rows + [{**dict.fromkeys(depth_study.DEPTH_COLUMNS, np.nan), "start": rows[0]["start"],
+                        "dataset": REMOVED, "item": layer, "nll": turn} for layer, turn in self.removed]
+
+    def _trained(self, current: torch.nn.Module, tokenizer, point: dict) -> tuple[torch.nn.Module, pd.DataFrame]:
+        windows, histories = self._healing_windows(tokenizer, point["seed"]), []
+        validation = data.evaluation_windows(tokenizer, 16, self.seq_len, split="validation")
+        (settings,) = self._stages(point)
+        rounds = point["n_dropped"] // point["per_round"]
+        settings |= {name: settings[name] // rounds for name in ("steps", "warmup_steps")}
+        made = {"model": models.identity(self.model, self.revision), "data": data.identity(), "seq_len": self.seq_len,
+                "text": self.healing_source, "calibration": [self.calibration_source, self.seed], "settings": settings}
+        left, self.removed = [*range(len(models.decoder_layers(current)))], []
+        for turn in range(rounds):
+            chosen = self._chosen(current, tokenizer, point)
+            self.removed += [(left[layer], turn + 1) for layer in chosen]
+            left = [layer for place, layer in enumerate(left) if place not in chosen]
+            weights = {id(weight): weight for weight in (*current.parameters(), *current.buffers())}
+            current = surgery.drop_layers(copy.deepcopy(current, weights), chosen)
+            made["removed"] = self.removed
+            folder = self.checkpoints / f"iterative-{records.digest(records.canonical(made))[:16]}"
+            size = settings["steps"] * settings["batch_size"]
+            current, history = importance_study._healed_once(
+                current, tokenizer, windows[turn * size:(turn + 1) * size], validation, settings, folder)
+            histories.append(history.assign(tokens=history["tokens"] + turn * size * self.seq_len))
+        return current, pd.concat(histories)
+
+    def _chosen(self, model: torch.nn.Module, tokenizer, point: dict) -> tuple[int, ...]:
+        """The layers of one round, 0-based in the model as it is now."""
+        if point["metric"] == "reverse order":
+            return selection.deepest(len(models.decoder_layers(model)), point["per_round"], keep_last=0)
+        windows = data.calibration_windows(tokenizer, **CALIBRATION, source=self.calibration_source, seed=self.seed)
+        exact = copy.deepcopy(model).float()
+        scores = (importance.taylor(exact, windows) if point["metric"] == "taylor"
+                  else similarity.measure_similarity(exact, windows).block_influence)
+        return selection.least_important(scores, point["per_round"])
+
+    def _check(self, point: dict, network: torch.nn.Module) -> None:
+        super()._check(point, network)
+        if point["metric"] not in METRICS or point["layers"] or " + " in point["recipe"] or not point["recipe"]:
+            raise ValueError(f"a point must have a metric of {', '.join(METRICS)}, no layers and a recipe of one "
+                             f"stage, got {point}")
+        selection.deepest(len(models.decoder_layers(network)), point["n_dropped"], keep_last=0)
+        (settings,), per_round = self._stages(point), point["per_round"]
+        if not 1 <= per_round <= point["n_dropped"] or point["n_dropped"] % per_round or (
+                settings["steps"] * per_round % point["n_dropped"]):
+            raise ValueError(f"per_round must divide n_dropped, and the rounds the {settings['steps']} steps, got "
+                             f"per_round {per_round} of {point['n_dropped']}")
