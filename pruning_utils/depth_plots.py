@@ -81,7 +81,7 @@ def training_curves(table: pd.DataFrame) -> Figure:
         for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
             colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
             axis.plot(rows["tokens"] / 1000, rows["loss"], color=colour, marker=marker, markersize=2.5, linewidth=0.9,
-                      label=NAMES.get(series, series))
+                      label=series)
         axis.set(title=panel)
     axes[0].set(ylabel="validation loss (nats per token)")
     figure.supxlabel("training tokens (thousands)", fontsize=8)

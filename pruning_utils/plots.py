@@ -27,7 +27,7 @@ ENTITIES = {
     "taylor+": ("#CC79A7", "P"), "perplexity": ("#0072B2", "o"),
     "depth": ("#0072B2", "o"), "width": ("#CC79A7", "s"), "width, heads too": ("#D55E00", "D"),
     "reverse order": ("#000000", "o"), "block influence": ("#E69F00", "v"), "closest block": ("#CC79A7", "P"),
-    "lora": ("#0072B2", "^"), "full": ("#D55E00", "s"),
+    "LoRA": ("#0072B2", "^"), "all weights": ("#E69F00", "D"),
     "rank 2": ("#56B4E9", "o"), "rank 8": ("#0072B2", "^"), "rank 32": ("#CC79A7", "s"),
 }
 NAMES = {"piqa": "PIQA", "openbookqa": "OpenBookQA", "commonsenseqa": "CommonsenseQA", "siqa": "SIQA", "mmlu": "MMLU",

@@ -152,7 +152,7 @@ def test_healing_curves_have_a_line_for_each_depth():
 
 def test_training_curves_have_a_line_for_each_method():
     table = pd.DataFrame([{"panel": panel, "series": method, "tokens": 1000 * step, "loss": loss - step}
-                          for panel in ("6 layers", "14 layers") for method, loss in (("full", 9), ("lora", 8))
+                          for panel in ("6 layers", "14 layers") for method, loss in (("all weights", 9), ("LoRA", 8))
                           for step in range(3)])
     figure = depth_plots.training_curves(table)
     assert [[line.get_ydata().tolist() for line in axis.lines] for axis in figure.axes] == 2 * [[[9, 8, 7], [8, 7, 6]]]
