@@ -77,15 +77,16 @@ def training_curves(table: pd.DataFrame) -> Figure:
     need_columns(table, "panel", "series", "tokens", "loss")
     panels = list(table["panel"].unique())
     figure, axes = new_figure(WIDE * 1.15, 2.2, len(panels), sharex=True)
+    handles: dict = {}
     for axis, panel in zip(axes, panels, strict=True):
         for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
             colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
-            axis.plot(rows["tokens"] / 1000, rows["loss"], color=colour, marker=marker, markersize=2.5, linewidth=0.9,
-                      label=series)
+            handles[series] = axis.plot(rows["tokens"] / 1000, rows["loss"], color=colour, marker=marker,
+                                        markersize=2.5, linewidth=0.9)[0]
         axis.set(title=panel)
     axes[0].set(ylabel="validation loss (nats per token)")
     figure.supxlabel("training tokens (thousands)", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4)
     return figure
 
 
@@ -112,6 +113,7 @@ def differences(table: pd.DataFrame, *, margin: float, label: str) -> Figure:
 
 def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
     """How an order changes: a line from each name's rank in one column to its rank in another, the lowest value on top.
+    Of equal values the first in the table ranks higher.
 
     Args:
         table: Columns ``panel``, ``name`` and the two of the names ``before`` and ``after``.
@@ -126,7 +128,8 @@ def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
         rows = table[table["panel"] == panel]
         ranks = [rows[column].rank(method="first") for column in (before, after)]
         for name, left, right in zip(rows["name"], *ranks, strict=True):
-            axis.plot([0, 1], [left, right], color=colour_of(name), marker="o", markersize=2.5, linewidth=0.9)
+            colour, marker = ENTITIES.get(name, ("#56B4E9", "v"))
+            axis.plot([0, 1], [left, right], color=colour, marker=marker, markersize=2.5, linewidth=0.9)
             axis.annotate(name, (0, left), xytext=(-4, 0), textcoords="offset points", ha="right", va="center", size=6)
             axis.annotate(name, (1, right), xytext=(4, 0), textcoords="offset points", va="center", size=6)
         axis.set(title=panel, xlim=(-1.1, 2.1), ylim=(most + 0.5, 0.5), yticks=[])

@@ -29,14 +29,14 @@ class IterativeStudy(importance_study.SetStudy):
     """A :class:`importance_study.SetStudy` whose layers are chosen again after each round of healing.
 
     A point has ``metric`` (one of ``METRICS``; scores are taken in float32), ``n_dropped`` (layers in all) and
-    ``per_round`` (layers in each round), with ``layers`` empty and a ``recipe`` of one stage. Its steps and warm-up
-    steps are shared out evenly over the rounds, each with a learning-rate schedule of its own and on fresh text, so
-    that all ways to ``n_dropped`` layers see the same tokens.
+    ``per_round`` (layers in each round), with ``layers`` empty and a ``recipe`` of one stage. Its steps are shared out
+    evenly over the rounds, each with a learning-rate schedule of its own and on fresh text, so that all ways to
+    ``n_dropped`` layers see the same tokens; of the warm-up steps each round has its share, rounded down.
     """
 
     def __call__(self, point: dict) -> list[dict]:
-        """Rows as there, and under the dataset ``removed`` a row for each layer that went (``item``, 0-based as in the
-        unpruned model; ``nll``: the round, from 1)."""
+        """Rows as there, with ``start`` L, and under the dataset ``removed`` a row for each layer that went (``item``,
+        0-based as in the unpruned model; ``nll``: the round, from 1)."""
         rows = super().__call__(point)
         return rows + [{**dict.fromkeys(depth_study.DEPTH_COLUMNS, np.nan), "start": rows[0]["start"],
                         "dataset": REMOVED, "item": layer, "nll": turn} for layer, turn in self.removed]

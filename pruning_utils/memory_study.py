@@ -41,8 +41,9 @@ def generation_memory(folder: str, *, dtype: str, batch_size: int, prompt_tokens
         new_tokens: Tokens generated after it, with the key-value cache.
 
     Returns:
-        Bytes as by :func:`runtime.peak_memory_bytes`: ``before`` (libraries alone), ``loaded`` (the model read) and
-        ``generated`` (texts generated); ``weights``, the bytes of all parameters.
+        Bytes as by :func:`runtime.peak_memory_bytes`: ``before`` (most of the libraries), ``loaded`` (the model opened;
+        on a CPU its file is mapped and read when it is used) and ``generated`` (texts generated); ``weights``, the
+        bytes of all parameters and buffers.
     """
     before = runtime.peak_memory_bytes()
     network, _ = models.load_model(folder, dtype=dtype)

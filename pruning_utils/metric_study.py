@@ -25,7 +25,7 @@ def score_metrics(point: dict, *, model: str, revision: str | None, dtype: str, 
         Its rows, those of block influence (mean over tokens, and one cosine over all of them), and under the criterion
         ``block of n`` the angular distance between the ends of the block of n layers that starts at ``layer``.
     """
-    network, tokenizer = models.load_model(model, revision=revision, dtype=dtype)
+    network, tokenizer = importance_study._load(model, revision, dtype)
     for size in block_sizes:  # refused before the passes, not after them
         selection.best_block(np.zeros(2 * [len(models.decoder_layers(network)) + 1]), size)
     rows = importance_study.score_layers(point, model=model, revision=revision, dtype=dtype, seq_len=seq_len)
@@ -49,6 +49,9 @@ def metric_sets(scores: pd.DataFrame, depths: Sequence[int], *, n_random: int) -
     Returns:
         A row for each metric and depth: ``metric``, ``n_dropped`` and ``layers`` (ascending 0-based numbers as a text,
         such as ``"4 7 11"``). ``reverse order`` removes the last layers, ``deepest but last`` keeps the last one.
+
+    Raises:
+        ValueError: If the blocks of a size are not among the scores.
     """
     blocks = scores["criterion"].str.startswith("block of ")
     n_layers = scores.loc[~blocks, "layer"].max() + 1
@@ -56,8 +59,10 @@ def metric_sets(scores: pd.DataFrame, depths: Sequence[int], *, n_random: int) -
     ranked = ranked[~ranked["metric"].str.endswith("+") | ranked["metric"].isin(PROTECTED)]
     rows = []
     for n_dropped in depths:
-        distances = scores[scores["criterion"] == f"block of {n_dropped}"].sort_values("layer")["score"]
-        start = int(distances.to_numpy().argmin())
+        distances = scores[scores["criterion"] == f"block of {n_dropped}"].sort_values("layer")["score"].to_numpy()
+        if not len(distances):
+            raise ValueError(f"the scores hold no distances of blocks of {n_dropped}: name it among block_sizes")
+        start = int(distances.argmin())
         chosen = {"closest block": tuple(range(start, start + n_dropped)),
                   "reverse order": selection.deepest(n_layers, n_dropped, keep_last=0),
                   "deepest but last": selection.deepest(n_layers, n_dropped),
@@ -81,7 +86,8 @@ def metric_table(draws: Sequence[Sequence], *, profile: str, model: str, revisio
 
 
 def rank_agreement(means: np.ndarray) -> np.ndarray:
-    """Spearman's correlation between the two rows of ``means``, shape ``(..., 2, n)``; without ties, from -1 to 1."""
+    """Spearman's correlation between the two rows of ``means``, shape ``(..., 2, n)`` with n of at least 2: from
+    -1 to 1. Of equal values the first ranks lower."""
     ranks = np.asarray(means).argsort(-1).argsort(-1)
     n = ranks.shape[-1]
     return 1 - 6 * ((ranks[..., 0, :] - ranks[..., 1, :]) ** 2).sum(-1) / (n * (n**2 - 1))

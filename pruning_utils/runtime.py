@@ -150,8 +150,9 @@ def peak_memory_bytes() -> int:
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if (status := Path("/proc/self/status")).is_file():
-        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)[1])
+    status = Path("/proc/self/status")
+    if status.is_file() and (mark := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
+        return 1024 * int(mark[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -24,7 +24,7 @@ def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny):
     network, _ = models.load_model(tiny)
     network = shape_study.narrowed(network, width) if width else surgery.drop_layers(network, map(int, layers.split()))
     assert found["weights"] == efficiency.weight_bytes(network)
-    assert 0 < found["before"] <= found["loaded"] <= found["generated"]
+    assert found["generated"] >= found["loaded"] > 10**6
 
 
 def test_more_texts_take_more_memory(tiny):
@@ -33,7 +33,8 @@ def test_more_texts_take_more_memory(tiny):
     assert large["generated"] - small["generated"] > 511 * vocabulary  # each text has a number for every token
 
 
-def test_the_memory_of_the_asking_process_does_not_count(tiny):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the memory of the GPU counts")
+def test_the_memory_of_the_asking_process_does_not_count():
     before = runtime.peak_memory_bytes()
     held = torch.ones(2**29, dtype=torch.uint8)
     assert runtime.peak_memory_bytes() >= len(held)

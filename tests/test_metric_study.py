@@ -51,6 +51,21 @@ def test_sets_are_those_of_each_metric():
     assert (found["n_dropped"] == 2).all()
 
 
+def test_a_size_without_distances_is_refused(scores):
+    with pytest.raises(ValueError, match="the scores hold no distances of blocks of 4: name it among block_sizes"):
+        metric_study.metric_sets(pd.concat([scores, scores.assign(layer=scores["layer"] + N_LAYERS)]), [4], n_random=0)
+
+
+def test_the_table_is_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
+    asked = dict(profile="smoke", model=tiny, **SETTINGS)
+    first, path = metric_study.metric_table([["xsum", 2, 1]], **asked)
+    monkeypatch.setattr(metric_study, "score_metrics", lambda *_, **__: pytest.fail("computed again"))
+    again, _ = metric_study.metric_table([["xsum", 2, 1]], **asked)
+    assert first.equals(again) and path.parent.is_relative_to(tmp_path)
+    assert (first[["source", "n_samples", "seed"]] == ["xsum", 2, 1]).all(axis=None)
+
+
 def test_the_plus_rule_is_shown_for_magnitude_and_taylor(scores):
     model_scores = pd.concat([scores[scores["criterion"] == name] for name in ("taylor", "perplexity", "block of 2")])
     longer = pd.concat([model_scores, *(model_scores.assign(layer=model_scores["layer"] + N_LAYERS * part)

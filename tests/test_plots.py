@@ -158,6 +158,8 @@ def test_training_curves_have_a_line_for_each_method():
     assert [[line.get_ydata().tolist() for line in axis.lines] for axis in figure.axes] == 2 * [[[9, 8, 7], [8, 7, 6]]]
     assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 1, 2], "thousands"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all weights", "LoRA"]
+    later = depth_plots.training_curves(table[(table["panel"] != "6 layers") | (table["series"] != "LoRA")])
+    assert [text.get_text() for text in later.legends[0].get_texts()] == ["all weights", "LoRA"], "missing in the first"
 
 
 def test_differences_stand_beside_their_margin():
