@@ -24,7 +24,6 @@ def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny):
     network, _ = models.load_model(tiny)
     network = shape_study.narrowed(network, width) if width else surgery.drop_layers(network, map(int, layers.split()))
     assert found["weights"] == efficiency.weight_bytes(network)
-    assert found["generated"] >= found["loaded"] > 10**6
 
 
 def test_more_texts_take_more_memory(tiny):
