@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,8 @@ def measure_memory(point: dict, *, model: str, revision: str | None, dtype: str,
 
 def _write(folder: str, model: str, revision: str | None, dtype: str, layers: str, size: str) -> None:
     network, tokenizer = models.load_model(model, revision=revision, dtype=dtype)
-    surgery.save(shape_study._shaped(network, layers, size), tokenizer, folder)
+    network = shape_study.narrowed(network, size) if size else surgery.drop_layers(network, map(int, layers.split()))
+    surgery.save(network, tokenizer, folder)
 
 
 def generation_memory(folder: str, *, dtype: str, batch_size: int, prompt_tokens: int, new_tokens: int) -> dict:
@@ -58,6 +58,10 @@ def memory_table(points: Sequence[dict], *, profile: str, notebook: str, model: 
                  recompute: bool = False, **settings) -> tuple[pd.DataFrame, Path]:
     """What :func:`measure_memory` finds at these points, read if it is there, and the file that holds it."""
     path = results.table_path(profile, notebook, f"{results.slug(model)}-memory")
-    compute = functools.partial(measure_memory, model=model, revision=revision, **settings)
+
+    def compute(point: dict) -> dict:
+        """One point with the settings of all."""
+        return measure_memory(point, model=model, revision=revision, **settings)
+
     return results.sweep(points, compute, path=path, recompute=recompute, parameters={
         "model": models.identity(model, revision), **settings}), path

@@ -1,12 +1,14 @@
 """Iterative removal against its rounds one by one."""
 
 import copy
+import functools
 import shutil
 
 import pandas as pd
 import pytest
+import test_shape_study
 import torch
-from test_depth_study import HEALING, N_LAYERS, SETTINGS, save_tiny_model
+from test_depth_study import HEALING, N_LAYERS, save_tiny_model
 
 from pruning_utils import (
     data,
@@ -27,9 +29,7 @@ def tiny(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
-def study(tiny, folder, points, kind=iterative_study.IterativeStudy):
-    given = {name: value for name, value in SETTINGS.items() if name != "n_calibration"}
-    return kind(points, model=tiny, checkpoints=folder, **{**given, "tasks": {}})
+study = functools.partial(test_shape_study.study, kind=iterative_study.IterativeStudy)
 
 
 def point(metric="taylor", per_round=1, **given) -> dict:
@@ -66,7 +66,7 @@ def test_rounds_equal_the_steps_one_by_one(metric, tiny, tmp_path):
 def test_one_round_is_removal_at_once(tiny, tmp_path):
     once = pd.DataFrame(study(tiny, tmp_path, [point("reverse order", 2)])(point("reverse order", 2)))
     asked = {"layers": f"{N_LAYERS - 2} {N_LAYERS - 1}", "recipe": "lora 0.01 4", "seed": 0}
-    plain = pd.DataFrame(study(tiny, tmp_path, [asked], importance_study.SetStudy)(asked))
+    plain = pd.DataFrame(study(tiny, tmp_path, [asked], kind=importance_study.SetStudy)(asked))
     nll = [table[table["dataset"] != iterative_study.REMOVED]["nll"].tolist() for table in (once, plain)]
     assert nll[0] == nll[1]
 
