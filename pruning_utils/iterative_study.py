@@ -14,6 +14,7 @@ from pruning_utils import (
     importance,
     importance_study,
     models,
+    recipe_study,
     records,
     selection,
     similarity,
@@ -25,13 +26,14 @@ METRICS = ("reverse order", "taylor", "block influence")
 REMOVED = "removed"  # the dataset under which the layers stand that a point removed
 
 
-class IterativeStudy(importance_study.SetStudy):
-    """A :class:`importance_study.SetStudy` whose layers are chosen again after each round of healing.
+class IterativeStudy(recipe_study.RecipeStudy):
+    """A :class:`recipe_study.RecipeStudy` whose layers are chosen again after each round of healing.
 
     A point has ``metric`` (one of ``METRICS``; scores are taken in float32), ``n_dropped`` (layers in all) and
     ``per_round`` (layers in each round), with ``layers`` empty and a ``recipe`` of one stage. Its steps are shared out
     evenly over the rounds, each with a learning-rate schedule of its own and on fresh text, so that all ways to
-    ``n_dropped`` layers see the same tokens; of the warm-up steps each round has its share, rounded down.
+    ``n_dropped`` layers see the same tokens; of the warm-up steps each round has its share, rounded down. The loss on
+    validation text is measured in the last round alone.
     """
 
     def __call__(self, point: dict) -> list[dict]:
@@ -60,7 +62,8 @@ class IterativeStudy(importance_study.SetStudy):
             folder = self.checkpoints / f"iterative-{records.digest(records.canonical(made))[:16]}"
             size = settings["steps"] * settings["batch_size"]
             current, history = importance_study._healed_once(
-                current, tokenizer, windows[turn * size:(turn + 1) * size], validation, settings, folder)
+                current, tokenizer, windows[turn * size:(turn + 1) * size],
+                validation if turn == rounds - 1 else None, settings, folder)
             histories.append(history.assign(tokens=history["tokens"] + turn * size * self.seq_len))
         return current, pd.concat(histories)
 
@@ -85,3 +88,6 @@ class IterativeStudy(importance_study.SetStudy):
                 settings["steps"] * per_round % point["n_dropped"]):
             raise ValueError(f"per_round must divide n_dropped, and the rounds the {settings['steps']} steps, got "
                              f"per_round {per_round} of {point['n_dropped']}")
+
+    def _n_dropped(self, point: dict) -> int:
+        return point["n_dropped"]

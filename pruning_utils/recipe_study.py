@@ -1,0 +1,62 @@
+"""Sets of layers and ways to train what is left: what the notebooks on Reassessing Layer Pruning compute."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from pruning_utils import data, depth_study, healing, importance_study, instructions, models, results
+
+
+class RecipeStudy(importance_study.SetStudy):
+    """A :class:`importance_study.SetStudy` whose recipes may say any setting of :func:`healing.heal`.
+
+    They follow the steps of a stage, with values as in JSON: ``"last_layers 0.001 32 last_k=2 untie=false"``. The
+    ``healing_source`` may also be one of :func:`instructions.instruction_windows`.
+    """
+
+    def _stages(self, point: dict) -> list[dict]:
+        stages = []
+        for stage in point["recipe"].split(" + "):
+            words = stage.split()
+            (settings,) = super()._stages({**point, "recipe": " ".join(words[:3])})
+            more = {name: json.loads(value) for name, value in (word.split("=") for word in words[3:])}
+            stages.append(settings | more)
+        return stages
+
+    def _check(self, point: dict, network: torch.nn.Module) -> None:
+        super()._check(point, network)
+        left = len(models.decoder_layers(network)) - self._n_dropped(point)
+        for settings in self._stages(point) if point["recipe"] else []:
+            settings = healing.check_settings(network, settings)
+            if settings["method"] == "last_layers" and settings["last_k"] > left:
+                raise ValueError(f"last_k must be at most {left}, the layers that are left, got {settings['last_k']}")
+            if not isinstance(settings["untie"], bool) or not isinstance(settings["train_norm"], bool):
+                raise ValueError(f"untie and train_norm must be true or false, got {point['recipe']!r}")
+
+    def _n_dropped(self, point: dict) -> int:
+        return len(self._block(None, point))
+
+    def _healing_windows(self, tokenizer, seed: int) -> torch.Tensor:
+        if not instructions.is_source(self.healing_source):
+            return super()._healing_windows(tokenizer, seed)
+        return instructions.instruction_windows(
+            tokenizer, self.healing_settings["steps"] * self.healing_settings["batch_size"], self.seq_len,
+            source=self.healing_source, seed=seed)
+
+
+def recipe_table(points: Sequence[dict], *, profile: str, notebook: str, model: str, revision: str | None, table: str,
+                 recompute: bool = False, kind: type = RecipeStudy, **settings) -> tuple[pd.DataFrame, Path]:
+    """What a study of this kind finds at these points, read if it is there, and the file that holds it.
+
+    Arguments as for :func:`depth_study.depth_table`; ``kind`` is :class:`RecipeStudy` or a class made from it.
+    """
+    study = kind(points, model=model, revision=revision, **settings,
+                 checkpoints=results.checkpoint_path(profile, depth_study.HEALING_CODE))
+    path = results.table_path(profile, notebook, f"{results.slug(model)}-{table}")
+    return results.sweep(points, study, path=path, recompute=recompute, parameters={
+        "model": models.identity(model, revision), "data": data.identity(), **settings}), path

@@ -1,0 +1,53 @@
+"""Scores of samples of calibration text, and sets that differ in one layer."""
+
+import pandas as pd
+import pytest
+from test_depth_study import N_LAYERS, save_tiny_model
+
+from pruning_utils import choice_study, data, importance, models, similarity
+
+DRAW = {"source": "xsum", "n_samples": 2, "seed": 1}
+SETTINGS = {"revision": None, "dtype": "float32", "seq_len": 16}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+def test_scores_are_those_of_each_metric(tiny):
+    found = pd.DataFrame(choice_study.score_sample(DRAW, model=tiny, **SETTINGS))
+    model, tokenizer = models.load_model(tiny, dtype="float32")
+    windows = data.calibration_windows(tokenizer, 2, 16, seed=1)
+    expected = {"taylor": importance.taylor(model, windows),
+                "block influence": similarity.measure_similarity(model, windows).block_influence}
+    assert list(found["criterion"].unique()) == list(expected)
+    for criterion, values in expected.items():
+        rows = found[found["criterion"] == criterion]
+        assert rows["layer"].tolist() == list(range(N_LAYERS))
+        assert rows["score"].to_numpy() == pytest.approx(values, rel=1e-5)
+
+
+def test_the_table_is_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
+    asked = dict(profile="smoke", notebook="11_one_shot_or_iterative", model=tiny, **SETTINGS)
+    first, path = choice_study.sample_table([["xsum", 2, 1]], **asked)
+    monkeypatch.setattr(choice_study, "score_sample", lambda *_, **__: pytest.fail("computed again"))
+    again, _ = choice_study.sample_table([["xsum", 2, 1]], **asked)
+    assert first.equals(again) and path.is_relative_to(tmp_path)
+
+
+def test_all_swaps_of_a_set():
+    found = choice_study.single_swaps([4, 1], 5)
+    assert found.to_dict("list") == {"spared": [1, 1, 1, 4, 4, 4], "dropped": [0, 2, 3, 0, 2, 3],
+                                     "layers": ["0 4", "2 4", "3 4", "0 1", "1 2", "1 3"]}
+    assert choice_study.single_swaps([4, 1], 5, spared=[4])["layers"].tolist() == ["0 1", "1 2", "1 3"]
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(layers=[1, 1]), r"different numbers from 0 to 4, got \[1, 1\]"),
+    (dict(layers=[1, 5]), r"different numbers from 0 to 4, got \[1, 5\]"),
+    (dict(layers=[1, 2], spared=[3]), r"spared must be among the layers that go, \[1, 2\], got \[3\]")])
+def test_bad_swaps_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        choice_study.single_swaps(n_layers=5, **given)
