@@ -90,6 +90,25 @@ def training_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def rate_curves(table: pd.DataFrame) -> Figure:
+    """Loss against the learning rate, a panel for each ``panel``, a curve for each ``series``, its lowest point filled;
+    columns with them ``rate`` and ``loss`` (nats per token)."""
+    need_columns(table, "panel", "series", "rate", "loss")
+    panels = list(table["panel"].unique())
+    figure, axes = new_figure(WIDE * 1.15, 2.6, len(panels))
+    handles: dict = {}
+    for axis, panel in zip(axes, panels, strict=True):
+        for series, rows in table[table["panel"] == panel].sort_values("rate").groupby("series", sort=False):
+            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
+            handles[series] = axis.plot(rows["rate"], rows["loss"], color=colour, marker=marker, markersize=4,
+                                        fillstyle="none", linewidth=0.9)[0]
+            axis.plot(*rows.loc[rows["loss"].idxmin(), ["rate", "loss"]], color=colour, marker=marker, markersize=4)
+        axis.set(title=panel, xscale="log", xlabel="peak learning rate")
+    axes[0].set(ylabel="validation loss (nats per token)")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=5)
+    return figure
+
+
 def differences(table: pd.DataFrame, *, margin: float, label: str) -> Figure:
     """Paired differences with their corrected and 90 % intervals beside the margin within which they count as none.
 

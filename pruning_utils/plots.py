@@ -27,7 +27,9 @@ ENTITIES = {
     "taylor+": ("#CC79A7", "P"), "perplexity": ("#0072B2", "o"),
     "depth": ("#0072B2", "o"), "width": ("#CC79A7", "s"), "width, heads too": ("#D55E00", "D"),
     "reverse order": ("#000000", "o"), "block influence": ("#E69F00", "v"), "closest block": ("#CC79A7", "P"),
-    "LoRA": ("#0072B2", "^"), "all weights": ("#E69F00", "D"),
+    "LoRA": ("#0072B2", "^"), "all weights": ("#E69F00", "D"), "QLoRA": ("#56B4E9", "v"), "DoRA": ("#009E73", "P"),
+    "head": ("#999999", "o"), "head + 1": ("#F0E442", "o"), "head + 2": ("#CC79A7", "o"), "head + 3": ("#D55E00", "o"),
+    "head + 3, tied": ("#000000", "s"),
     "rank 2": ("#56B4E9", "o"), "rank 8": ("#0072B2", "^"), "rank 32": ("#CC79A7", "s"),
 }
 NAMES = {"piqa": "PIQA", "openbookqa": "OpenBookQA", "commonsenseqa": "CommonsenseQA", "siqa": "SIQA", "mmlu": "MMLU",

@@ -24,8 +24,7 @@ class RecipeStudy(importance_study.SetStudy):
         for stage in point["recipe"].split(" + "):
             words = stage.split()
             (settings,) = super()._stages({**point, "recipe": " ".join(words[:3])})
-            more = {name: json.loads(value) for name, value in (word.split("=") for word in words[3:])}
-            stages.append(settings | more)
+            stages.append(settings | further_settings(words[3:]))
         return stages
 
     def _check(self, point: dict, network: torch.nn.Module) -> None:
@@ -47,6 +46,11 @@ class RecipeStudy(importance_study.SetStudy):
         return instructions.instruction_windows(
             tokenizer, self.healing_settings["steps"] * self.healing_settings["batch_size"], self.seq_len,
             source=self.healing_source, seed=seed)
+
+
+def further_settings(words: Sequence[str]) -> dict:
+    """Settings from words such as ``last_k=2``; a ValueError if one is none."""
+    return {name: json.loads(value) for name, value in (word.split("=") for word in words)}
 
 
 def recipe_table(points: Sequence[dict], *, profile: str, notebook: str, model: str, revision: str | None, table: str,
