@@ -24,7 +24,8 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 ORDER = ("runtime", "embedded", "models", "data", "similarity", "selection", "surgery", "healing",
          "sharing", "evaluation", "importance", "width", "efficiency", "evidence", "experiments", "records",
          "saved_points", "results", "depth_study", "importance_study", "shape_study", "memory_study",
-         "metric_study", "instructions", "recipe_study", "choice_study", "iterative_study", "cost_study", "plots", "depth_plots")
+         "metric_study", "instructions", "recipe_study", "choice_study", "iterative_study", "cost_study", "plots",
+         "depth_plots")
 
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 300, 60, 3550
 MAX_NOTEBOOK_LINES, MAX_CELL_LINES = 150, 25
