@@ -157,6 +157,25 @@ def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
     return figure
 
 
+def swap_map(table: pd.DataFrame) -> Figure:
+    """What it changes to remove one layer instead of another: a panel for each ``panel``, ``spared`` against
+    ``dropped`` (0-based layers), the ``change`` of the loss (nats per token) in colour."""
+    need_columns(table, "panel", "spared", "dropped", "change")
+    panels = list(table["panel"].unique())
+    figure = Figure(figsize=(WIDE * 1.15, 2.0 * len(panels)), layout="constrained")
+    for axis, panel in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
+        wide = table[table["panel"] == panel].pivot(index="spared", columns="dropped", values="change")
+        most = np.abs(wide.to_numpy()).max()
+        mesh = axis.pcolormesh(wide, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors="white", linewidth=0.3)
+        axis.set_xticks(np.arange(wide.shape[1]) + 0.5, wide.columns)
+        axis.set_yticks(np.arange(wide.shape[0]) + 0.5, wide.index)
+        axis.tick_params(length=0, labelsize=6)
+        axis.invert_yaxis()
+        axis.set(title=panel, ylabel="layer that stays", xlabel="layer removed in its place (0-based)")
+        figure.colorbar(mesh, ax=axis, label="change of loss\n(nats per token)")
+    return figure
+
+
 def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figure:
     """A drawing of which layers go: a row of squares for each name, the removed ones filled; L = ``n_layers``."""
     figure, (axis,) = new_figure(WIDE, 0.6 + 0.28 * len(removed))

@@ -162,6 +162,30 @@ def test_training_curves_have_a_line_for_each_method():
     assert [text.get_text() for text in later.legends[0].get_texts()] == ["all weights", "LoRA"], "missing in the first"
 
 
+def test_rate_curves_fill_the_lowest_point_of_each_method():
+    table = pd.DataFrame([{"panel": panel, "series": method, "rate": rate, "loss": loss}
+                          for panel in ("taylor", "unpruned")
+                          for method, losses in (("LoRA", (3, 1, 2)), ("head", (5, 4)))
+                          for rate, loss in zip((1e-2, 3e-3, 1e-3), losses, strict=False)])
+    for axis in depth_plots.rate_curves(table).axes:
+        assert [line.get_xydata().tolist() for line in axis.lines] == [
+            [[1e-3, 2], [3e-3, 1], [1e-2, 3]], [[3e-3, 1]], [[3e-3, 4], [1e-2, 5]], [[3e-3, 4]]]
+        assert [line.get_fillstyle() for line in axis.lines] == ["none", "full", "none", "full"]
+        assert axis.get_xscale() == "log"
+
+
+def test_a_swap_map_has_a_cell_for_each_pair():
+    table = pd.DataFrame([{"panel": panel, "spared": spared, "dropped": dropped, "change": spared - dropped}
+                          for panel in ("taylor", "reverse order") for spared in (2, 5) for dropped in (0, 1, 7)])
+    maps = [axis for axis in depth_plots.swap_map(table).axes if axis.get_title()]
+    for axis in maps:
+        mesh = axis.collections[0]
+        assert mesh.get_array().tolist() == [[2, 1, -5], [5, 4, -2]] and mesh.get_clim() == (-5, 5)
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0", "1", "7"]
+        assert [tick.get_text() for tick in axis.get_yticklabels()] == ["2", "5"]
+    assert [axis.get_title() for axis in maps] == ["taylor", "reverse order"]
+
+
 def test_differences_stand_beside_their_margin():
     table = evidence.paired_verdicts({"a": np.array([0.1, 0.2, 0.3]), "b": np.array([-0.1, 0.1])}, margin=0.02)
     (axis,) = depth_plots.differences(table, margin=0.02, label="accuracy").axes
@@ -223,6 +247,7 @@ def test_the_roof_is_the_lower_of_both_limits():
 
 @pytest.mark.parametrize("draw", [
     depth_plots.removed_by_criterion, depth_plots.speed_curves, depth_plots.training_curves,
+    depth_plots.rate_curves, depth_plots.swap_map,
     lambda table: depth_plots.rank_changes(table, before="pruned", after="healed"),
     lambda table: depth_plots.roofline(table, flops_per_second=1, bytes_per_second=1),
     lambda table: depth_plots.depth_curves(table, n_layers=4), depth_plots.healing_curves,
