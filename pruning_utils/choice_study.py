@@ -14,7 +14,7 @@ from pruning_utils import data, importance, importance_study, models, results, s
 def score_sample(point: dict, *, model: str, revision: str | None, dtype: str, seq_len: int) -> list[dict]:
     """The scores of all layers that depend on calibration text and cost a pass or two over it.
 
-    Arguments as for :func:`importance_study.score_layers`.
+    Arguments and errors as for :func:`importance_study.score_layers`.
 
     Returns:
         Rows with ``criterion`` (``taylor``; ``block influence``, the mean over tokens), ``layer`` (0-based) and
@@ -31,7 +31,10 @@ def score_sample(point: dict, *, model: str, revision: str | None, dtype: str, s
 
 def sample_table(draws: Sequence[Sequence], *, profile: str, notebook: str, model: str, revision: str | None,
                  dtype: str, seq_len: int, recompute: bool = False) -> tuple[pd.DataFrame, Path]:
-    """What :func:`score_sample` finds on each draw (text, windows, seed), read if it is there, and the file with it."""
+    """What :func:`score_sample` finds on each draw (text, windows, seed), read if it is there, and the file with it.
+
+    Other arguments as there; ``notebook`` owns the table.
+    """
     path = results.table_path(profile, notebook, f"{results.slug(model)}-samples")
     points = [dict(zip(("source", "n_samples", "seed"), draw, strict=True)) for draw in draws]
     compute = functools.partial(score_sample, model=model, revision=revision, dtype=dtype, seq_len=seq_len)
@@ -52,13 +55,15 @@ def single_swaps(layers: Sequence[int], n_layers: int, *, spared: Sequence[int] 
         (the one that goes in its place) and ``layers`` (ascending numbers as a text, such as ``"4 7 11"``).
 
     Raises:
-        ValueError: If numbers are repeated or beyond the model, or ``spared`` names layers that stay anyhow.
+        ValueError: If numbers are repeated or beyond the model, or ``spared`` is empty, repeats one or names layers
+            that stay anyhow.
     """
     chosen = {*layers}
+    spared = sorted(chosen) if spared is None else list(spared)
     if len(chosen) < len(layers) or not chosen <= {*range(n_layers)}:
         raise ValueError(f"layers must be different numbers from 0 to {n_layers - 1}, got {list(layers)}")
-    if unknown := {*(spared or ())} - chosen:
-        raise ValueError(f"spared must be among the layers that go, {sorted(chosen)}, got {sorted(unknown)}")
+    if not spared or len({*spared}) < len(spared) or not {*spared} <= chosen:
+        raise ValueError(f"spared must be different ones of the layers that go, {sorted(chosen)}, got {spared}")
     return pd.DataFrame([
         {"spared": out, "dropped": other, "layers": " ".join(map(str, sorted(chosen - {out} | {other})))}
-        for out in (sorted(chosen) if spared is None else spared) for other in range(n_layers) if other not in chosen])
+        for out in spared for other in range(n_layers) if other not in chosen])

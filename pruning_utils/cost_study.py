@@ -13,12 +13,23 @@ from pruning_utils import efficiency, models, recipe_study, results, shape_study
 
 def measure_cost(point: dict, *, model: str, revision: str | None, seq_len: int, steps: int, healing_settings: dict
                  ) -> dict:
-    """What training costs at a point: ``layers`` dropped (a text of 0-based numbers), ``recipe`` (a method of
-    :func:`healing.heal` and perhaps its settings, such as ``"last_layers last_k=2 untie=false"``).
+    """What training costs at a point.
+
+    Args:
+        point: ``layers`` dropped (a text of 0-based numbers), and ``recipe``, a method of :func:`healing.heal` and
+            perhaps settings as for :func:`recipe_study.further_settings`: ``"last_layers last_k=2 untie=false"``.
+        model: Name for :func:`models.load_model`, with ``revision``.
+        seq_len: Tokens in a window.
+        steps: Steps that are measured, after one that is not.
+        healing_settings: What the recipe does not say; ``batch_size`` in windows.
 
     Returns:
-        Those of :func:`shape_study.measure_training`, and ``stored``, the parameters of the trained model as it is
-        saved, adapters merged: an untied head is one more matrix.
+        ``trainable`` parameters, ``step_seconds`` (mean), ``tokens_per_second``, ``peak_bytes`` of the process, and
+        ``stored``, the parameters of the trained model as it is saved, adapters merged: an untied head is one more
+        matrix.
+
+    Raises:
+        ValueError: If the recipe, or a setting, is out of range.
     """
     method, *words = point["recipe"].split()
     settings = {**healing_settings, **recipe_study.further_settings(words)}

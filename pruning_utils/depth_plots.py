@@ -102,7 +102,7 @@ def rate_curves(table: pd.DataFrame) -> Figure:
             colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
             handles[series] = axis.plot(rows["rate"], rows["loss"], color=colour, marker=marker, markersize=4,
                                         fillstyle="none", linewidth=0.9)[0]
-            axis.plot(*rows.loc[rows["loss"].idxmin(), ["rate", "loss"]], color=colour, marker=marker, markersize=4)
+            axis.plot(*rows[["rate", "loss"]].iloc[rows["loss"].argmin()], color=colour, marker=marker, markersize=4)
         axis.set(title=panel, xscale="log", xlabel="peak learning rate")
     axes[0].set(ylabel="validation loss (nats per token)")
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=5)

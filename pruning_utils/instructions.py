@@ -2,11 +2,13 @@
 
 Embedded are ``fiqa`` (questions on money, with long free answers), ``nq-open`` (questions with a few words as answer)
 and ``medmcqa`` (medical questions with options); from a hub come those of arXiv:2411.15558, Table 7. What shares a run
-of 13 words with any evaluation text or question is left out, as of every text that something is trained on.
+of 13 words with any embedded evaluation text or question is left out, as of every text that something is trained on;
+tasks and texts that come from a hub are not looked at.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +33,17 @@ def is_source(source: str | None) -> bool:
     return source in {**EMBEDDED, **HUB} or str(source).endswith(".jsonl")
 
 
+def identity(source: str) -> str:
+    """What tells a source from any other: its name, of a file with the sha256 of its content.
+
+    Raises:
+        ValueError: If a file cannot be read.
+    """
+    if not str(source).endswith(".jsonl"):
+        return source
+    return f"{Path(source).name} sha256:{hashlib.sha256(_read(Path(source)).encode()).hexdigest()[:16]}"
+
+
 def instruction_texts(tokenizer, source: str) -> list[str]:
     """The different pairs of a source as chats of two turns, in the order of the source, contaminated ones left out.
 
@@ -40,7 +53,11 @@ def instruction_texts(tokenizer, source: str) -> list[str]:
             a hub), or a file that ends in ``.jsonl``, a JSON object a line, with ``instruction``, ``input`` (may be
             empty) and ``output``.
 
+    Returns:
+        Texts of a question and its answer; pairs of which one is empty are left out.
+
     Raises:
+        ModuleNotFoundError: If the package of the embedded ones is missing.
         ValueError: If the source is unknown, cannot be read or lacks a field, or the tokenizer has no chat template.
     """
     if not is_source(source):
@@ -56,7 +73,7 @@ def instruction_texts(tokenizer, source: str) -> list[str]:
         rows, fields = _hub_rows(source, *where), (prompt, answer)
     else:
         rows, fields = _rows(Path(source)), LOCAL
-    pairs = list(dict.fromkeys(_pair(row, *fields, source) for row in rows))
+    pairs = [pair for pair in dict.fromkeys(_pair(row, *fields, source) for row in rows) if all(pair)]
     clean = ~data.overlaps(["\n".join(pair) for pair in pairs], data.evaluation_texts())
     roles = ("user", "assistant")
     chats = [[{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]
@@ -72,11 +89,21 @@ def instruction_windows(tokenizer, n_samples: int, seq_len: int, *, source: str,
     return data._windows(tokenizer, n_samples, seq_len, instruction_texts(tokenizer, source), seed, source)
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} could not be read: {error}") from error
+
+
 def _rows(path: Path) -> Iterable[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name} could not be read as a JSON object a line: {error}") from error
+        rows = [json.loads(line) for line in _read(path).split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} must hold a JSON object a line: {error}") from error
+    if other := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"{path.name} must hold a JSON object a line, got {other[0]!r}")
+    return rows
 
 
 def _hub_rows(source: str, repository: str, configuration: str | None, split: str) -> Iterable[dict]:
@@ -98,5 +125,6 @@ def _pair(row: dict, prompt: tuple[str, ...], answer: str, source: str) -> tuple
         lines = [f"{chr(65 + number)}. {choice}" for number, choice in enumerate(given["choices"])]
         given |= {"choices": "\n".join(lines), answer: lines[given[answer]]}
     elif isinstance(given[answer], list):  # several right answers
-        given[answer] = given[answer][0]
-    return "\n".join(filter(None, (str(given[field]).strip() for field in prompt))), str(given[answer]).strip()
+        given[answer] = given[answer][0] if given[answer] else None
+    given = {field: "" if value is None else str(value).strip() for field, value in given.items()}
+    return "\n".join(filter(None, (given[field] for field in prompt))), given[answer]

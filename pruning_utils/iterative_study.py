@@ -58,12 +58,12 @@ class IterativeStudy(recipe_study.RecipeStudy):
             left = [layer for place, layer in enumerate(left) if place not in chosen]
             weights = {id(weight): weight for weight in (*current.parameters(), *current.buffers())}
             current = surgery.drop_layers(copy.deepcopy(current, weights), chosen)
-            made["removed"] = self.removed
+            made |= {"removed": self.removed, "validated": turn == rounds - 1}
             folder = self.checkpoints / f"iterative-{records.digest(records.canonical(made))[:16]}"
             size = settings["steps"] * settings["batch_size"]
             current, history = importance_study._healed_once(
                 current, tokenizer, windows[turn * size:(turn + 1) * size],
-                validation if turn == rounds - 1 else None, settings, folder)
+                validation if made["validated"] else None, settings, folder)
             histories.append(history.assign(tokens=history["tokens"] + turn * size * self.seq_len))
         return current, pd.concat(histories)
 

@@ -9,15 +9,25 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pruning_utils import data, depth_study, healing, importance_study, instructions, models, results
+from pruning_utils import data, depth_study, healing, importance_study, instructions, models, records, results
+
+ELSEWHERE = ("method", "learning_rate", "steps", "seed", "batch_size")  # said by the stage, the point or the study
 
 
 class RecipeStudy(importance_study.SetStudy):
-    """A :class:`importance_study.SetStudy` whose recipes may say any setting of :func:`healing.heal`.
+    """A :class:`importance_study.SetStudy` whose recipes may say settings of :func:`healing.heal`.
 
-    They follow the steps of a stage, with values as in JSON: ``"last_layers 0.001 32 last_k=2 untie=false"``. The
-    ``healing_source`` may also be one of :func:`instructions.instruction_windows`.
+    They follow the steps of a stage, with values as in JSON: ``"last_layers 0.001 32 last_k=2 untie=false"``; all but
+    those in ``ELSEWHERE`` may stand there. The ``healing_source`` may also be one of
+    :func:`instructions.instruction_windows`; of a file, its content counts and not its place.
     """
+
+    def __init__(self, points: Sequence[dict], **settings):
+        super().__init__(points, **settings)
+        self.given_source = self.healing_source
+        if instructions.is_source(self.given_source):  # what trained models are known by
+            code = records.digest_at_first_sight("instructions")[:12]
+            self.healing_source = f"{instructions.identity(self.given_source)} code:{code}"
 
     def _stages(self, point: dict) -> list[dict]:
         stages = []
@@ -41,16 +51,23 @@ class RecipeStudy(importance_study.SetStudy):
         return len(self._block(None, point))
 
     def _healing_windows(self, tokenizer, seed: int) -> torch.Tensor:
-        if not instructions.is_source(self.healing_source):
+        if not instructions.is_source(self.given_source):
             return super()._healing_windows(tokenizer, seed)
         return instructions.instruction_windows(
             tokenizer, self.healing_settings["steps"] * self.healing_settings["batch_size"], self.seq_len,
-            source=self.healing_source, seed=seed)
+            source=self.given_source, seed=seed)
 
 
 def further_settings(words: Sequence[str]) -> dict:
-    """Settings from words such as ``last_k=2``; a ValueError if one is none."""
-    return {name: json.loads(value) for name, value in (word.split("=") for word in words)}
+    """Settings of :func:`healing.heal` from words such as ``last_k=2``, values as in JSON.
+
+    Raises:
+        ValueError: If a word is none of that form, or names a setting twice or one of ``ELSEWHERE``.
+    """
+    found = {name: json.loads(value) for name, value in (word.split("=") for word in words)}
+    if len(found) < len(words) or not found.keys().isdisjoint(ELSEWHERE):
+        raise ValueError(f"each setting may be named once, and not {', '.join(ELSEWHERE)}, got {' '.join(words)!r}")
+    return found
 
 
 def recipe_table(points: Sequence[dict], *, profile: str, notebook: str, model: str, revision: str | None, table: str,
@@ -59,8 +76,12 @@ def recipe_table(points: Sequence[dict], *, profile: str, notebook: str, model: 
 
     Arguments as for :func:`depth_study.depth_table`; ``kind`` is :class:`RecipeStudy` or a class made from it.
     """
+    if instructions.is_source(source := settings.get("healing_source")):
+        named = {**settings, "healing_source": instructions.identity(source)}
+    else:
+        named = settings
     study = kind(points, model=model, revision=revision, **settings,
                  checkpoints=results.checkpoint_path(profile, depth_study.HEALING_CODE))
     path = results.table_path(profile, notebook, f"{results.slug(model)}-{table}")
     return results.sweep(points, study, path=path, recompute=recompute, parameters={
-        "model": models.identity(model, revision), "data": data.identity(), **settings}), path
+        "model": models.identity(model, revision), "data": data.identity(), **named}), path

@@ -47,7 +47,9 @@ def test_all_swaps_of_a_set():
 @pytest.mark.parametrize("given, message", [
     (dict(layers=[1, 1]), r"different numbers from 0 to 4, got \[1, 1\]"),
     (dict(layers=[1, 5]), r"different numbers from 0 to 4, got \[1, 5\]"),
-    (dict(layers=[1, 2], spared=[3]), r"spared must be among the layers that go, \[1, 2\], got \[3\]")])
+    (dict(layers=[1, 2], spared=[3]), r"spared must be different ones of the layers that go, \[1, 2\], got \[3\]"),
+    (dict(layers=[1, 2], spared=[1, 1]), r"spared must be different ones .* got \[1, 1\]"),
+    (dict(layers=[1, 2], spared=[]), r"spared must be different ones .* got \[\]")])
 def test_bad_swaps_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         choice_study.single_swaps(n_layers=5, **given)

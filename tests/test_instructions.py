@@ -43,6 +43,14 @@ def test_a_file_of_ones_own(tokenizer, tmp_path):
         "Greet.<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"]
 
 
+def test_empty_fields_are_no_words(tokenizer, tmp_path):
+    rows = [{"instruction": "Greet.", "input": None, "output": "Hi"},
+            {"instruction": "Greet.", "input": "", "output": None}]
+    (text,) = instructions.instruction_texts(tokenizer, write(tmp_path, rows))
+    assert "None" not in text and "Greet.<|im_end|>" in text
+    assert instructions._pair({"question": "Q", "answer": []}, ("question",), "answer", "x") == ("Q", "")
+
+
 def test_contaminated_rows_are_left_out(tokenizer, tmp_path):
     question = max(data.load_questions("siqa"), key=lambda given: len(given.passage))
     rows = [{"instruction": question.passage, "input": question.question, "output": "x"},
@@ -90,9 +98,10 @@ def test_what_cannot_be_read_is_refused(tokenizer, tmp_path, monkeypatch):
         instructions.instruction_texts(tokenizer, "alpaca")
     with pytest.raises(ValueError, match="missing.jsonl could not be read"):
         instructions.instruction_texts(tokenizer, str(tmp_path / "missing.jsonl"))
-    (tmp_path / "bad.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="bad.jsonl could not be read as a JSON object a line"):
-        instructions.instruction_texts(tokenizer, str(tmp_path / "bad.jsonl"))
+    for content in ("{", "3", "null"):
+        (tmp_path / "bad.jsonl").write_text(content)
+        with pytest.raises(ValueError, match="bad.jsonl must hold a JSON object a line"):
+            instructions.instruction_texts(tokenizer, str(tmp_path / "bad.jsonl"))
     plain = type("", (), {"chat_template": None})()
     with pytest.raises(ValueError, match="no chat template"):
         instructions.instruction_texts(plain, "fiqa")

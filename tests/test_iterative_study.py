@@ -59,6 +59,8 @@ def test_rounds_equal_the_steps_one_by_one(metric, tiny, tmp_path):
                              **{**HEALING, "steps": 2, "warmup_steps": 1}).model
     losses = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses
+    evaluated = rows[rows["dataset"] == "healing eval"]["item"]
+    assert evaluated.min() >= 4 * 16, "in the last round alone"
     removed = rows[rows["dataset"] == iterative_study.REMOVED]
     assert list(zip(removed["item"], removed["nll"], strict=True)) == gone
 
