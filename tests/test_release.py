@@ -1,0 +1,169 @@
+"""What a released model carries, what it costs, and that others can load it."""
+
+import json
+import stat
+import sys
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from test_depth_study import N_LAYERS, save_tiny_model
+
+from pruning_utils import models, release, surgery
+
+SCORES = pd.DataFrame({"pruned": [4.5, 0.25]}, index=["loss on XSum", "accuracy"])
+CARD = {"base": "some/model", "layers": [1, 3], "n_layers": 6, "parameters": 1234567, "scores": SCORES,
+        "recipe": "the head and the last three layers, rate 0.003", "text": "32 thousand tokens of passages",
+        "record": {"seed": 0, "versions": {"torch": "2"}}}
+TOKENS = torch.arange(8)[None]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture
+def pruned(tiny):
+    model, tokenizer = models.load_model(tiny)
+    return surgery.drop_layers(model, [1, 3]), tokenizer
+
+
+def test_the_card_says_what_was_done_and_measured():
+    _, header, body = release.model_card(**CARD).split("---\n", 2)
+    assert yaml.safe_load(header) == {"base_model": "some/model", "library_name": "transformers",
+                                      "pipeline_tag": "text-generation", "tags": ["layer-pruning", "depth-pruning"]}
+    assert "# some/model without 2 of its 6 layers" in body
+    assert "Removed: layers 1, 3, counted from 0; 4 are left, 1,234,567 parameters in all." in body
+    for said in (CARD["recipe"], CARD["text"], "| loss on XSum |", "4.5"):
+        assert said in body
+    assert json.loads(body.split("```json\n")[1].split("```")[0]) == CARD["record"]
+
+
+def test_a_card_without_scores_is_refused():
+    with pytest.raises(ValueError, match="scores must have a row at least"):
+        release.model_card(**{**CARD, "scores": pd.DataFrame()})
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_what_is_saved_is_the_model_with_its_card(untied, pruned, tmp_path):
+    model, tokenizer = pruned
+    if untied:
+        models.untie_head(model)
+        with torch.no_grad():
+            model.get_output_embeddings().weight += 1
+    folder = release.save_release(model, tokenizer, tmp_path / "small", card="# A card\n")
+    assert (folder / release.CARD).read_text() == "# A card\n"
+    assert release.logit_difference(model, folder, TOKENS) == 0
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] += 1
+    assert release.logit_difference(model, folder, TOKENS) > 0.01
+
+
+def test_a_folder_that_loads_as_another_model_does_not_stay(pruned, tmp_path):
+    model, tokenizer = pruned
+    model.lm_head.register_forward_hook(lambda module, given, logits: 2 * logits)  # which no file holds
+    with pytest.raises(ValueError, match="what transformers loads differs from the model by"):
+        release.save_release(model, tokenizer, tmp_path / "small", card="")
+    assert not list(tmp_path.iterdir())
+
+
+SETTINGS = {"revision": None, "dtype": "float32", "n_windows": 4, "seq_len": 16, "batch_size": 2}
+
+
+def test_costs_are_those_of_the_model_as_it_is_saved(tiny, pruned):
+    model, _ = pruned
+    weights = {id(weight): weight for weight in model.parameters()}.values()
+    head = model.get_input_embeddings().weight.numel()
+    recipes = ("", "lora 0.001 4", "last_layers 0.001 4 last_k=1 untie=false", "last_layers 0.001 4 last_k=1")
+    found = {recipe: release.measure_release({"layers": "1 3", "recipe": recipe}, model=tiny, **SETTINGS)
+             for recipe in recipes}
+    count = sum(weight.numel() for weight in weights)
+    assert [row["parameters"] for row in found.values()] == [count, count, count, count + head]
+    assert all(row["bytes"] >= 4 * row["parameters"] and row["seconds"] > 0 for row in found.values())
+    macs = [row["macs"] for row in found.values()]
+    assert macs[0] >= 64 * (count - head) and len({*macs}) == 1, "a head is used whether or not it is stored twice"
+    whole = release.measure_release({"layers": "", "recipe": ""}, model=tiny, **SETTINGS)
+    assert whole["parameters"] - count == sum(
+        weight.numel() for layer in models.decoder_layers(model)[:2] for weight in layer.parameters())
+
+
+def test_costs_are_measured_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
+    asked = dict(points=[{"run": 0, "layers": "1", "recipe": ""}], profile="smoke", notebook="x", model=tiny,
+                 own_process=False, **SETTINGS)
+    first, path = release.release_table(**asked)
+    monkeypatch.setattr(release, "measure_release", lambda *_, **__: pytest.fail("measured again"))
+    assert release.release_table(**asked)[0].equals(first) and path.is_file()
+
+
+def test_a_trained_model_is_that_of_its_point(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
+    healing = {"targets": "all", "rank": 2, "alpha": 4, "dropout": 0.0, "warmup_steps": 0, "steps": 1, "batch_size": 1}
+    given = dict(profile="smoke", model=tiny, revision=None, seq_len=16, calibration_source="xsum", healing_source=None,
+                 texts={}, tasks={}, limit=None, seed=0, healing_settings=healing)
+    plain, _ = release.trained_model({"layers": "1 3", "recipe": "", "seed": 0}, **given)
+    healed, _ = release.trained_model({"layers": "1 3", "recipe": "last_layers 0.01 1 last_k=1", "seed": 0}, **given)
+    assert len(models.decoder_layers(plain)) == len(models.decoder_layers(healed)) == N_LAYERS - 2
+    same = [torch.equal(a, b) for a, b in zip(models.decoder_layers(plain)[0].parameters(),
+                                              models.decoder_layers(healed)[0].parameters(), strict=True)]
+    assert all(same) and not torch.equal(plain.get_output_embeddings().weight, healed.get_output_embeddings().weight)
+
+
+def converter(folder, body) -> None:
+    (folder / "real").mkdir()
+    path = folder / "real" / release.CONVERTER
+    path.write_text(f"import sys, pathlib\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    (folder / release.CONVERTER).symlink_to(path)
+
+
+def test_the_converter_on_the_path_is_asked(pruned, tmp_path, monkeypatch):
+    folder = surgery.save(*pruned, tmp_path / "small")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert release.export_gguf(folder) is None, "there is none yet"
+    converter(tmp_path, "pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text(' '.join(sys.argv))")
+    target = release.export_gguf(folder, kind="q8_0")
+    assert target == folder / "small.q8_0.gguf"
+    script, given, *_, kind = target.read_text().split()
+    assert (script, given, kind) == (str(tmp_path / "real" / release.CONVERTER), str(folder), "q8_0")
+
+
+@pytest.mark.parametrize("body, said", [("sys.exit('no such architecture')", "no such architecture"),
+                                        ("pathlib.Path(sys.argv[3]).unlink()", "")])
+def test_a_converter_that_fails_leaves_nothing(body, said, pruned, tmp_path, monkeypatch):
+    folder = surgery.save(*pruned, tmp_path / "small")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    converter(tmp_path, body)
+    before = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match=f"convert_hf_to_gguf.py failed on small: {said}"):
+        release.export_gguf(folder)
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind, message", [("q4", "kind must be one of auto, f32, .* got 'q4'"),
+                                           ("f16", "holds no saved")])
+def test_what_cannot_be_exported_is_refused(kind, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        release.export_gguf(tmp_path, kind=kind)
+
+
+def test_vllm_is_asked_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(release.importlib.util, "find_spec", lambda name: None)
+    assert release.vllm_text(tmp_path, "Hello") is None
+    asked = []
+
+    class Engine:
+        def __init__(self, folder):
+            asked.append(folder)
+
+        def generate(self, prompts, params):
+            asked.append((prompts, params))
+            return [type("Found", (), {"outputs": [type("Text", (), {"text": " world"})]})]
+
+    monkeypatch.setattr(release.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "vllm", type("vllm", (), {
+        "LLM": Engine, "SamplingParams": lambda **given: given}))
+    assert release.vllm_text(tmp_path, "Hello", new_tokens=4) == " world"
+    assert asked == [str(tmp_path), (["Hello"], {"temperature": 0, "max_tokens": 4})]
