@@ -33,7 +33,8 @@ class IterativeStudy(recipe_study.RecipeStudy):
     ``per_round`` (layers in each round), with ``layers`` empty and a ``recipe`` of one stage. Its steps are shared out
     evenly over the rounds, each with a learning-rate schedule of its own and on fresh text, so that all ways to
     ``n_dropped`` layers see the same tokens; of the warm-up steps each round has its share, rounded down. The loss on
-    validation text is measured in the last round alone.
+    validation text is measured in the last round alone. With all in one round a point is removal at once, and its
+    model that of a :class:`recipe_study.RecipeStudy`.
     """
 
     def __call__(self, point: dict) -> list[dict]:
@@ -44,10 +45,14 @@ class IterativeStudy(recipe_study.RecipeStudy):
                         "dataset": REMOVED, "item": layer, "nll": turn} for layer, turn in self.removed]
 
     def _trained(self, current: torch.nn.Module, tokenizer, point: dict) -> tuple[torch.nn.Module, pd.DataFrame]:
+        rounds = point["n_dropped"] // point["per_round"]
+        if rounds == 1:
+            chosen = self._chosen(current, tokenizer, point)
+            self.removed, at_once = [(layer, 1) for layer in chosen], {**point, "layers": " ".join(map(str, chosen))}
+            return super()._trained(self.pruned(current, at_once), tokenizer, at_once)
         windows, histories = self._healing_windows(tokenizer, point["seed"]), []
         validation = data.evaluation_windows(tokenizer, 16, self.seq_len, split="validation")
         (settings,) = self._stages(point)
-        rounds = point["n_dropped"] // point["per_round"]
         settings |= {name: settings[name] // rounds for name in ("steps", "warmup_steps")}
         made = {"model": models.identity(self.model, self.revision), "data": data.identity(), "seq_len": self.seq_len,
                 "text": self.healing_source, "calibration": [self.calibration_source, self.seed], "settings": settings}

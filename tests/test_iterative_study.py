@@ -65,8 +65,11 @@ def test_rounds_equal_the_steps_one_by_one(metric, tiny, tmp_path):
     assert list(zip(removed["item"], removed["nll"], strict=True)) == gone
 
 
-def test_one_round_is_removal_at_once(tiny, tmp_path):
+def test_one_round_is_removal_at_once_and_trained_once(tiny, tmp_path, monkeypatch):
     once = pd.DataFrame(study(tiny, tmp_path, [point("reverse order", 2)])(point("reverse order", 2)))
+    removed = once[once["dataset"] == iterative_study.REMOVED]
+    assert list(zip(removed["item"], removed["nll"], strict=True)) == [(N_LAYERS - 2, 1), (N_LAYERS - 1, 1)]
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
     asked = {"layers": f"{N_LAYERS - 2} {N_LAYERS - 1}", "recipe": "lora 0.01 4", "seed": 0}
     plain = pd.DataFrame(study(tiny, tmp_path, [asked], kind=importance_study.SetStudy)(asked))
     nll = [table[table["dataset"] != iterative_study.REMOVED]["nll"].tolist() for table in (once, plain)]
