@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pruning_utils import data, importance, importance_study, models, results, similarity
+from pruning_utils import data, importance, importance_study, models, results, selection, similarity
 
 
 def score_sample(point: dict, *, model: str, revision: str | None, dtype: str, seq_len: int) -> list[dict]:
@@ -40,6 +40,28 @@ def sample_table(draws: Sequence[Sequence], *, profile: str, notebook: str, mode
     compute = functools.partial(score_sample, model=model, revision=revision, dtype=dtype, seq_len=seq_len)
     return results.sweep(points, compute, path=path, recompute=recompute, parameters={
         "model": models.identity(model, revision), "data": data.identity(), "dtype": dtype, "seq_len": seq_len}), path
+
+
+def sample_sets(scores: pd.DataFrame, n_dropped: int) -> pd.DataFrame:
+    """The sets that each draw of text leads to, and how firmly.
+
+    Args:
+        scores: Of :func:`sample_table`, with at least two seeds of each number of windows.
+        n_dropped: Number of layers that go.
+
+    Returns:
+        A row for each criterion and draw: ``criterion``, ``n_samples``, ``seed``, ``layers`` (ascending 0-based numbers
+        as a text, such as ``"4 7 11"``) and ``changed``, the layers in which the set differs from those of other seeds
+        with the most windows, on average.
+    """
+    sets = scores.groupby(["criterion", "n_samples", "seed"], sort=False)["score"].agg(
+        lambda values: selection.least_important(values.to_numpy(), n_dropped))
+    most, rows = scores["n_samples"].max(), []
+    for (criterion, n_samples, seed), layers in sets.items():
+        others = [chosen for draw, chosen in sets[criterion, most].items() if draw != seed]
+        rows.append({"criterion": criterion, "n_samples": n_samples, "seed": seed, "layers": " ".join(map(str, layers)),
+                     "changed": sum(len({*layers} - {*chosen}) for chosen in others) / len(others)})
+    return pd.DataFrame(rows)
 
 
 def single_swaps(layers: Sequence[int], n_layers: int, *, spared: Sequence[int] | None = None) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from pruning_utils import (
 
 CALIBRATION = {"n_samples": 10, "seq_len": 128}  # of every round, as for removal at once
 METRICS = ("reverse order", "taylor", "block influence")
+POINT = ["metric", "n_dropped", "per_round", "layers", "recipe", "seed"]  # what a point holds
 REMOVED = "removed"  # the dataset under which the layers stand that a point removed
 
 

@@ -108,7 +108,7 @@ def save_release(model: nn.Module, tokenizer, folder: str | os.PathLike, *, card
     """
     folder = surgery.save(model, tokenizer, folder, overwrite=overwrite)
     tokens = torch.arange(32, device=model.device)[None]
-    if (difference := logit_difference(model, folder, tokens)) > 0:
+    if (difference := logit_difference(model, folder, tokens)) != 0:  # or no number
         shutil.rmtree(folder)
         raise ValueError(f"what transformers loads differs from the model by {difference:g} in its logits")
     with runtime.atomic_path(folder / CARD) as temporary:
@@ -181,7 +181,7 @@ def export_gguf(folder: str | os.PathLike, *, kind: str = "bf16") -> Path | None
     with runtime.atomic_path(target) as temporary:
         done = subprocess.run([sys.executable, script, str(folder), "--outfile", str(temporary), "--outtype", kind],
                               capture_output=True, text=True, check=False)
-        if done.returncode or not temporary.is_file():
+        if done.returncode or not temporary.is_file() or not temporary.stat().st_size:
             raise ValueError(f"{CONVERTER} failed on {folder.name}: {done.stderr.strip()[-500:]}")
     return target
 

@@ -37,6 +37,16 @@ def test_the_table_is_kept(tiny, tmp_path, monkeypatch):
     assert first.equals(again) and path.is_relative_to(tmp_path)
 
 
+
+def test_sets_are_compared_with_those_of_other_draws_of_the_most_text():
+    draws = {(1, 0): [0, 1, 2, 3], (1, 1): [3, 2, 1, 0], (9, 0): [0, 1, 2, 3], (9, 1): [0, 2, 1, 3]}
+    scores = pd.DataFrame([{"criterion": "taylor", "n_samples": count, "seed": seed, "layer": layer, "score": score}
+                           for (count, seed), found in draws.items() for layer, score in enumerate(found)])
+    sets = choice_study.sample_sets(scores, 2)
+    assert sets["layers"].tolist() == ["0 1", "2 3", "0 1", "0 2"]
+    assert sets["changed"].tolist() == [1, 2, 1, 1], "one window, draw 1: against draw 0 of nine, and so on"
+
+
 def test_all_swaps_of_a_set():
     found = choice_study.single_swaps([4, 1], 5)
     assert found.to_dict("list") == {"spared": [1, 1, 1, 4, 4, 4], "dropped": [0, 2, 3, 0, 2, 3],

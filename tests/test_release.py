@@ -61,9 +61,10 @@ def test_what_is_saved_is_the_model_with_its_card(untied, pruned, tmp_path):
     assert release.logit_difference(model, folder, TOKENS) > 0.01
 
 
-def test_a_folder_that_loads_as_another_model_does_not_stay(pruned, tmp_path):
+@pytest.mark.parametrize("factor", [2, float("nan")])
+def test_a_folder_that_loads_as_another_model_does_not_stay(factor, pruned, tmp_path):
     model, tokenizer = pruned
-    model.lm_head.register_forward_hook(lambda module, given, logits: 2 * logits)  # which no file holds
+    model.lm_head.register_forward_hook(lambda module, given, logits: factor * logits)  # which no file holds
     with pytest.raises(ValueError, match="what transformers loads differs from the model by"):
         release.save_release(model, tokenizer, tmp_path / "small", card="")
     assert not list(tmp_path.iterdir())
@@ -131,7 +132,7 @@ def test_the_converter_on_the_path_is_asked(pruned, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("body, said", [("sys.exit('no such architecture')", "no such architecture"),
-                                        ("pathlib.Path(sys.argv[3]).unlink()", "")])
+                                        ("pathlib.Path(sys.argv[3]).unlink()", ""), ("print('nothing')", "")])
 def test_a_converter_that_fails_leaves_nothing(body, said, pruned, tmp_path, monkeypatch):
     folder = surgery.save(*pruned, tmp_path / "small")
     monkeypatch.setenv("PATH", str(tmp_path))
