@@ -92,19 +92,30 @@ def training_curves(table: pd.DataFrame) -> Figure:
 
 def rate_curves(table: pd.DataFrame) -> Figure:
     """Loss against the learning rate, a panel for each ``panel``, a curve for each ``series``, its lowest point filled;
-    columns with them ``rate`` and ``loss`` (nats per token)."""
+    columns with them ``rate`` and ``loss`` (nats per token). Curves may leave a panel at its top, which is
+    twice as far above the best as the worst series is at its own best."""
     need_columns(table, "panel", "series", "rate", "loss")
     panels = list(table["panel"].unique())
-    figure, axes = new_figure(WIDE * 1.15, 2.6, len(panels))
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = new_figure(WIDE, 2.1 * rows + 0.5, columns, rows=rows)
     handles: dict = {}
-    for axis, panel in zip(axes, panels, strict=True):
-        for series, rows in table[table["panel"] == panel].sort_values("rate").groupby("series", sort=False):
+    for axis, panel in zip(axes, panels, strict=False):
+        shown = table[table["panel"] == panel]
+        for series, line in shown.groupby("series", sort=False):
+            line = line.sort_values("rate")
             colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
-            handles[series] = axis.plot(rows["rate"], rows["loss"], color=colour, marker=marker, markersize=4,
+            handles[series] = axis.plot(line["rate"], line["loss"], color=colour, marker=marker, markersize=4,
                                         fillstyle="none", linewidth=0.9)[0]
-            axis.plot(*rows[["rate", "loss"]].iloc[rows["loss"].argmin()], color=colour, marker=marker, markersize=4)
+            axis.plot(*line[["rate", "loss"]].iloc[line["loss"].argmin()], color=colour, marker=marker, markersize=4)
+        ends = shown.groupby("series")["loss"].min().agg(["min", "max"])
+        top = 2 * ends["max"] - ends["min"]
+        if ends["max"] < top < shown["loss"].max():
+            axis.set_ylim(ends["min"] - 0.06 * (top - ends["min"]), top)
         axis.set(title=panel, xscale="log", xlabel="peak learning rate")
-    axes[0].set(ylabel="validation loss (nats per token)")
+    for place, axis in enumerate(axes):
+        axis.set(ylabel="" if place % columns else "validation loss (nats per token)")
+        axis.set_visible(place < len(panels))
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=5)
     return figure
 

@@ -43,10 +43,10 @@ def colour_of(entity: str) -> str:
     return ENTITIES[entity][0] if entity in ENTITIES else "#56B4E9"
 
 
-def new_figure(width: float, height: float, columns: int = 1, **grid) -> tuple[Figure, np.ndarray]:
-    """A figure that no interactive window owns, with its axes as a flat array."""
+def new_figure(width: float, height: float, columns: int = 1, *, rows: int = 1, **grid) -> tuple[Figure, np.ndarray]:
+    """A figure that no interactive window owns, with its axes as a flat array, row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(1, columns, **grid)).ravel()
+    return figure, np.atleast_1d(figure.subplots(rows, columns, **grid)).ravel()
 
 
 def need_columns(table: pd.DataFrame, *columns: str) -> None:

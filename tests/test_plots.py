@@ -174,6 +174,19 @@ def test_rate_curves_fill_the_lowest_point_of_each_method():
         assert axis.get_xscale() == "log"
 
 
+def test_rate_curves_show_where_the_methods_differ_and_stand_in_rows_of_three():
+    table = pd.DataFrame([{"panel": panel, "series": method, "rate": rate, "loss": loss}
+                          for panel in "abcd" for method, losses in (("LoRA", (1, 2, 90)), ("head", (4, 3, 5)))
+                          for rate, loss in zip((1e-3, 3e-3, 1e-2), losses, strict=True)])
+    shown = [axis for axis in depth_plots.rate_curves(table).axes if axis.get_visible()]
+    assert [axis.get_title() for axis in shown] == [*"abcd"]
+    assert [(axis.get_subplotspec().rowspan.start, axis.get_subplotspec().colspan.start) for axis in shown] == [
+        (0, 0), (0, 1), (0, 2), (1, 0)]
+    for axis in shown:
+        low, high = axis.get_ylim()
+        assert high == 5 and 0.5 < low < 1, "the best of LoRA is 1, that of the head 3"
+
+
 def test_a_swap_map_has_a_cell_for_each_pair():
     table = pd.DataFrame([{"panel": panel, "spared": spared, "dropped": dropped, "change": spared - dropped}
                           for panel in ("taylor", "reverse order") for spared in (2, 5) for dropped in (0, 1, 7)])
