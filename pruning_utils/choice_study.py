@@ -54,13 +54,14 @@ def sample_sets(scores: pd.DataFrame, n_dropped: int) -> pd.DataFrame:
         as a text, such as ``"4 7 11"``) and ``changed``, the layers in which the set differs from those of other seeds
         with the most windows, on average.
     """
-    sets = scores.groupby(["criterion", "n_samples", "seed"], sort=False)["score"].agg(
-        lambda values: selection.least_important(values.to_numpy(), n_dropped))
+    sets = {key: selection.least_important(group["score"].to_numpy(), n_dropped)
+            for key, group in scores.groupby(["criterion", "n_samples", "seed"], sort=False)}
     most, rows = scores["n_samples"].max(), []
     for (criterion, n_samples, seed), layers in sets.items():
-        others = [chosen for draw, chosen in sets[criterion, most].items() if draw != seed]
+        changed = [len({*layers} - {*chosen}) for (other, count, draw), chosen in sets.items()
+                   if (other, count) == (criterion, most) and draw != seed]
         rows.append({"criterion": criterion, "n_samples": n_samples, "seed": seed, "layers": " ".join(map(str, layers)),
-                     "changed": sum(len({*layers} - {*chosen}) for chosen in others) / len(others)})
+                     "changed": sum(changed) / len(changed)})
     return pd.DataFrame(rows)
 
 
