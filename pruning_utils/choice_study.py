@@ -53,10 +53,15 @@ def sample_sets(scores: pd.DataFrame, n_dropped: int) -> pd.DataFrame:
         A row for each criterion and draw: ``criterion``, ``n_samples``, ``seed``, ``layers`` (ascending 0-based numbers
         as a text, such as ``"4 7 11"``) and ``changed``, the layers in which the set differs from those of other seeds
         with the most windows, on average.
+
+    Raises:
+        ValueError: If the most windows have one seed only.
     """
-    sets = {key: selection.least_important(group["score"].to_numpy(), n_dropped)
+    sets = {key: selection.least_important(group.sort_values("layer")["score"].to_numpy(), n_dropped)
             for key, group in scores.groupby(["criterion", "n_samples", "seed"], sort=False)}
     most, rows = scores["n_samples"].max(), []
+    if (seeds := scores.loc[scores["n_samples"] == most, "seed"].nunique()) < 2:
+        raise ValueError(f"the largest sample must have two seeds at least, got {seeds} of {most} windows")
     for (criterion, n_samples, seed), layers in sets.items():
         changed = [len({*layers} - {*chosen}) for (other, count, draw), chosen in sets.items()
                    if (other, count) == (criterion, most) and draw != seed]

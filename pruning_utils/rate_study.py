@@ -28,7 +28,8 @@ def rate_grid(grids: Mapping[str, Mapping[str, Sequence[float]]], *, ways: Mappi
         A row for each: ``model``, ``method``, ``rate``, ``layers`` and ``recipe``, in the order of the grids.
 
     Raises:
-        ValueError: If there is no grid or an empty one, a rate stands twice or is not above 0, or a name is unknown.
+        ValueError: If there is no grid or an empty one, a rate stands twice or is no number above 0, or a name is
+            unknown.
     """
     rows = []
     for model, grid in grids.items():
@@ -37,9 +38,10 @@ def rate_grid(grids: Mapping[str, Mapping[str, Sequence[float]]], *, ways: Mappi
         for method, rates in grid.items():
             if method not in ways:
                 raise ValueError(f"methods of {model} must be of {', '.join(ways)}, got {method!r}")
-            if not rates or len({*rates}) < len(rates) or min(rates) <= 0:
-                raise ValueError(f"rates of {method} for {model} must be different numbers above 0, at least one, got "
-                                 f"{list(rates)}")
+            numbers = isinstance(rates, Sequence) and all(isinstance(rate, (int, float)) for rate in rates)
+            if not numbers or not rates or len({*rates}) < len(rates) or min(rates) <= 0:
+                raise ValueError(f"rates of {method} for {model} must be a list of different numbers above 0, at least "
+                                 f"one, got {rates!r}")
             rows += [{"model": model, "method": method, "rate": rate, "layers": layers[model],
                       "recipe": recipe_at(ways[method], rate, steps)} for rate in rates]
     if not rows:
@@ -51,7 +53,7 @@ def last_losses(trials: pd.DataFrame) -> pd.Series:
     """The loss on validation text at the end of training (nats per token) by ``layers`` and ``recipe``, of what
     :func:`recipe_study.recipe_table` found for one seed."""
     losses = trials[trials["dataset"] == "healing eval"].sort_values("item")
-    return losses.groupby(["layers", "recipe"], sort=False)["nll"].last().rename("loss")
+    return losses.groupby(["layers", "recipe"], sort=False)["nll"].last(skipna=False).rename("loss")
 
 
 def best_rates(tried: pd.DataFrame, *, ends: bool = False) -> pd.Series:

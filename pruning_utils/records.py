@@ -21,8 +21,8 @@ import pandas as pd
 from pruning_utils.runtime import atomic_path, peak_memory_bytes
 
 PACKAGE = Path(__file__).resolve().parent
-# These show, keep or place results; a change in them cannot change a number of a table.
-NOT_COMPUTING = ("plots", "depth_plots", "results", "records", "saved_points", "runtime", "__init__")
+# These show, keep or place results, or choose points, which a table names; a change in them changes no number of it.
+NOT_COMPUTING = ("plots", "depth_plots", "rate_study", "results", "records", "saved_points", "runtime", "__init__")
 VOLATILE = ("seconds", "per_second", "peak_bytes")  # endings of column names whose values differ from run to run
 
 
@@ -126,8 +126,8 @@ def module_digests() -> dict[str, str]:
 
 
 def changed_modules(recorded: dict[str, str], source: Callable[[str], str] = digest_now) -> list[str]:
-    """Names of the recorded modules whose source is another today."""
-    return [name for name, then in recorded.items() if source(name) != then]
+    """Names of the recorded modules, of those that compute, whose source is another today."""
+    return [name for name, then in recorded.items() if name not in NOT_COMPUTING and source(name) != then]
 
 
 def package_commit() -> str | None:

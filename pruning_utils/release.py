@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,9 +57,10 @@ def measure_release(point: dict, *, model: str, revision: str | None, dtype: str
     network, _ = models.load_model(model, revision=revision, dtype=dtype)
     if point["layers"]:
         network = surgery.drop_layers(network, [int(layer) for layer in point["layers"].split()])
-    method, _, _, *words = point["recipe"].split() or ["", "", ""]
-    if method == "last_layers" and recipe_study.further_settings(words).get("untie", True):
-        models.untie_head(network)
+    for stage in filter(None, point["recipe"].split(" + ")):
+        method, _, _, *words = stage.split()
+        if method == "last_layers" and recipe_study.further_settings(words).get("untie", True):
+            models.untie_head(network)
     found = efficiency.stored_parameters(network)
     vocabulary = network.get_input_embeddings().num_embeddings
     windows = torch.from_numpy(np.random.default_rng(0).integers(vocabulary, size=(n_windows, seq_len)))
@@ -72,7 +74,7 @@ def measure_release(point: dict, *, model: str, revision: str | None, dtype: str
 def release_table(points: Sequence[dict], *, profile: str, notebook: str, model: str, revision: str | None,
                   recompute: bool = False, own_process: bool = True, **settings) -> tuple[pd.DataFrame, Path]:
     """What :func:`measure_release` finds at these points, read if it is there, and the file that holds it."""
-    path = results.table_path(profile, notebook, f"{results.slug(model)}-costs")
+    path = results.table_path(profile, notebook, f"{results.slug(model)}-release")
     compute = functools.partial(measure_release, model=model, revision=revision, **settings)
     return results.sweep(points, compute, path=path, recompute=recompute,
                          executor=shape_study.fresh_processes() if own_process else None,
@@ -90,7 +92,7 @@ def trained_model(point: dict, *, profile: str, model: str, revision: str | None
 
 
 def save_release(model: nn.Module, tokenizer, folder: str | os.PathLike, *, card: str, overwrite: bool = False) -> Path:
-    """Save a model with its card, as :func:`surgery.save` does, and see that plain transformers loads the same.
+    """Save a model with its card, as :func:`surgery.save` does, after seeing that plain transformers loads the same.
 
     Args:
         model: The pruned and trained model, adapters merged.
@@ -103,14 +105,15 @@ def save_release(model: nn.Module, tokenizer, folder: str | os.PathLike, *, card
         The folder.
 
     Raises:
-        ValueError: As for :func:`surgery.save`, or if what is loaded computes other logits: the folder is not there
-            then.
+        ValueError: As for :func:`surgery.save`, or if what is loaded computes other logits: what was in the folder
+            stays then.
     """
-    folder = surgery.save(model, tokenizer, folder, overwrite=overwrite)
     tokens = torch.arange(32, device=model.device)[None]
-    if (difference := logit_difference(model, folder, tokens)) != 0:  # or no number
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as trial:
+        difference = logit_difference(model, surgery.save(model, tokenizer, trial), tokens)
+    if difference != 0:  # or no number
         raise ValueError(f"what transformers loads differs from the model by {difference:g} in its logits")
+    folder = surgery.save(model, tokenizer, folder, overwrite=overwrite)
     with runtime.atomic_path(folder / CARD) as temporary:
         temporary.write_text(card, encoding="utf-8")
     return folder
@@ -168,7 +171,7 @@ def export_gguf(folder: str | os.PathLike, *, kind: str = "bf16") -> Path | None
         ValueError: If the kind is unknown, the folder holds no model, or the converter refuses it; what it says is in
             the message, and nothing half-written stays.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if kind not in GGUF_TYPES:
         raise ValueError(f"kind must be one of {', '.join(GGUF_TYPES)}, got {kind!r}")
     if not (folder / "config.json").is_file():

@@ -42,9 +42,11 @@ def test_sets_are_compared_with_those_of_other_draws_of_the_most_text():
     draws = {(1, 0): [0, 1, 2, 3], (1, 1): [3, 2, 1, 0], (9, 0): [0, 1, 2, 3], (9, 1): [0, 2, 1, 3]}
     scores = pd.DataFrame([{"criterion": "taylor", "n_samples": count, "seed": seed, "layer": layer, "score": score}
                            for (count, seed), found in draws.items() for layer, score in enumerate(found)])
-    sets = choice_study.sample_sets(scores, 2)
+    sets = choice_study.sample_sets(scores.iloc[::-1].sort_values(["n_samples", "seed"], kind="stable"), 2)
     assert sets["layers"].tolist() == ["0 1", "2 3", "0 1", "0 2"]
     assert sets["changed"].tolist() == [1, 2, 1, 1], "one window, draw 1: against draw 0 of nine, and so on"
+    with pytest.raises(ValueError, match="must have two seeds at least, got 1 of 9 windows"):
+        choice_study.sample_sets(scores[(scores["n_samples"] == 1) | (scores["seed"] == 0)], 2)
 
 
 def test_all_swaps_of_a_set():

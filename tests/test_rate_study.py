@@ -21,7 +21,10 @@ def test_each_rate_becomes_a_recipe_in_the_order_of_the_grids():
 
 @pytest.mark.parametrize("grids, message", [
     ({"deepest": {"LoRA": []}}, r"rates of LoRA for deepest must be .* at least one, got \[\]"),
-    ({"deepest": {"LoRA": [1e-3, 1e-3]}}, r"must be different numbers above 0, .* got \[0.001, 0.001\]"),
+    ({"deepest": {"LoRA": 1e-3}}, r"must be a list of different numbers above 0, .* got 0.001"),
+    ({"deepest": {"LoRA": ["1e-3", 1e-2]}}, r"numbers above 0, .* got \['1e-3', 0.01\]"),
+    ({"deepest": {"LoRA": "1e-3"}}, r"numbers above 0, .* got '1e-3'"),
+    ({"deepest": {"LoRA": [1e-3, 1e-3]}}, r"of different numbers above 0, .* got \[0.001, 0.001\]"),
     ({"deepest": {"LoRA": [0.0, 1e-3]}}, r"above 0, .* got \[0.0, 0.001\]"),
     ({"deepest": {"adapters": [1e-3]}}, "methods of deepest must be of LoRA, head \\+ 3, got 'adapters'"),
     ({"taylor": {"LoRA": [1e-3]}}, "grids must be for deepest, whole, got 'taylor'"),
@@ -37,6 +40,8 @@ def test_the_last_loss_on_validation_text_counts():
         "dataset": ["healing eval", "healing eval", "healing train", "healing train", "healing eval", "healing eval"],
         "nll": [4.0, 9.0, 1.0, 2.0, 5.0, 3.0]})
     assert rate_study.last_losses(trials).to_dict() == {("2 3", "a"): 4.0, ("2 3", "b"): 5.0}
+    trials.loc[0, "nll"] = float("nan")
+    assert rate_study.last_losses(trials).isna().tolist() == [True, False], "not the one before it"
 
 
 def tried(losses):

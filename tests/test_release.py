@@ -64,10 +64,13 @@ def test_what_is_saved_is_the_model_with_its_card(untied, pruned, tmp_path):
 @pytest.mark.parametrize("factor", [2, float("nan")])
 def test_a_folder_that_loads_as_another_model_does_not_stay(factor, pruned, tmp_path):
     model, tokenizer = pruned
+    folder = release.save_release(model, tokenizer, tmp_path / "small", card="# The first\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     model.lm_head.register_forward_hook(lambda module, given, logits: factor * logits)  # which no file holds
-    with pytest.raises(ValueError, match="what transformers loads differs from the model by"):
-        release.save_release(model, tokenizer, tmp_path / "small", card="")
-    assert not list(tmp_path.iterdir())
+    for target in (folder, tmp_path / "other"):
+        with pytest.raises(ValueError, match="what transformers loads differs from the model by"):
+            release.save_release(model, tokenizer, target, card="")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 SETTINGS = {"revision": None, "dtype": "float32", "n_windows": 4, "seq_len": 16, "batch_size": 2}
@@ -77,7 +80,8 @@ def test_costs_are_those_of_the_model_as_it_is_saved(tiny, pruned):
     model, _ = pruned
     weights = {id(weight): weight for weight in model.parameters()}.values()
     head = model.get_input_embeddings().weight.numel()
-    recipes = ("", "lora 0.001 4", "last_layers 0.001 4 last_k=1 untie=false", "last_layers 0.001 4 last_k=1")
+    recipes = ("", "lora 0.001 4", "last_layers 0.001 4 last_k=1 untie=false",
+               "last_layers 0.001 4 last_k=1 + lora 0.001 4")
     found = {recipe: release.measure_release({"layers": "1 3", "recipe": recipe}, model=tiny, **SETTINGS)
              for recipe in recipes}
     count = sum(weight.numel() for weight in weights)
@@ -109,6 +113,9 @@ def test_a_trained_model_is_that_of_its_point(tiny, tmp_path, monkeypatch):
     assert len(models.decoder_layers(plain)) == len(models.decoder_layers(healed)) == N_LAYERS - 2
     same = [torch.equal(a, b) for a, b in zip(models.decoder_layers(plain)[0].parameters(),
                                               models.decoder_layers(healed)[0].parameters(), strict=True)]
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
+    again, _ = release.trained_model({"layers": "1 3", "recipe": "last_layers 0.01 1 last_k=1", "seed": 0}, **given)
+    assert torch.equal(again.get_output_embeddings().weight, healed.get_output_embeddings().weight)
     assert all(same) and not torch.equal(plain.get_output_embeddings().weight, healed.get_output_embeddings().weight)
 
 

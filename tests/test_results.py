@@ -192,6 +192,10 @@ def package(tmp_path, monkeypatch):
     records.digest_at_first_sight.cache_clear()
 
 
+def test_what_computes_nothing_makes_no_table_stale():
+    assert records.changed_modules({"data": "old", "rate_study": "old", "plots": "old"}) == ["data"]
+
+
 def test_stale_tables_are_read_with_a_warning(tmp_path, package):
     path, module = tmp_path / "t.csv", package / "evaluation.py"
     results.load_or_compute(path, frame, parameters=SEED)
