@@ -201,12 +201,13 @@ def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figur
     return figure
 
 
-def removed_by_criterion(table: pd.DataFrame) -> Figure:
+def removed_by_criterion(table: pd.DataFrame, *, own: int = 1) -> Figure:
     """Which layers each criterion removes from several models: a panel a criterion, a row a model.
 
     Args:
         table: Columns ``criterion``, ``model``, ``n_layers`` and ``blocks`` (removed layers, 0-based, as a text such as
-            ``"4 7 11"``); the last model is drawn in the colour of the criterion, those before in grey.
+            ``"4 7 11"``).
+        own: How many models, the last ones, are drawn in the colour of the criterion, those before in grey.
 
     Returns:
         The figure; layers lie at their fraction of the depth.
@@ -218,9 +219,9 @@ def removed_by_criterion(table: pd.DataFrame) -> Figure:
         for row in table[table["criterion"] == criterion].itertuples():
             place, width = len(names) - names.index(row.model), 1 / row.n_layers
             axis.barh(place, 1, 0.7, color="none", edgecolor="0.75", linewidth=0.5)
-            own = colour_of(criterion) if row.model == names[-1] else "0.45"
+            shade = colour_of(criterion) if row.model in names[-own:] else "0.45"
             for layer in map(int, row.blocks.split()):
-                axis.barh(place, width, 0.7, left=layer * width, color=own, edgecolor="white", linewidth=0.3)
+                axis.barh(place, width, 0.7, left=layer * width, color=shade, edgecolor="white", linewidth=0.3)
         axis.set(title=criterion, xlabel="depth $l / L$", xlim=(0, 1))
         axis.set_yticks(range(1, len(names) + 1), names[::-1])
         axis.tick_params(axis="y", length=0)

@@ -234,6 +234,8 @@ def test_removed_sets_lie_at_their_depth():
         assert np.array(drawn) == pytest.approx(np.array(expected))
     assert taylor.patches[-1].get_facecolor() != taylor.patches[1].get_facecolor(), "ours has the criterion's colour"
     assert [tick.get_text() for tick in taylor.get_yticklabels()] == ["ours", "theirs"]
+    both, _ = depth_plots.removed_by_criterion(table, own=2).axes
+    assert both.patches[-1].get_facecolor() == both.patches[1].get_facecolor()
 
 
 def test_speed_curves_show_ratios_with_their_spread():
