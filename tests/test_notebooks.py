@@ -48,8 +48,8 @@ def test_there_are_results_and_figures():
     assert {path.parts[-2] for path in TABLES} >= {
         "00_quickstart", "01_layer_similarity", "02_depth_and_question_answering", "04_simple_against_similarity",
         "05_robustness", "06_block_importance", "07_depth_against_width", "08_lora_against_continued_pretraining",
-        "09_seven_metrics", "10_how_to_heal", "11_one_shot_or_iterative"}
-    assert {path.stem.split("_")[0] for path in FIGURES} >= {f"{number:02}" for number in range(12)}
+        "09_seven_metrics", "10_how_to_heal", "11_one_shot_or_iterative", "12_the_recommended_model"}
+    assert {path.stem.split("_")[0] for path in FIGURES} >= {f"{number:02}" for number in range(13)}
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
