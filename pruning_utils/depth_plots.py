@@ -120,13 +120,14 @@ def rate_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def differences(table: pd.DataFrame, *, margin: float, label: str) -> Figure:
+def differences(table: pd.DataFrame, *, margin: float, label: str, linear: float | None = None) -> Figure:
     """Paired differences with their corrected and 90 % intervals beside the margin within which they count as none.
 
     Args:
         table: From :func:`evidence.paired_verdicts`.
         margin: Half the width of the grey band.
         label: What the difference is of, with its unit.
+        linear: Differences further than this from 0 stand on a logarithmic scale; None: all on a linear one.
     """
     need_columns(table, "pair", "difference", "low", "high", "low_90", "high_90")
     figure, (axis,) = new_figure(WIDE, 0.7 + 0.24 * len(table))
@@ -136,8 +137,10 @@ def differences(table: pd.DataFrame, *, margin: float, label: str) -> Figure:
     axis.hlines(places, table["low"], table["high"], color=colour_of("healed"), linewidth=0.8)
     axis.hlines(places, table["low_90"], table["high_90"], color=colour_of("healed"), linewidth=2.6)
     axis.plot(table["difference"], places, "o", color="white", markeredgecolor=colour_of("healed"), markersize=4)
-    axis.set_yticks(places, table["pair"])
-    axis.set(xlabel=label)
+    axis.set(xlabel=label, yticks=places, yticklabels=table["pair"])
+    if linear:
+        axis.set_xscale("symlog", linthresh=linear)
+        axis.xaxis.set_major_formatter("{x:g}")
     return figure
 
 

@@ -49,18 +49,19 @@ def rate_grid(grids: Mapping[str, Mapping[str, Sequence[float]]], *, ways: Mappi
     return pd.DataFrame(rows)
 
 
-def last_losses(trials: pd.DataFrame) -> pd.Series:
-    """The loss on validation text at the end of training (nats per token) by ``layers`` and ``recipe``, of what
-    :func:`recipe_study.recipe_table` found for one seed."""
+def last_losses(trials: pd.DataFrame, *, by: Sequence[str] = ("layers", "recipe")) -> pd.Series:
+    """The loss on validation text at the end of training (nats per token), of what :func:`recipe_study.recipe_table`
+    found for one seed, for each value of the columns ``by``, which must tell its points apart."""
     losses = trials[trials["dataset"] == "healing eval"].sort_values("item")
-    return losses.groupby(["layers", "recipe"], sort=False)["nll"].last(skipna=False).rename("loss")
+    return losses.groupby([*by], sort=False)["nll"].last(skipna=False).rename("loss")
 
 
-def best_rates(tried: pd.DataFrame, *, ends: bool = False) -> pd.Series:
+def best_rates(tried: pd.DataFrame, *, within: Sequence[str] = (), ends: bool = False) -> pd.Series:
     """The rate of the lowest ``loss`` of each ``model`` and ``method``.
 
     Args:
         tried: Rows of :func:`rate_grid` with their ``loss``.
+        within: Further columns, for each value of which there is a grid; they come first in the index.
         ends: Whether the best may be the lowest or the highest of its grid; else a better one may lie beyond.
 
     Raises:
@@ -68,10 +69,11 @@ def best_rates(tried: pd.DataFrame, *, ends: bool = False) -> pd.Series:
     """
     if tried["loss"].isna().any():
         raise ValueError(f"each rate must have a loss, {int(tried['loss'].isna().sum())} have none")
-    groups = tried.groupby(["model", "method"], sort=False)
-    best = tried.loc[groups["loss"].idxmin()].set_index(["model", "method"])["rate"]
+    groups = tried.groupby([*within, "model", "method"], sort=False)
+    best = tried.loc[groups["loss"].idxmin()].set_index([*within, "model", "method"])["rate"]
     outer = best[best.eq(groups["rate"].min()) | best.eq(groups["rate"].max())]
     if len(outer) and not ends:
         raise ValueError("the best rate must lie inside its grid; more rates are needed for " + ", ".join(
-            f"{method} on {model} (best: {rate:g})" for (model, method), rate in outer.items()))
+            f"{method} on {model}{f' with {dict(zip(within, values, strict=True))}' if values else ''} (best: {rate:g})"
+            for (*values, model, method), rate in outer.items()))
     return best

@@ -207,6 +207,20 @@ def test_differences_stand_beside_their_margin():
     corrected = [segment[:, 0].tolist() for segment in axis.collections[0].get_segments()]
     assert corrected == table[["low", "high"]].to_numpy().tolist()
     assert axis.patches[0].get_extents().transformed(axis.transData.inverted()).width == pytest.approx(0.04)
+    assert axis.get_xscale() == "linear"
+
+
+def test_differences_far_apart_stand_on_a_scale_that_is_linear_around_0():
+    table = evidence.paired_verdicts({"a": np.array([19.0, 20, 21]), "b": np.array([-0.5, 0.5])}, margin=0.02)
+    figure = depth_plots.differences(table, margin=0.02, label="loss", linear=1)
+    (axis,) = figure.axes
+    places = axis.transData.transform([[value, 0] for value in (-1, 0, 0.5, 1, 10)])[:, 0]
+    assert places[1] - places[0] == pytest.approx(places[3] - places[1])
+    assert places[2] - places[1] == pytest.approx((places[3] - places[1]) / 2)
+    assert axis.transData.transform([20, 0])[0] - axis.transData.transform([2, 0])[0] == pytest.approx(
+        places[4] - places[3]), "a decade is as wide anywhere"
+    figure.canvas.draw()
+    assert {"0", "1", "10"} <= {tick.get_text() for tick in axis.get_xticklabels()}
 
 
 def test_rank_changes_join_the_ranks_of_each_name():

@@ -44,6 +44,12 @@ def test_the_last_loss_on_validation_text_counts():
     assert rate_study.last_losses(trials).isna().tolist() == [True, False], "not the one before it"
 
 
+def test_losses_are_told_apart_by_the_columns_asked_for():
+    trials = pd.DataFrame({"recipe": "a", "per_round": [8, 8, 4, 4], "item": [200, 100, 100, 200],
+                           "dataset": "healing eval", "nll": [4.0, 9.0, 5.0, 3.0]})
+    assert rate_study.last_losses(trials, by=["per_round", "recipe"]).to_dict() == {(8, "a"): 4.0, (4, "a"): 3.0}
+
+
 def tried(losses):
     return rate_study.rate_grid(GRIDS, ways=WAYS, layers=LAYERS, steps=32).assign(loss=losses)
 
@@ -58,6 +64,19 @@ def test_a_best_rate_at_the_end_of_its_grid_is_no_result():
         rate_study.best_rates(tried([5, 4, 6, 8, 7, 3]))
     inner = tried([5, 4, 6, 8, 7, 3]).query("method == 'LoRA' and model == 'deepest'")
     assert rate_study.best_rates(inner).to_dict() == {("deepest", "LoRA"): 3e-3}
+
+
+def test_each_value_of_another_column_has_a_best_rate_of_its_own():
+    grids = {"deepest": {"LoRA": [1e-3, 3e-3, 1e-2, 3e-2]}}
+    grid = rate_study.rate_grid(grids, ways=WAYS, layers=LAYERS, steps=32)
+    both = pd.concat([grid.assign(per_round=8, loss=[5, 4, 6, 7]), grid.assign(per_round=1, loss=[9, 8, 7, 8])],
+                     ignore_index=True)
+    best = rate_study.best_rates(both, within=["per_round"])
+    assert best.to_dict() == {(8, "deepest", "LoRA"): 3e-3, (1, "deepest", "LoRA"): 1e-2}
+    assert best.index.names == ["per_round", "model", "method"]
+    both.loc[7, "loss"] = 6
+    with pytest.raises(ValueError, match=r"are needed for LoRA on deepest with {'per_round': 1} \(best: 0.03\)$"):
+        rate_study.best_rates(both, within=["per_round"])
 
 
 def test_a_rate_without_a_loss_is_an_error():
