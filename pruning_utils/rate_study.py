@@ -51,7 +51,7 @@ def rate_grid(grids: Mapping[str, Mapping[str, Sequence[float]]], *, ways: Mappi
 
 def last_losses(trials: pd.DataFrame, *, by: Sequence[str] = ("layers", "recipe")) -> pd.Series:
     """The loss on validation text at the end of training (nats per token), of what :func:`recipe_study.recipe_table`
-    found for one seed, for each value of the columns ``by``, which must tell its points apart."""
+    found, for each value of the columns ``by``, which must tell its points apart (seeds too where there are more)."""
     losses = trials[trials["dataset"] == "healing eval"].sort_values("item")
     return losses.groupby([*by], sort=False)["nll"].last(skipna=False).rename("loss")
 
