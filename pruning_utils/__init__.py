@@ -9,7 +9,14 @@ model costs and :mod:`~pruning_utils.evidence` how sure a number is, :mod:`~prun
 :mod:`~pruning_utils.depth_study`, :mod:`~pruning_utils.importance_study` and :mod:`~pruning_utils.shape_study` join the
 steps for notebooks, :mod:`~pruning_utils.results` keeps, and :mod:`~pruning_utils.plots` and
 :mod:`~pruning_utils.depth_plots` draw.
-Importing the package imports none of them, so that a run record names exactly the modules its numbers depend on.
+Importing the package imports none of them.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# Threads of torch that wait for each other spin by default, at the cost of any other process: two of them, with a
+# thread for each core, then take four times as long as one. GNU's OpenMP reads this when torch is imported; waiting a
+# thousand turns before sleeping costs a single process nothing that can be measured.
+SPIN_COUNT = os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -11,14 +11,14 @@ import pandas as pd
 from pruning_utils import efficiency, models, recipe_study, results, shape_study, surgery
 
 
-def measure_cost(point: dict, *, model: str, revision: str | None, seq_len: int, steps: int, healing_settings: dict
-                 ) -> dict:
+def measure_cost(point: dict, *, model: str, revision: str | None, dtype: str, seq_len: int, steps: int,
+                 healing_settings: dict) -> dict:
     """What training costs at a point.
 
     Args:
         point: ``layers`` dropped (a text of 0-based numbers), and ``recipe``, a method of :func:`healing.heal` and
             perhaps settings as for :func:`recipe_study.further_settings`: ``"last_layers last_k=2 untie=false"``.
-        model: Name for :func:`models.load_model`, with ``revision``.
+        model: Name for :func:`models.load_model`, with ``revision`` and ``dtype``.
         seq_len: Tokens in a window.
         steps: Steps that are measured, after one that is not.
         healing_settings: What the recipe does not say; ``batch_size`` in windows.
@@ -35,8 +35,8 @@ def measure_cost(point: dict, *, model: str, revision: str | None, seq_len: int,
     settings = {**healing_settings, **recipe_study.further_settings(words)}
     for count in (1, steps):  # libraries are imported by the first training of a process, which is not measured
         found = shape_study.measure_training({**point, "method": method}, model=model, revision=revision,
-                                             seq_len=seq_len, steps=count, healing_settings=settings)
-    network, _ = models.load_model(model, revision=revision)
+                                             dtype=dtype, seq_len=seq_len, steps=count, healing_settings=settings)
+    network, _ = models.load_model(model, revision=revision, dtype=dtype)
     network = surgery.drop_layers(network, [int(layer) for layer in point["layers"].split()])
     if method == "last_layers" and settings.get("untie", True):
         models.untie_head(network)

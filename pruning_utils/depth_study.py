@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pruning_utils import data, evaluation, healing, models, results, selection, sharing, similarity, surgery
+from pruning_utils import data, evaluation, healing, models, results, runtime, selection, sharing, similarity, surgery
 
 RULES = ("none", "similarity", "deepest")
 ADAPTERS = ("method", "rank", "learning_rate", "seed")  # settings that name a folder of healed adapters
-# Modules that decide what a healed model is: adapters that another version of them made are not used again.
-HEALING_CODE = ("data", "models", "similarity", "selection", "surgery", "healing")
+# What decides which model a training leaves: adapters that other code of these made are not used again.
+HEALED_BY = (models.load_model, data.calibration_windows, similarity.measure_similarity, selection.best_block,
+             selection.deepest, surgery.drop_layers, data.healing_windows, data.evaluation_windows, healing.heal)
 DEPTH_COLUMNS = ("start", "dataset", "item", "correct", "correct_norm", "p_right", "nll")
 
 
@@ -45,7 +46,7 @@ def depth_table(points: Sequence[dict], *, profile: str, notebook: str, model: s
         settings: All others of the study.
     """
     study = DepthStudy(points, model=model, revision=revision,
-                       checkpoints=results.checkpoint_path(profile, HEALING_CODE), **settings)
+                       checkpoints=results.checkpoint_path(profile, HEALED_BY), **settings)
     path = results.table_path(profile, notebook, "-".join(filter(None, (results.slug(model), table))))
     return results.sweep(points, study, path=path, recompute=recompute, parameters={
         "model": models.identity(model, revision), "data": data.identity(), **settings}), path
@@ -62,14 +63,14 @@ class DepthStudy:
 
     Args:
         points: All points that will be asked, checked before the first is computed.
-        model: Name for :func:`models.load_model`, with ``revision``.
+        model: Name for :func:`models.load_model`, with ``revision`` and ``dtype``.
         seq_len: Tokens in a window of any text.
         n_calibration: Windows of ``calibration_source`` that the blocks are chosen on.
         texts: Evaluation texts by name with their number of windows.
         tasks: Benchmarks for :func:`evaluation.evaluate_tasks` by name with their number of shots; none is fine.
         limit: Questions of each task; None takes all.
         healing_settings: Keywords for :func:`healing.heal`, ``steps`` and ``batch_size`` among them.
-        checkpoints: Folder of the healed adapters, ``results.checkpoint_path(profile, HEALING_CODE)``.
+        checkpoints: Folder of the healed adapters, ``results.checkpoint_path(profile, HEALED_BY)``.
         seed: Seed of the calibration text.
         calibration_source: A text of :func:`data.calibration_windows`.
         healing_source: A text of :func:`data.healing_windows`.
@@ -79,11 +80,12 @@ class DepthStudy:
             holds fewer windows than asked.
     """
 
-    def __init__(self, points: Sequence[dict], *, model: str, revision: str | None, seq_len: int, n_calibration: int,
-                 texts: dict[str, int], tasks: dict[str, int], limit: int | None, healing_settings: dict,
+    def __init__(self, points: Sequence[dict], *, model: str, revision: str | None, dtype: str = runtime.AUTO,
+                 seq_len: int, n_calibration: int, texts: dict[str, int], tasks: dict[str, int], limit: int | None, healing_settings: dict,
                  checkpoints: str | Path, seed: int, calibration_source: str = "xsum",
                  healing_source: str | None = None):
         self.points, self.model, self.revision, self.checkpoints = points, model, revision, Path(checkpoints)
+        self.dtype = dtype
         self.seq_len, self.n_calibration, self.texts, self.seed = seq_len, n_calibration, texts, seed
         self.tasks, self.limit, self.healing_settings = tasks, limit, healing_settings
         self.calibration_source, self.healing_source = calibration_source, healing_source
@@ -91,7 +93,7 @@ class DepthStudy:
     @functools.cached_property
     def loaded(self) -> tuple:
         """The model, its tokenizer, the distances of its layers, and what unhealed points share."""
-        network, tokenizer = models.load_model(self.model, revision=self.revision)
+        network, tokenizer = models.load_model(self.model, revision=self.revision, dtype=self.dtype)
         for point in self.points:
             self._check(point, network)
         for task, shots in {(task, tuple(self._shots(point, num_fewshot).items())) for point in self.points
@@ -123,7 +125,7 @@ class DepthStudy:
         current = surgery.drop_layers(copy.deepcopy(network, weights), block) if block else network
         if point["healed"]:
             settings = self._settings(point)
-            name = f"{point['rule']}-{point['n_dropped']}-" + "-".join(
+            name = f"{runtime.dtype_name(current.dtype)}-{point['rule']}-{point['n_dropped']}-" + "-".join(
                 f"{key}-{value}" for key, value in healing.check_settings(current, settings).items() if key in ADAPTERS)
             healed = healing.heal(
                 current, tokenizer, self._healing_windows(tokenizer, point["seed"]), merge=True,

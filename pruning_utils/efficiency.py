@@ -116,7 +116,7 @@ def _generation_moments(model: nn.Module, tokens: torch.Tensor, new_tokens: int)
     return moments
 
 
-def machine_limits(*, dtype: str = "bfloat16", size: int = 2048, repeats: int = 5) -> dict[str, float]:
+def machine_limits(*, dtype: str = runtime.AUTO, size: int = 2048, repeats: int = 5) -> dict[str, float | str]:
     """The two rates that bound any model here: the roof of arithmetic and the slope of memory in a roofline figure.
 
     Args:
@@ -125,7 +125,7 @@ def machine_limits(*, dtype: str = "bfloat16", size: int = 2048, repeats: int = 
         repeats: Measurements, of which the fastest counts, at least 1.
 
     Returns:
-        ``flops_per_second`` of a matrix product, and ``bytes_per_second`` of reading a matrix for one vector.
+        ``dtype``, ``flops_per_second`` of a matrix product, and ``bytes_per_second`` of reading a matrix for one vector.
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats must be a whole number of at least 1, got {repeats!r}")
@@ -135,7 +135,8 @@ def machine_limits(*, dtype: str = "bfloat16", size: int = 2048, repeats: int = 
     vector = torch.ones(size, dtype=kind, device=device)
     product = min(_seconds(lambda: square @ square) for _ in range(repeats + 1))
     reading = min(_seconds(lambda: nn.functional.linear(vector, tall)) for _ in range(repeats + 1))
-    return {"flops_per_second": 2 * size**3 / product, "bytes_per_second": tall.nbytes / reading}
+    return {"dtype": runtime.dtype_name(kind), "flops_per_second": 2 * size**3 / product,
+            "bytes_per_second": tall.nbytes / reading}
 
 
 def _seconds(run) -> float:

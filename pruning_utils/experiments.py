@@ -14,13 +14,14 @@ DISTANCES = {"last token": "angular_distance", "all tokens": "angular_distance_a
 INFLUENCES = {"mean over tokens": "block_influence", "flattened": "block_influence_flattened"}
 
 
-def scan_layers(point: dict, *, model: str, revision: str | None, n_samples: int, seq_len: int, block_sizes: list[int],
+def scan_layers(point: dict, *, model: str, revision: str | None, dtype: str, n_samples: int, seq_len: int, block_sizes: list[int],
                 sample_counts: list[int], draws: int, seed: int) -> list[dict]:
     """Similarity of layers on one text in one precision, and how the choice of the block moves when text is redrawn.
 
     Args:
         point: ``source`` (a calibration text) and ``precision`` (``bfloat16``, ``float32``, ``nf4`` or ``int8``).
         model: Name for :func:`models.load_model`, with ``revision``.
+        dtype: What quantised weights are multiplied in.
         n_samples: Windows of ``seq_len`` tokens.
         block_sizes: Sizes n whose chosen block is resampled.
         sample_counts: Numbers of windows in a draw.
@@ -38,7 +39,7 @@ def scan_layers(point: dict, *, model: str, revision: str | None, n_samples: int
     quantized = point["precision"] in ("nf4", "int8")
     if n_samples < 2:
         raise ValueError(f"n_samples must be at least 2 for intervals, got {n_samples}")
-    network, tokenizer = _load(model, revision, "bfloat16" if quantized else point["precision"],
+    network, tokenizer = _load(model, revision, dtype if quantized else point["precision"],
                                point["precision"] if quantized else None)
     for size in block_sizes:  # refused before the pass, not after it
         selection.best_block(np.zeros(2 * [len(models.decoder_layers(network)) + 1]), size)
@@ -77,13 +78,13 @@ def _load(model: str, revision: str | None, dtype: str, quantize: str | None):
     return models.load_model(model, revision=revision, dtype=dtype, quantize=quantize)
 
 
-def prune_and_heal(*, model: str, revision: str | None, block_size: int, n_calibration: int, n_evaluation: int,
+def prune_and_heal(*, model: str, revision: str | None, dtype: str, block_size: int, n_calibration: int, n_evaluation: int,
                    seq_len: int, task: str, limit: int | None, prompt: str, healing_settings: dict, seed: int,
                    checkpoint: str | Path) -> list[dict]:
     """The whole path once: scan, choose the closest block, drop it, heal, and measure the model at each stage.
 
     Args:
-        model: Name for :func:`models.load_model`, with ``revision``.
+        model: Name for :func:`models.load_model`, with ``revision`` and ``dtype``.
         block_size: Layers to drop, in one block.
         n_calibration: Windows of ``seq_len`` tokens that the block is chosen on.
         n_evaluation: Windows of evaluation text.
@@ -99,7 +100,7 @@ def prune_and_heal(*, model: str, revision: str | None, block_size: int, n_calib
         every evaluation window (nats per token), ``correct_norm`` and ``p_right`` of every question, the continued
         ``sentence``, ``train`` and ``eval`` losses of healing (item: tokens), and ``parameters``.
     """
-    network, tokenizer = models.load_model(model, revision=revision)
+    network, tokenizer = models.load_model(model, revision=revision, dtype=dtype)
     windows = data.calibration_windows(tokenizer, n_calibration, seq_len, seed=seed)
     evaluation_ids = data.evaluation_windows(tokenizer, n_evaluation, seq_len)
 
@@ -129,7 +130,7 @@ def prune_and_heal(*, model: str, revision: str | None, block_size: int, n_calib
              for tokens, split, loss in healed.history[["tokens", "split", "loss"]].itertuples(index=False)]
     rows += measured("healed", healed.model)
     surgery.save(healed.model, tokenizer, checkpoint)
-    reloaded, _ = models.load_model(checkpoint, dtype=str(healed.model.dtype).removeprefix("torch."))
+    reloaded, _ = models.load_model(checkpoint, dtype=healed.model.dtype)
     return rows + [{"stage": "reloaded", "quantity": "loss", "item": item, "value": loss, "text": ""} for item, loss in
                    enumerate(evaluation.token_losses(reloaded, evaluation_ids).mean(1).tolist())]
 

@@ -31,7 +31,7 @@ from pruning_utils import (
 
 CRITERIA = ("magnitude", "magnitude L2", "taylor", "perplexity")
 PLUS = {"keep_first": 4, "keep_last": 2}  # what the "+" rule never removes
-PRECISIONS = ("bfloat16", "int8", "nf4")
+PRECISIONS = ("bfloat16", "int8", "nf4")  # of stored weights; what is computed with them has the study's dtype
 STAGE = ("method", "learning_rate", "steps")
 # The paper's average: of plain accuracy for some tasks and of accuracy per character for the others.
 SEVEN_TASKS = {"boolq": "correct", "piqa": "correct", "hellaswag": "correct_norm", "winogrande": "correct",
@@ -103,7 +103,7 @@ def set_table(points: Sequence[dict], *, profile: str, notebook: str, model: str
     Arguments as for :func:`depth_study.depth_table`.
     """
     study = SetStudy(points, model=model, revision=revision, **settings,
-                     checkpoints=results.checkpoint_path(profile, depth_study.HEALING_CODE))
+                     checkpoints=results.checkpoint_path(profile, depth_study.HEALED_BY))
     path = results.table_path(profile, notebook, f"{results.slug(model)}-{table}")
     return results.sweep(points, study, path=path, recompute=recompute, parameters={
         "model": models.identity(model, revision), "data": data.identity(), **settings}), path
@@ -114,8 +114,8 @@ class SetStudy(depth_study.DepthStudy):
 
     A point is a dict of ``layers`` (ascending 0-based numbers as a text; empty for the whole model), ``recipe`` (method
     of :func:`healing.heal`, peak learning rate and steps, such as ``"lora 0.003 72"``; several stages, joined by
-    `` + ``, follow each other on fresh text; empty for no training), ``seed``, and perhaps ``precision`` (of the
-    weights that are measured: ``bfloat16``, ``int8`` or ``nf4``, quantised after training). What else the point holds
+    `` + ``, follow each other on fresh text; empty for no training), ``seed``, and perhaps ``precision`` (in which the
+    weights that are measured were stored: ``bfloat16``, ``int8`` or ``nf4``, rounded to it after training). What else the point holds
     names it for the reader. ``healing_settings`` are what all stages share, with ``steps`` as the most that a recipe
     has in all. ``texts`` may name the length of their windows, as in ``"xsum:128"``. Models trained alike are trained
     once, whatever rule their layers come from.
@@ -132,15 +132,13 @@ class SetStudy(depth_study.DepthStudy):
         network, tokenizer, _, shared = self.loaded
         current, rows = self.pruned(network, point), []
         start = (*self._block(None, point), len(models.decoder_layers(network)))[0]
-        unchanged = not point["recipe"] and point.get("precision", PRECISIONS[0]) == PRECISIONS[0]
+        unchanged = not point["recipe"] and "precision" not in point
         if point["recipe"]:
             current, history = self._trained(current, tokenizer, point)
             rows += [{"dataset": f"healing {row.split}", "item": int(row.tokens), "nll": row.loss}
                      for row in history.itertuples() if row.split == "eval" or row.step % 4 == 0]
-        if point.get("precision", PRECISIONS[0]) != PRECISIONS[0]:
-            with tempfile.TemporaryDirectory() as folder:
-                surgery.save(current, tokenizer, folder)
-                current, _ = models.load_model(folder, quantize=point["precision"])
+        if "precision" in point:
+            current = stored(current, tokenizer, point["precision"])
         with shared.used_by(current, start) if unchanged else contextlib.nullcontext():
             for name, n_windows in self.segments.items():
                 source, _, length = name.partition(":")
@@ -164,7 +162,7 @@ class SetStudy(depth_study.DepthStudy):
         windows, histories, before = self._healing_windows(tokenizer, point["seed"]), [], 0
         validation = data.evaluation_windows(tokenizer, 16, self.seq_len, split="validation")
         made = {"model": models.identity(self.model, self.revision), "data": data.identity(), "stages": [],
-                "seq_len": self.seq_len, "text": self.healing_source, **{part: point[part] for part in self.parts}}
+                "dtype": runtime.dtype_name(current.dtype), "seq_len": self.seq_len, "text": self.healing_source, **{part: point[part] for part in self.parts}}
         for settings in self._stages(point):
             made["stages"].append({**settings, "skipped": before})
             first, count = before * settings["batch_size"], settings["steps"] * settings["batch_size"]
@@ -201,6 +199,18 @@ class SetStudy(depth_study.DepthStudy):
 
     def _block(self, distances: np.ndarray | None, point: dict) -> tuple[int, ...]:
         return tuple(int(layer) for layer in point["layers"].split())
+
+
+def stored(model: torch.nn.Module, tokenizer, precision: str) -> torch.nn.Module:
+    """A copy of the model with its weights as one of ``PRECISIONS`` holds them, computing in the model's dtype."""
+    with tempfile.TemporaryDirectory() as folder:
+        if precision == PRECISIONS[0]:
+            rounded = copy.deepcopy(model)
+            for weight in rounded.parameters():  # not buffers: rotary frequencies have a precision of their own
+                weight.data = weight.data.to(torch.bfloat16).to(weight.dtype)
+            return rounded
+        surgery.save(model, tokenizer, folder)
+        return models.load_model(folder, quantize=precision, dtype=model.dtype)[0]
 
 
 def _healed_once(model: torch.nn.Module, tokenizer, train_ids: torch.Tensor, eval_ids: torch.Tensor, settings: dict,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,10 +59,6 @@ def memory_table(points: Sequence[dict], *, profile: str, notebook: str, model: 
                  recompute: bool = False, **settings) -> tuple[pd.DataFrame, Path]:
     """What :func:`measure_memory` finds at these points, read if it is there, and the file that holds it."""
     path = results.table_path(profile, notebook, f"{results.slug(model)}-memory")
-
-    def compute(point: dict) -> dict:
-        """One point with the settings of all."""
-        return measure_memory(point, model=model, revision=revision, **settings)
-
+    compute = functools.partial(measure_memory, model=model, revision=revision, **settings)
     return results.sweep(points, compute, path=path, recompute=recompute, parameters={
         "model": models.identity(model, revision), **settings}), path

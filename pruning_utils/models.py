@@ -21,7 +21,7 @@ EMBEDDED = "embedded"
 QUANTIZATIONS = (None, "nf4", "int8")
 
 
-def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = None, dtype: str = "bfloat16",
+def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = None, dtype: str = runtime.AUTO,
                quantize: str | None = None, device: str | torch.device | None = None):
     """Load a causal language model and its tokenizer, ready for evaluation.
 
@@ -29,8 +29,9 @@ def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = Non
         name: ``"embedded"`` (SmolLM2-135M-Instruct from the pinned package), a local directory as written by
             ``save_pretrained``, or a hub id. Code from a hub is never run, and only safetensors are read.
         revision: Branch, tag or commit of a hub id.
-        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``; the dtype of weights that are not quantised, and the
-            compute dtype of those that are.
+        dtype: ``"auto"`` (bfloat16 where the device multiplies it natively, float32 elsewhere, see
+            :func:`runtime.resolve_dtype`), ``"bfloat16"``, ``"float16"`` or ``"float32"``; the dtype of weights that
+            are not quantised, and the compute dtype of those that are. Training and evaluation follow it.
         quantize: None, ``"nf4"`` (4-bit NormalFloat with double quantisation) or ``"int8"``.
         device: A torch device; None takes the first CUDA GPU, or the CPU.
 
@@ -44,7 +45,8 @@ def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = Non
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    dtype, device = runtime.resolve_dtype(dtype), runtime.choose_device(device)
+    device = runtime.choose_device(device)
+    dtype = runtime.resolve_dtype(dtype, device)
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize must be one of None, 'nf4', 'int8', got {quantize!r}")
     source = _resolve(name, revision)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pruning_utils import data, depth_study, healing, importance_study, instructions, models, records, results
+from pruning_utils import data, depth_study, healing, importance_study, instructions, models, results
 
 ELSEWHERE = ("method", "learning_rate", "steps", "seed", "batch_size")  # said by the stage, the point or the study
 
@@ -26,8 +26,7 @@ class RecipeStudy(importance_study.SetStudy):
         super().__init__(points, **settings)
         self.given_source = self.healing_source
         if instructions.is_source(self.given_source):  # what trained models are known by
-            code = records.digest_at_first_sight("instructions")[:12]
-            self.healing_source = f"{instructions.identity(self.given_source)} code:{code}"
+            self.healing_source = instructions.identity(self.given_source)
 
     def _stages(self, point: dict) -> list[dict]:
         stages = []
@@ -70,6 +69,12 @@ def further_settings(words: Sequence[str]) -> dict:
     return found
 
 
+def checkpoints(profile: str, source: str | None) -> Path:
+    """Folder of the models that are trained on a source of text at a profile."""
+    made_by = (instructions.instruction_windows,) if instructions.is_source(source) else ()
+    return results.checkpoint_path(profile, (*depth_study.HEALED_BY, *made_by))
+
+
 def recipe_table(points: Sequence[dict], *, profile: str, notebook: str, model: str, revision: str | None, table: str,
                  recompute: bool = False, kind: type = RecipeStudy, **settings) -> tuple[pd.DataFrame, Path]:
     """What a study of this kind finds at these points, read if it is there, and the file that holds it.
@@ -80,8 +85,7 @@ def recipe_table(points: Sequence[dict], *, profile: str, notebook: str, model: 
         named = {**settings, "healing_source": instructions.identity(source)}
     else:
         named = settings
-    study = kind(points, model=model, revision=revision, **settings,
-                 checkpoints=results.checkpoint_path(profile, depth_study.HEALING_CODE))
+    study = kind(points, model=model, revision=revision, **settings, checkpoints=checkpoints(profile, source))
     path = results.table_path(profile, notebook, f"{results.slug(model)}-{table}")
     return results.sweep(points, study, path=path, recompute=recompute, parameters={
         "model": models.identity(model, revision), "data": data.identity(), **named}), path

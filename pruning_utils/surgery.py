@@ -12,16 +12,18 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.initialization import meta_device_safe_creation_ops
 
 from pruning_utils import __version__, runtime
 from pruning_utils.models import decoder_layers
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Configuration fields that speak of single layers, over the causal language models of transformers.
 ENTRY_PER_LAYER = frozenset((
@@ -126,6 +128,8 @@ def _planned_configuration(config: PreTrainedConfig, kept: list[int]) -> tuple[P
 
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """``type(model)(config)`` without memory for weights."""
+    from transformers.initialization import meta_device_safe_creation_ops
+
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"  # the others may ask for hardware that a comparison does not need
     with torch.device("meta"), meta_device_safe_creation_ops():

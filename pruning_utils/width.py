@@ -15,14 +15,16 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch_pruning
 from torch import nn
-from transformers import PreTrainedModel
 
 from pruning_utils import importance, models, surgery
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel
 
 CRITERIA = ("magnitude", "taylor")
 
@@ -144,6 +146,8 @@ def _plan(model: PreTrainedModel, intermediate_size: int, n_kv_heads: int | None
 
 def _coupled_rows(before: PreTrainedModel, after: PreTrainedModel, n_units: int) -> dict[tuple[str, int], np.ndarray]:
     """``rows`` of the cut that turns one weightless model into the other, by tracing the first layer."""
+    import torch_pruning
+
     short, calls = copy.deepcopy(before), []
     (layer, *_) = layers = models.decoder_layers(short)
     del layers[1:]
@@ -182,6 +186,8 @@ def _coupled_rows(before: PreTrainedModel, after: PreTrainedModel, n_units: int)
 
 def _remove(model: nn.Module, rows: dict[tuple[str, int], np.ndarray], dropped: Iterable) -> None:
     """Remove the units with these numbers, one sequence for each layer; numbers in configurations stay as they are."""
+    import torch_pruning
+
     for layer, units in zip(models.decoder_layers(model), dropped, strict=True):
         for (path, dim), index in rows.items():
             module = layer.get_submodule(path)

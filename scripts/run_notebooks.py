@@ -23,7 +23,7 @@ import nbformat
 import notebook_files
 from jobs import COMMITTED, Failed, Job, Refused, execute, plan
 
-from pruning_utils import records, results, runtime
+from pruning_utils import definitions, records, results, runtime
 
 TEMPORARY = "smoke"  # the profile whose numbers are never results
 
@@ -89,11 +89,10 @@ def run_all(jobs: list[Job], project: Path, output: Path, keep: dict[str, Path],
 
 def run_digest(job: Job) -> str:
     """Digest of all that decides what a run shows: the notebook's source, its values and the package."""
-    names = sorted(path.stem for path in records.PACKAGE.glob("*.py"))
     values = {key: value for key, value in job.values.items() if key not in notebook_files.UNRECORDED}
     return records.digest(records.canonical([
         notebook_files.source_digest(notebook_files.read_notebook(job.path)), records.plain(values),
-        {name: records.digest_now(name) for name in [*names, "tasks"]}]))
+        definitions.INSTALLED.digest()]))
 
 
 def required(summaries: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -163,7 +162,7 @@ def drop_stale_tables(output: Path) -> None:
     """Remove tables that other package code than today's made: they would be read, with a warning."""
     for table in output.glob("results/*/*/*.csv"):
         try:
-            stale = not table.stem.endswith(".measured") and results.stale_modules(table)
+            stale = not table.stem.endswith(".measured") and results.stale(table)
         except ValueError:  # no sound record
             stale = True
         if stale:

@@ -5,7 +5,7 @@ from test_depth_study import HEALING, save_tiny_model
 
 from pruning_utils import cost_study, efficiency, healing, models, shape_study, surgery
 
-SETTINGS = {"revision": None, "seq_len": 16, "steps": 1, "healing_settings": {**HEALING, "warmup_steps": 0}}
+SETTINGS = {"revision": None, "dtype": "float32", "seq_len": 16, "steps": 1, "healing_settings": {**HEALING, "warmup_steps": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def tiny(tmp_path_factory):
     ("last_layers last_k=1 untie=false", {"method": "last_layers", "last_k": 1, "untie": False})])
 def test_parameters_are_those_of_the_trained_model(recipe, settings, tiny):
     found = cost_study.measure_cost({"layers": "1 2", "recipe": recipe}, model=tiny, **SETTINGS | {"steps": 4})
-    model, tokenizer = models.load_model(tiny)
+    model, tokenizer = models.load_model(tiny, dtype="float32")
     train = models.torch.zeros(4, 16, dtype=models.torch.long)
     healed = healing.heal(surgery.drop_layers(model, [1, 2]), tokenizer, train, merge=True,
                           **{**HEALING, **settings, "warmup_steps": 0, "steps": 1})

@@ -373,9 +373,12 @@ def test_accumulated_batches_train_the_same(monkeypatch):
                 calls.append(torch.is_grad_enabled()) or mean_loss(logits, ids)))
             accumulated = heal(model, **settings)
         assert sum(calls) == 4 * parts
-        for name, tensor in bits(whole.model).items():
-            torch.testing.assert_close(bits(accumulated.model)[name], tensor, rtol=0, atol=1e-5)
-        assert np.allclose(whole.history["loss"], accumulated.history["loss"], rtol=0, atol=1e-5)
+        # AdamW divides by the gradient's own size, so that of a weight with hardly any gradient the rounding of float32
+        # decides: weights are compared as one vector, by how far apart training has led them as a share of its way.
+        before, once, often = (torch.cat([weight.flatten() for weight in part.parameters()]) for part in (
+            model, whole.model, accumulated.model))
+        assert (often - once).norm() < 1e-2 * (once - before).norm()
+        assert np.allclose(whole.history["loss"], accumulated.history["loss"], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

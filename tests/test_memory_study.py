@@ -1,12 +1,14 @@
 """Peak memory of a model in use: of its own shape and of its own process alone."""
 
+import functools
+
 import pytest
 import torch
 from test_depth_study import save_tiny_model
 
 from pruning_utils import efficiency, memory_study, models, results, runtime, shape_study, surgery
 
-RUN = {"revision": None, "dtype": "bfloat16", "new_tokens": 2}
+RUN = {"revision": None, "dtype": "float32", "new_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +23,21 @@ def point(layers: str = "", width: str = "", **given) -> dict:
 @pytest.mark.parametrize("layers, width, own_process", [("", "", False), ("1 3", "", True), ("", "15 1", False)])
 def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny):
     found = memory_study.measure_memory(point(layers, width), model=tiny, own_process=own_process, **RUN)
-    network, _ = models.load_model(tiny)
+    network, _ = models.load_model(tiny, dtype="float32")
     network = shape_study.narrowed(network, width) if width else surgery.drop_layers(network, map(int, layers.split()))
     assert found["weights"] == efficiency.weight_bytes(network)
 
 
 def test_more_texts_take_more_memory(tiny):
-    small, large = (memory_study.measure_memory(point(batch_size=batch), model=tiny, **RUN) for batch in (1, 512))
+    measure = functools.partial(memory_study.generation_memory, tiny, dtype="float32", prompt_tokens=4, new_tokens=2)
+    with shape_study.fresh_processes() as alone:
+        small, large = alone.map(functools.partial(_of_a_batch, measure), (1, 512))
     vocabulary = models.load_model(tiny)[0].config.vocab_size
-    assert large["generated"] - small["generated"] > 511 * vocabulary  # each text has a number for every token
+    assert large["generated"] - small["generated"] > 4 * 511 * vocabulary  # each text has a number for every token
+
+
+def _of_a_batch(measure, batch_size: int) -> dict:
+    return measure(batch_size=batch_size)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the memory of the GPU counts")
@@ -44,9 +52,9 @@ def test_the_memory_of_the_asking_process_does_not_count():
 
 def test_the_table_is_kept(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
-    asked = dict(profile="smoke", notebook="07_depth_against_width", model=tiny, **RUN)
+    asked = dict(profile="smoke", notebook="07_depth_against_width", model=tiny, own_process=False, **RUN)
     first, path = memory_study.memory_table([point("1")], **asked)
-    monkeypatch.setattr(memory_study, "measure_memory", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(memory_study.efficiency, "generation_speed", lambda *_, **__: pytest.fail("measured again"))
     again, _ = memory_study.memory_table([point("1")], **asked)
     assert first.equals(again) and path.parent.is_relative_to(tmp_path)
     assert results.read_record(path)["parameters"]["new_tokens"] == RUN["new_tokens"]

@@ -113,12 +113,14 @@ def test_directory_loads_ready_for_evaluation(llama, dtype):
     assert tokenizer("a b other")["input_ids"] == [1, 3, 0]
 
 
-def test_defaults_are_bfloat16_on_the_chosen_device(llama, monkeypatch):
+@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_default_is_what_the_chosen_device_multiplies(llama, monkeypatch, native, expected):
     asked = []
     choose = runtime.choose_device
     monkeypatch.setattr(runtime, "choose_device", lambda device=None: asked.append(device) or choose("cpu"))
+    monkeypatch.setattr(runtime, "multiplies_natively", lambda dtype, device: native)
     model, _ = models.load_model(str(llama))
-    assert model.dtype == torch.bfloat16 and asked == [None]
+    assert model.dtype == expected and asked[0] is None
 
 
 def test_own_padding_and_shorter_limit_of_a_tokenizer_stay(tmp_path):
@@ -207,7 +209,7 @@ def test_embedded_model_is_what_it_says(embedded_model):
     assert len(models.decoder_layers(model)) == 30
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
-    assert model.dtype == torch.bfloat16 and not model.training
+    assert model.dtype == runtime.resolve_dtype("auto") and not model.training
     assert tuple(model.lm_head.weight.shape) == (49_152, 576) and len(tokenizer) == 49_152
     assert tokenizer.model_max_length == 8192 and tokenizer.pad_token is not None
     assert not getattr(model, "is_quantized", False) and not hasattr(model.config, "quantization_config")
@@ -435,8 +437,9 @@ def nothing_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"dtype": "float64"}, "dtype must be one of bfloat16, float16, float32, got 'float64'"),
-    ({"dtype": "auto"}, "dtype must be one of bfloat16, float16, float32, got 'auto'"),
+    ({"dtype": "float64"}, "dtype must be one of auto, bfloat16, float16, float32, got 'float64'"),
+    ({"dtype": torch.float64}, "dtype must be one of auto, bfloat16, float16, float32, got torch.float64"),
+    ({"dtype": None}, "dtype must be one of auto, bfloat16, float16, float32, got None"),
     ({"quantize": "int4"}, "quantize must be one of None, 'nf4', 'int8', got 'int4'"),
     ({"quantize": True}, "quantize must be one of None, 'nf4', 'int8', got True"),
     ({"device": "gpu"}, r"device must be a torch device of this machine, .* \d+ CUDA GPUs here, got 'gpu'"),

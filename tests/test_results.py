@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pruning_utils import records, results
+from pruning_utils import definitions, records, results, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = {"model": "embedded", "seed": 0}
@@ -79,7 +79,7 @@ def test_times_leave_the_table_identical(tmp_path):
 
 
 @pytest.mark.parametrize(("made", "message"), [
-    (lambda: [1, 2], "must return a DataFrame .* got list"),
+    (lambda: [1, 2], "must return a DataFrame, or its rows as dicts, .* got list"),
     (lambda: pd.DataFrame({"a": []}), "got 0 rows"),
     (lambda: pd.DataFrame([[1, 2]], columns=["a", "a"]), r"different names.*\['a', 'a'\]"),
     (lambda: pd.DataFrame({0: [1]}), r"different names.*\[0\]"),
@@ -156,7 +156,10 @@ def test_record_says_where_the_numbers_come_from(tmp_path):
     assert record["parameters"] == SEED and 0.02 <= record["seconds"] < 2 and record["peak_memory_bytes"] > 10**7
     assert record["versions"]["pandas"] == pd.__version__ and record["device"]
     assert record["sha256"] == records.digest(path.read_bytes())
-    assert not set(record["modules"]) & {"plots", "results", "records", "saved_points", "runtime", "__init__"}
+    assert record["code"] == {"version": 1, "root": "", "digest": record["code"]["digest"], "definitions": {}}
+    assert "(" in record["processor"] and "precision" not in record
+    results.load_or_compute(path, frame, parameters=SEED | {"dtype": "auto"}, recompute=True)
+    assert results.read_record(path)["precision"] == runtime.dtype_name(runtime.resolve_dtype())
 
 
 def test_no_compute_refuses_what_is_missing(tmp_path, monkeypatch):
@@ -174,68 +177,105 @@ def test_no_compute_refuses_what_is_missing(tmp_path, monkeypatch):
 # --- package code -------------------------------------------------------------------------------------------------
 
 
+class Source(definitions.Package):
+    """A package of one module and one task file, taken for the installed one; every table depends on its ``f``."""
+
+    def stamp(self, *computes) -> dict:
+        return self.stamp_of([("evaluation", "f")])
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package folder of our own with one module and task files, taken for the imported one."""
-    folder = tmp_path / "package"
+    """Writes such a package and takes it for the imported one, as a new process would."""
+    folder = tmp_path / "pkg"
     (folder / "tasks").mkdir(parents=True)
-    (folder / "evaluation.py").write_text('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1\n')
     (folder / "tasks" / "a.yaml").write_text("task: a\n")
-    (folder / "results.py").write_text("a = 1\n")
-    for name in [name for name in sys.modules if name.startswith("pruning_utils.")]:
-        if name.removeprefix("pruning_utils.") not in records.NOT_COMPUTING:
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "pruning_utils.evaluation", object())
-    monkeypatch.setattr(records, "PACKAGE", folder)
-    records.digest_at_first_sight.cache_clear()
-    yield folder
-    records.digest_at_first_sight.cache_clear()
 
+    def write(body: str = "x + 1", words: str = "Doc.") -> None:
+        (folder / "evaluation.py").write_text(
+            f'"""{words}"""\nTASKS = __file__, "tasks"\n\ndef f(x):\n    """{words}"""\n    return {body}, TASKS\n')
+        monkeypatch.setattr(definitions, "INSTALLED", Source(folder))
 
-def test_what_computes_nothing_makes_no_table_stale():
-    assert records.changed_modules({"data": "old", "rate_study": "old", "plots": "old"}) == ["data"]
+    write()
+    return write
 
 
 def test_stale_tables_are_read_with_a_warning(tmp_path, package):
-    path, module = tmp_path / "t.csv", package / "evaluation.py"
+    path = tmp_path / "t.csv"
     results.load_or_compute(path, frame, parameters=SEED)
-    assert set(results.read_record(path)["modules"]) == {"evaluation", "tasks"}
-    module.write_text('"""Other words."""\n\ndef f(x):  # a comment\n    """Other."""\n    return x+1\n')
-    assert results.stale_modules(path) == [], "words and layout change no number"
+    assert set(results.read_record(path)["code"]["definitions"]) == {"evaluation.f", "evaluation.TASKS"}
+    package(words="Other words.")
+    assert results.stale(path) == [], "words change no number"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         results.load_or_compute(path, never, parameters=SEED)
-    module.write_text("def f(x):\n    return x + 2\n")
-    assert results.stale_modules(path) == ["evaluation"]
-    with pytest.warns(results.StaleResult, match="t.csv .* evaluation$"):
+    package("x + 2")
+    assert results.stale(path) == ["evaluation.f"]
+    with pytest.warns(results.StaleResult, match=r"t.csv .* evaluation\.f$"):
         assert len(results.load_or_compute(path, never, parameters=SEED)) == 3
-    (package / "tasks" / "a.yaml").write_text("task: b\n")
-    assert results.stale_modules(path) == ["evaluation", "tasks"]
-    module.unlink()
-    assert results.stale_modules(path) == ["evaluation", "tasks"]
+    (tmp_path / "pkg" / "tasks" / "a.yaml").write_text("task: b\n")
+    package("x + 2")
+    assert results.stale(path) == ["evaluation.TASKS", "evaluation.f"]
+
+
+@pytest.mark.parametrize(("stamp", "said"), [
+    (None, "unstamped"), ({"version": 1}, "damaged stamp"),
+    ({"version": 9, "root": "a.b", "digest": "0", "definitions": {}}, "stamp of version 9, this package reads 1")])
+def test_tables_without_a_sound_stamp_are_read_and_never_fresh(tmp_path, stamp, said):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["t"]["code"] = stamp
+    if stamp is None:
+        del record["t"]["code"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert results.stale(path) == [said]
+    with pytest.warns(results.StaleResult, match=f"t.csv .* {said}$"):
+        assert len(results.load_or_compute(path, never, parameters=SEED)) == 3
 
 
 def test_source_edited_during_a_run_is_not_what_ran(tmp_path, package):
     def edit_and_compute() -> pd.DataFrame:
-        (package / "evaluation.py").write_text("def f(x):\n    return x + 2\n")
+        source = tmp_path / "pkg" / "evaluation.py"
+        source.write_text(source.read_text().replace("x + 1", "x + 2"))
         return frame()
 
     results.load_or_compute(tmp_path / "t.csv", edit_and_compute, parameters=SEED)
-    assert results.stale_modules(tmp_path / "t.csv") == ["evaluation"]
+    assert results.stale(tmp_path / "t.csv") == []
+    package("x + 2")
+    assert results.stale(tmp_path / "t.csv") == ["evaluation.f"]
 
 
-def test_digest_sees_code_alone():
-    base = records.source_digest("def f(a, b=1):\n    return a, None\n")
-    assert base == records.source_digest('def f(a, b = 1):\n    "Doc."\n    # why\n    return (a, None)\n')
-    others = ("def f(a, b=2):\n    return a, None\n", "def f(a, b=1):\n    return a, 0\n", "def f(a, b=1): return a,\n",
-              "def f(a, b=1.0):\n    return a, None\n", "def f(a, *, b=1):\n    return a, None\n")
-    assert len({base, *map(records.source_digest, others)}) == 6
+@pytest.mark.filterwarnings("ignore::pruning_utils.runtime.EmulatedPrecision")
+def test_listed_tables_are_read_as_the_list_says(tmp_path):
+    folder = tmp_path / "results" / "cpu" / "00_a"
+    path = folder / "t.csv"
+    folder.mkdir(parents=True)
+    results.load_or_compute(path, frame, parameters=SEED | {"dtype": "bfloat16"})
+    asked = SEED | {"dtype": "float32"}
+    with pytest.raises(ValueError, match='dtype: "bfloat16" there, "float32" asked'):
+        results.load_or_compute(path, never, parameters=asked)
+    listed = tmp_path / "results" / "awaiting.csv"
+    columns = "profile,notebook,table,parameter,made_with,asked,reason\n"
+    listed.write_text(columns + "cpu,00_a,t,dtype,bfloat16,float32,because\n")
+    record = json.loads((folder / "run.json").read_text())
+    record["t"]["code"]["digest"] = "of other code"
+    (folder / "run.json").write_text(json.dumps(record))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(results.load_or_compute(path, never, parameters=asked)) == 3
+    for other in (asked | {"seed": 1}, SEED | {"dtype": "float16"}):
+        with pytest.raises(ValueError, match="other parameters"):
+            results.load_or_compute(path, never, parameters=other)
+    listed.write_text(columns + "cpu,00_a,other,dtype,bfloat16,float32,because\n")
+    with pytest.raises(ValueError, match="other parameters"):
+        results.load_or_compute(path, never, parameters=asked)
 
 
 def test_commit_is_recorded_only_for_unchanged_sources(tmp_path, monkeypatch):
     folder = tmp_path / "package"
     folder.mkdir()
-    monkeypatch.setattr(records, "PACKAGE", folder)
+    monkeypatch.setattr(definitions, "PACKAGE", folder)
     (folder / "records.py").write_text("a = 1\n")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
     assert records.package_commit() is None, "in no checkout"
@@ -379,12 +419,11 @@ def test_points_of_other_code_are_never_mixed_in(tmp_path, package):
     path = tmp_path / "s.csv"
     with pytest.raises(RuntimeError):
         results.sweep(POINTS, fails_at_one, path=path, parameters=SEED)
-    (package / "evaluation.py").write_text("def f(x):\n    return x + 2\n")
-    records.digest_at_first_sight.cache_clear()  # as in a new process
+    package("x + 2")
     resumed = Counted()
     with pytest.warns(results.StaleResult, match="s.points again, .*evaluation"):
         results.sweep(POINTS, resumed, path=path, parameters=SEED)
-    assert resumed.points == [3, 1, 2] and results.stale_modules(path) == []
+    assert resumed.points == [3, 1, 2] and results.stale(path) == []
 
 
 def test_added_points_are_computed_and_the_others_kept(tmp_path):
@@ -418,7 +457,7 @@ def test_recompute_discards_saved_points(tmp_path):
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
-from pruning_utils import records, results
+from pruning_utils import definitions, records, results, runtime
 
 records.package_commit = lambda: None  # spares three processes a run
 

@@ -56,28 +56,29 @@ def test_bad_shapes_are_refused_before_any_work(layers, width, tiny, tmp_path):
 
 @pytest.mark.parametrize("heads", [0, 1])
 def test_shapes_are_of_equal_size(heads, tiny):
-    found = shape_study.equal_shape({"layers": "1 3", "n_kv_heads": heads}, model=tiny, revision=None, n_tokens=9)
+    found = shape_study.equal_shape({"layers": "1 3", "n_kv_heads": heads}, model=tiny, revision=None, dtype="float32",
+                                    n_tokens=9)
     model, _ = models.load_model(tiny)
     layer = sum(weight.numel() for weight in models.decoder_layers(model)[0].parameters())
     channel = N_LAYERS * 3 * model.config.hidden_size  # the step in which a width can be chosen
     shorter = surgery.drop_layers(model, [1, 3])
     total = efficiency.stored_parameters(shorter)["total"]
     assert abs(found["parameters"] - total) <= (channel / 2 if heads else 0) < 2 * layer
-    assert found["weights"] >= 2 * found["parameters"]
+    assert found["weights"] >= 4 * found["parameters"]
     if not heads:
         assert found["flops"] == efficiency.forward_flops(shorter, batch_size=1, n_tokens=9) > found["flops_token"]
 
 
 def test_speed_is_measured_of_the_shape_asked(tiny):
     rows = shape_study.measure_speed({"layers": "1 3", "width": "", "batch_size": 2, "prompt_tokens": 5}, model=tiny,
-                                     revision=None, dtype="bfloat16", new_tokens=3, warmups=0, repeats=2)
+                                     revision=None, dtype="float32", new_tokens=3, warmups=0, repeats=2)
     assert [row["run"] for row in rows] == [0, 1] and all(row["tokens_per_second"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_is_measured(method, tiny):
-    found = shape_study.measure_training({"layers": "1 3", "method": method}, model=tiny, revision=None, seq_len=16,
-                                         steps=2, healing_settings=HEALING)
+    found = shape_study.measure_training({"layers": "1 3", "method": method}, model=tiny, revision=None, dtype="float32",
+                                         seq_len=16, steps=2, healing_settings=HEALING)
     model = surgery.drop_layers(models.load_model(tiny)[0], [1, 3])
     total = sum(weight.numel() for weight in model.parameters())
     assert (found["trainable"] == total) == (method == "full") and found["trainable"] <= total
@@ -88,9 +89,9 @@ def test_training_is_measured(method, tiny):
 def test_storage_counts_what_is_written(precision, tiny, tmp_path):
     found = shape_study.measure_storage({"layers": "1 3", "precision": precision}, model=tiny, revision=None)
     model, tokenizer = models.load_model(tiny)
-    surgery.save(surgery.drop_layers(model, [1, 3]), tokenizer, tmp_path / "plain")
+    surgery.save(surgery.drop_layers(model, [1, 3]).bfloat16(), tokenizer, tmp_path / "plain")
     if precision != "bfloat16":
-        model, _ = models.load_model(str(tmp_path / "plain"), quantize=precision)
+        model, _ = models.load_model(str(tmp_path / "plain"), quantize=precision, dtype="bfloat16")
     model.save_pretrained(tmp_path / "again")
     assert found["disk"] == sum(path.stat().st_size for path in (tmp_path / "again").glob("*.safetensors"))
     total = sum(weight.numel() for weight in surgery.drop_layers(models.load_model(tiny)[0], [1, 3]).parameters())

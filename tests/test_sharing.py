@@ -60,15 +60,15 @@ def test_loglikelihoods_equal_those_of_whole_sequences(name, shape):
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
-@pytest.mark.parametrize("task, num_fewshot", [("piqa", 0), ("boolq", 0), ("mmlu", 3)])
-def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(task, num_fewshot, embedded):
+@pytest.mark.parametrize("task, num_fewshot, limit", [("piqa", 0, 6), ("boolq", 0, 3), ("mmlu", 3, 2)])
+def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(task, num_fewshot, limit, embedded):
     """Answers of some forty tokens through thirty layers, in float32: rounding adds up here if anywhere."""
     model, tokenizer = copy.deepcopy(embedded[0]).float(), copy.deepcopy(embedded[1])
     questions = evaluation.load_tasks([task], num_fewshot=num_fewshot)[task]["tasks"][task]
-    questions.build_all_requests(limit=10)
+    questions.build_all_requests(limit=limit)
     both = (HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), sharing.language_model(model, tokenizer, 8))
     expected, found = (backend.loglikelihood(questions.instances, disable_tqdm=True) for backend in both)
-    assert len(expected) >= 20
+    assert len(expected) >= 6
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 

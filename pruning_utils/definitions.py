@@ -1,0 +1,460 @@
+"""Which code of this package a number depends on: the definitions that its compute function reaches.
+
+A definition is a function, a class or an assigned name at the top of a module. It reaches what it names, wherever that
+lies in the package, and so on. The digest of what is reached tells whether a stored number was computed by today's
+code. Docstrings, comments, layout, type hints of functions and the file that a definition lies in do not count, so that
+code can be moved and formatted.
+
+What is found by reading names alone cannot see what a program looks up by a text or replaces while it runs. Such code
+is refused with a ValueError: a module of the package used as a value (``getattr(models, name)``), an assignment to an
+attribute of a module or definition of the package, ``globals``, ``eval``, ``exec``, ``importlib.import_module``,
+``sys.modules``, ``import *``, and statements at the top of a module that are no definitions. A method comes with its
+whole class. A local name that is also the name of a definition counts as naming it: more is digested than needed, never
+less. Code outside the package (a notebook's own lambda) is not digested, only the definitions that it names.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+STAMP_VERSION = 1  # of the form of a stamp; a table stamped in a later form is never called fresh
+UNSTAMPED = "unstamped"
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+UNSEEN_CALLS = {"globals", "eval", "exec", "__import__", "importlib.import_module", "sys.modules"}
+SHOWN_CHARACTERS = 8  # of a definition's own digest, which only serves to name what has changed
+
+Definition = tuple[str, str]  # module and name, such as ("selection", "best_block")
+
+
+@dataclass
+class Module:
+    """What one file of the package defines and imports.
+
+    Attributes:
+        path: The file.
+        definitions: By name the statements that define it.
+        modules: Modules of the package by the names that they are imported under.
+        names: Definitions of other modules by the names that they are imported under.
+        outside: What is imported from other packages, by the names that it is imported under.
+        effects: Line numbers of top-level statements that define nothing.
+    """
+
+    path: Path
+    definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+    names: dict[str, Definition] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
+    effects: list[int] = field(default_factory=list)
+
+
+class Package:
+    """The source of a package as it was when this object was made.
+
+    Args:
+        folder: The package's folder; its name is the name that its modules import each other by.
+        name: Another such name.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None):
+        self.folder = folder
+        self.name = name or folder.name
+        self.sources = {self._module_name(path): (path, path.read_text(encoding="utf-8"))
+                        for path in sorted(folder.rglob("*.py"))}
+        self.files = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*"))
+                      if path.is_file() and path.suffix not in (".py", ".pyc")}
+        self._modules: dict[str, Module] = {}
+        self._parts: dict[Definition, list] = {}
+
+    def _module_name(self, path: Path) -> str:
+        parts = path.relative_to(self.folder).with_suffix("").parts
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    def digest(self) -> str:
+        """Digest of every file of the package, comments and all."""
+        digest = hashlib.sha256()
+        for path, source in self.sources.values():
+            digest.update(f"{path.relative_to(self.folder).as_posix()} {source}".encode())
+        for path, found in self.files.items():
+            digest.update(f"{path.relative_to(self.folder).as_posix()} {found}".encode())
+        return digest.hexdigest()
+
+    def stamp(self, *computes: Callable) -> dict:
+        """What a run record keeps of the code behind compute functions.
+
+        Args:
+            *computes: Functions or classes of the package, instances of such classes, a ``functools.partial`` of one,
+                or functions from elsewhere that name some.
+
+        Returns:
+            ``version`` (of this form), ``root`` (the definitions that it begins with), ``digest`` (of all that these
+            reach), and ``definitions``: by their places the own digests of all definitions that are reached.
+
+        Raises:
+            ValueError: If what it reaches holds code whose dependencies cannot be read, or a root is unknown.
+        """
+        roots = [self._known(module, name) for module, name in roots_of(computes, self.name)]
+        return self.stamp_of(roots)
+
+    def stamp_of(self, roots: list[Definition]) -> dict:
+        """The stamp of these roots; see :meth:`stamp`."""
+        reached = self.reached(roots)
+        return {"version": STAMP_VERSION, "root": ", ".join(map(place, roots)), "digest": self._digest(reached),
+                "definitions": {place(one): self.own_digest(one) for one in sorted(reached)}}
+
+    def reached(self, roots: list[Definition]) -> list[Definition]:
+        """All definitions that these roots reach, in the order in which a walk through their texts meets them."""
+        found: dict[Definition, None] = {}
+        waiting = list(reversed(roots))
+        while waiting:
+            one = waiting.pop()
+            if one not in found:
+                found[one] = None
+                waiting += reversed(self._references(one))
+        return list(found)
+
+    def own_digest(self, one: Definition) -> str:
+        """A short digest of one definition, in which others count by their names alone."""
+        text = "".join(part if isinstance(part, str) else f"@{part[1]}" for part in self._text(one))
+        return hashlib.sha256(text.encode()).hexdigest()[:SHOWN_CHARACTERS]
+
+    def changes(self, recorded: object) -> list[str]:
+        """What has changed since a stamp was made: places of definitions, or what is wrong with the stamp; [] if none.
+
+        A definition that is now reached for the first time is named, one that is not reached any more too.
+        """
+        fault = stamp_fault(recorded)
+        if fault:
+            return [fault]
+        named = recorded["root"].split(", ") if recorded["root"] else []
+        roots = [self._found_again(*where.rsplit(".", 1)) for where in named]
+        if None in roots:
+            return [f"{recorded['root']} is gone"]
+        today = self.stamp_of(roots)
+        if today["digest"] == recorded["digest"]:
+            return []
+        then, now = recorded["definitions"], today["definitions"]
+        changed = {where for where, digest in now.items() if digest not in then.values()}
+        bare = {where.rpartition(".")[2] for where in changed}
+        changed |= {where for where, digest in then.items()
+                    if digest not in now.values() and where.rpartition(".")[2] not in bare}
+        return sorted(changed) or [recorded["root"]]
+
+    def _found_again(self, module: str, name: str) -> Definition | None:
+        """A root where it was, or the one definition of that name that has moved elsewhere."""
+        if module in self.sources and name in self._module(module).definitions:
+            return module, name
+        places = [other for other in self.sources if name in self._module(other).definitions]
+        return (places[0], name) if len(places) == 1 else None
+
+    def _known(self, module: str, name: str) -> Definition:
+        if module not in self.sources or name not in self._module(module).definitions:
+            raise ValueError(f"{self.name}.{module} has no definition {name!r} at its top, so what a number depends on "
+                             "cannot be recorded; pass a function or class that stands there")
+        return module, name
+
+    def _digest(self, reached: list[Definition]) -> str:
+        number = {one: index for index, one in enumerate(reached)}
+        digest = hashlib.sha256()
+        for one in reached:
+            for part in self._text(one):
+                digest.update((part if isinstance(part, str) else f"@{number[part]}").encode())
+            digest.update(b"\n")
+        return digest.hexdigest()[:16]
+
+    def _references(self, one: Definition) -> list[Definition]:
+        return [part for part in self._text(one) if not isinstance(part, str)]
+
+    def _text(self, one: Definition) -> list:
+        """The text of a definition: pieces of text, and the definitions that stand between them."""
+        if one not in self._parts:
+            module, name = one
+            if self._module(module).effects:
+                raise ValueError(f"{module} has a statement in line {self._module(module).effects[0]} that is no "
+                                 f"definition, so what {name} depends on cannot be read")
+            reader = _Reader(self, module)
+            for node in self._module(module).definitions[name]:
+                reader.read(node)
+            self._parts[one] = reader.parts
+        return self._parts[one]
+
+    def _module(self, name: str) -> Module:
+        if name not in self._modules:
+            path, source = self.sources[name]
+            self._modules[name] = self._parsed(name, path, ast.parse(source))
+        return self._modules[name]
+
+    def _parsed(self, name: str, path: Path, tree: ast.Module) -> Module:
+        module = Module(path)
+        is_package = path.name == "__init__.py"
+        for node in tree.body:
+            defined = _defined_names(node)
+            for one in defined or []:
+                module.definitions.setdefault(one, []).append(node)
+            if defined is None:
+                module.effects.append(node.lineno)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    if alias.name.split(".")[0] == self.name:
+                        inner = alias.name.removeprefix(self.name).lstrip(".")
+                        module.modules[alias.asname or self.name] = inner if alias.asname else ""
+                    else:
+                        top = alias.name.split(".")[0]
+                        module.outside[alias.asname or top] = alias.name if alias.asname else top
+            elif isinstance(node, ast.ImportFrom):
+                origin = self._origin(node, name, is_package)
+                if origin is not None:
+                    self._note_names(module, name, node, origin)
+                else:
+                    module.outside |= {alias.asname or alias.name: f"{node.module}.{alias.name}"
+                                       for alias in node.names}
+        return module
+
+    def _origin(self, node: ast.ImportFrom, name: str, is_package: bool) -> str | None:
+        """The module of the package that a from-import names; None where it names another package."""
+        if node.level:
+            above = name.split(".") if name else []
+            above = above[:len(above) - node.level + is_package]
+            return ".".join([*above, node.module] if node.module else above)
+        if node.module and node.module.split(".")[0] == self.name:
+            return node.module.removeprefix(self.name).lstrip(".")
+        return None
+
+    def _note_names(self, module: Module, name: str, node: ast.ImportFrom, origin: str) -> None:
+        for alias in node.names:
+            if alias.name == "*":
+                raise ValueError(f"{name} imports * from {origin or self.name}, so what it names cannot be read")
+            inner = f"{origin}.{alias.name}".lstrip(".")
+            if inner in self.sources:
+                module.modules[alias.asname or alias.name] = inner
+            else:
+                module.names[alias.asname or alias.name] = (origin, alias.name)
+
+    def target(self, module: str, chain: list[str]) -> tuple[Definition | None, int]:
+        """The definition that a dotted name means within a module, and how many of its parts were used; (None, 1)
+        where the name is a module's alone, and (None, 0) where it is nothing of this package."""
+        own = self._module(module)
+        head, *rest = chain
+        if head in own.definitions:
+            return (module, head), 1
+        if head in own.names:
+            where, what = own.names[head]
+            return self.target(where, [what])[0], 1
+        if head not in own.modules:
+            return None, 0
+        inner, used = own.modules[head], 1
+        while rest and f"{inner}.{rest[0]}".lstrip(".") in self.sources:
+            inner, used, rest = f"{inner}.{rest[0]}".lstrip("."), used + 1, rest[1:]
+        if not rest:
+            return None, 1
+        found, deeper = self.target(inner, rest)
+        return (found, used + deeper) if found else (None, 1)
+
+
+class _Reader:
+    """Reads the statements of one definition into pieces of text and references."""
+
+    def __init__(self, package: Package, module: str):
+        self.package, self.module, self.parts = package, module, []
+
+    def read(self, node: object, in_class: bool = False) -> None:
+        if isinstance(node, list):
+            self.parts.append("[")
+            for one in node:
+                self.read(one, in_class)
+                self.parts.append(",")
+            self.parts.append("]")
+        elif not isinstance(node, ast.AST):
+            self.parts.append(repr(node))
+        elif not (isinstance(node, (ast.Name, ast.Attribute)) and self._is_reference(node)):
+            self._read_fields(node, in_class)
+
+    def _read_fields(self, node: ast.AST, in_class: bool) -> None:
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and self._is_own_import(node):
+            self.parts.append("import")  # which names it brings is seen where they are used
+            return
+        self.parts.append(f"{type(node).__name__}(")
+        for name, value in _meaningful_fields(node, in_class):
+            self.parts.append(f"{name}=")
+            self.read(value, in_class=isinstance(node, ast.ClassDef))
+            self.parts.append(",")
+        self.parts.append(")")
+        self._read_files(node)
+
+    def _is_own_import(self, node: ast.Import | ast.ImportFrom) -> bool:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            return True
+        named = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        return all(name.split(".")[0] == self.package.name for name in named)
+
+    def _is_reference(self, node: ast.Name | ast.Attribute) -> bool:
+        """Note a dotted name that means a definition of the package; refuse one that hides what it means."""
+        chain = _chain(node)
+        if not chain:
+            return False
+        dotted = ".".join(chain)
+        if dotted in UNSEEN_CALLS or ".".join(chain[:2]) in UNSEEN_CALLS:
+            raise ValueError(f"{self.module} uses {dotted} in line {node.lineno}, so what it depends on cannot be read")
+        found, used = self.package.target(self.module, chain)
+        if found is None and used:
+            raise ValueError(f"{self.module} uses a module of the package as a value in line {node.lineno} "
+                             f"({dotted}), so what it depends on cannot be read; name the definition")
+        if found is None:
+            origin = self.package._module(self.module).outside.get(chain[0])
+            if origin:
+                self.parts.append(".".join([origin, *chain[1:]]))
+            return bool(origin)
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            raise ValueError(f"{self.module} replaces {dotted} in line {node.lineno}, so what other code means by it "
+                             "cannot be read")
+        self.parts.append(found)
+        self.parts.append("".join(f".{name}" for name in chain[used:]))
+        return True
+
+    def _read_files(self, node: ast.AST) -> None:
+        """Where a path beside the module is assigned, what lies there belongs to the definition."""
+        if not isinstance(node, ast.Assign) or "__file__" not in {
+                inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}:
+            return
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+                self._read_path(self.package.sources[self.module][0].parent / inner.value)
+
+    def _read_path(self, place_of_files: Path) -> None:
+        for path, digest in self.package.files.items():
+            if path == place_of_files or place_of_files in path.parents:
+                self.parts.append(f"file {path.relative_to(place_of_files.parent).as_posix()} {digest}")
+        for module, (path, _) in self.package.sources.items():
+            if place_of_files in path.parents:
+                self.parts += [(module, name) for name in self.package._module(module).definitions]
+
+
+def _chain(node: ast.Name | ast.Attribute) -> list[str]:
+    """The parts of a dotted name; [] where the dots follow anything but a name."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
+
+
+def _meaningful_fields(node: ast.AST, in_class: bool) -> Iterator[tuple[str, object]]:
+    """The fields of a node that decide what it does; empty ones, which only some versions of Python have, left out."""
+    left_out = {"ctx", "type_comment"}
+    if isinstance(node, (ast.arg, ast.FunctionDef, ast.AsyncFunctionDef)):
+        left_out |= {"annotation", "returns", "type_params"}
+    if isinstance(node, ast.AnnAssign) and not in_class:  # of fields of a class the type may count
+        left_out |= {"annotation", "simple"}
+    for name, value in ast.iter_fields(node):
+        if name == "body" and isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            value = value[1:]
+        if name not in left_out and value is not None and value != []:
+            yield name, value
+
+
+def _defined_names(node: ast.stmt) -> list[str] | None:
+    """Names that a top-level statement defines, [] for imports and docstrings; None where it does something else."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass)):
+        return []
+    if isinstance(node, ast.Expr):
+        return [] if isinstance(node.value, ast.Constant) else None
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [inner.id for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Name)]
+        plain = all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets)
+        return names if plain else None
+    if isinstance(node, (ast.If, ast.Try)):  # a version's own import, or one for type checkers alone
+        blocks = [node.body, node.orelse]
+        if isinstance(node, ast.Try):
+            blocks += [node.finalbody, *(handler.body for handler in node.handlers)]
+        found = [_defined_names(inner) for block in blocks for inner in block]
+        return None if None in found else [name for names in found for name in names]
+    return None
+
+
+def place(one: Definition) -> str:
+    """``module.name`` of a definition."""
+    return f"{one[0]}.{one[1]}"
+
+
+def roots_of(computes: Iterable[object], package: str) -> list[Definition]:
+    """The definitions of a package that compute functions begin with; see :meth:`Package.stamp`."""
+    found: dict[Definition, None] = {}
+    waiting, seen = list(computes), set()
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, functools.partial):
+            waiting += [one.func, *one.args, *one.keywords.values()]
+        elif isinstance(one, types.MethodType):
+            waiting.append(one.__self__)
+        elif hasattr(one, "__wrapped__"):  # by functools.cache, say
+            waiting.append(one.__wrapped__)
+        elif (named := _named_in(one, package)) is not None:
+            found[named] = None
+        elif isinstance(one, types.FunctionType):
+            waiting += _used_by(one, package)
+    return list(found)
+
+
+def _named_in(one: object, package: str) -> Definition | None:
+    """Module and outermost name of a function, a class or an instance of a class of the package."""
+    if not isinstance(one, (types.FunctionType, type)):
+        one = type(one)
+    module = getattr(one, "__module__", None) or ""
+    if module.split(".")[0] != package:
+        return None
+    return module.removeprefix(package).lstrip("."), one.__qualname__.split(".")[0]
+
+
+def _used_by(function: types.FunctionType, package: str) -> list[object]:
+    """Objects of the package that a function from elsewhere names, and what it encloses."""
+    names, codes = [], [function.__code__]
+    while codes:
+        code = codes.pop(0)
+        names += code.co_names
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    used = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    for value in [function.__globals__.get(name) for name in names]:
+        if isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == package:
+            used += [getattr(value, name) for name in names if _named_in(getattr(value, name, None), package)]
+        elif isinstance(value, (types.FunctionType, type, functools.partial)) or _named_in(value, package):
+            used.append(value)
+    return used
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def stamp_fault(recorded: object) -> str:
+    """What is wrong with a recorded stamp: none, damaged, or of a form that only a later version reads; "" if sound."""
+    if recorded is None:
+        return UNSTAMPED
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("version"), int):
+        return "damaged stamp"
+    if recorded["version"] > STAMP_VERSION:
+        return f"stamp of version {recorded['version']}, this package reads {STAMP_VERSION}"
+    root, digest, definitions = (recorded.get(key) for key in ("root", "digest", "definitions"))
+    sound = isinstance(root, str) and isinstance(digest, str) and isinstance(definitions, dict)
+    if not sound or not all("." in where for where in root.split(", ") if root):
+        return "damaged stamp"
+    return ""
+
+
+# What runs is what was imported: the sources are read once, so that one edited during a long run does not pass for it.
+INSTALLED = Package(PACKAGE)
