@@ -2,7 +2,7 @@
 # find the stamp and install nothing. Plain sh and GNU make 3.81 are enough.
 
 PYTHON ?= python3
-PROFILE ?= cpu
+PROFILE ?= smoke
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,9 +12,14 @@ RUN := $(PY) scripts/run_notebooks.py
 
 # $(call flag,NAME,--option) is the option where NAME=1 is given, nothing where it is not, and an error otherwise.
 flag = $(if $(filter-out 1,$($1)),$(error $1 takes the value 1 or is left out, got '$($1)'),$(if $($1),$2))
+jobs = $(if $(JOBS),--jobs '$(JOBS)')
+CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+PYTEST = $(PY) -m pytest -n $(CORES) --dist loadgroup --durations 10
+# JupyterLab reads defaults of its settings here: a folder of .venv, so that nobody's own settings change.
+LABCONFIG := $(VENV)/etc/jupyter/labconfig
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test reproduce figures regress lab clean
+.PHONY: help setup quickstart test check reproduce figures regress lab clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET"
@@ -29,23 +34,30 @@ quickstart: $(STAMP) ## compute notebook 00 on this machine, into quickstart/ (m
 	@echo "quickstart: done; open these files:"
 	@find quickstart \( -name '*.ipynb' -o -name '*.png' \) -print | sort | sed 's/^/  /'
 
-test: $(STAMP) ## run all tests (ARGS='-k selection' passes options to pytest)
-	@$(PY) -m pytest $(ARGS)
+test: $(STAMP) ## run all tests on all cores (ARGS='-k selection' passes options to pytest)
+	@$(PYTEST) $(ARGS)
 
-reproduce: $(STAMP) ## compute every notebook anew and compare with the committed results (ACCEPT=1 replaces them)
+check: $(STAMP) ## run all tests but the slow ones, which run notebooks or kill programs
+	@$(PYTEST) -m 'not slow' $(ARGS)
+
+reproduce: $(STAMP) ## compute every notebook anew and compare with the committed results (hours; ACCEPT=1 replaces them, JOBS=N runs N at once)
 	@echo "reproduce: computing every notebook at the cpu profile (hours; goes on where it was stopped)"
-	@$(RUN) --reproduce $(call flag,ACCEPT,--accept)
+	@$(RUN) $(jobs) --reproduce $(call flag,ACCEPT,--accept)
 
-figures: $(STAMP) ## redraw every figure from the committed results, without loading a model
-	@echo "figures: redrawing from the committed results"
-	@$(RUN) --figures
+figures: $(STAMP) ## redraw every figure from the committed results, without loading a model (a few minutes)
+	@echo "figures: redrawing from the committed results (a few minutes)"
+	@$(RUN) --jobs '$(or $(JOBS),$(CORES))' --figures
 
-regress: $(STAMP) ## compare the notebooks' summary numbers with the recorded ones (PROFILE=cpu, RECORD=1 records)
-	@echo "regress: summary numbers at profile $(PROFILE)"
-	@$(RUN) --regress --profile $(PROFILE) $(call flag,RECORD,--record)
+regress: $(STAMP) ## compare the summary numbers with the recorded ones (minutes at smoke, hours at PROFILE=cpu; RECORD=1 records, KEEP=1 keeps what was computed, JOBS=N)
+	@echo "regress: summary numbers at profile $(PROFILE) (minutes at smoke, hours at cpu; goes on where it was stopped)"
+	@$(RUN) $(jobs) --regress --profile '$(PROFILE)' $(call flag,RECORD,--record) $(call flag,KEEP,--keep)
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
-	@$(PY) -m jupyterlab notebooks
+lab: $(STAMP) ## open the notebooks in JupyterLab, without its autosave (ARGS='--no-browser' passes options)
+	@mkdir -p $(LABCONFIG)
+	@echo '{"@jupyterlab/docmanager-extension:plugin": {"autosave": false}}' \
+	    > $(LABCONFIG)/default_setting_overrides.json
+	@echo "lab: nothing is saved unless you do (Ctrl-S), so that reading changes no file"
+	@$(PY) -m jupyterlab notebooks $(ARGS)
 
 clean: ## remove .venv, quickstart/ and caches (computed results stay)
 	@echo "clean: removing .venv, quickstart/ and caches"

@@ -37,7 +37,7 @@ def scored(scorer, task: str, num_fewshot: int, limit: int) -> tuple[float, list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=models.EMBEDDED)
-    parser.add_argument("--dtype", default="bfloat16", help="float32 shows log-likelihoods equal to 1e-4")
+    parser.add_argument("--dtype", default="auto", help="float32 shows log-likelihoods equal to 1e-4")
     parser.add_argument("--questions", type=int, default=150, help="of each task; of five-shot ones 60 at most")
     parser.add_argument("--rounds", type=int, default=2)
     asked = parser.parse_args()

@@ -28,7 +28,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pruning_utils.runtime import embedded_file
+from pruning_utils import hub
+from pruning_utils.embedded import embedded_file
 
 RUN_LENGTH = 13  # words; two texts that share a run this long count as overlapping
 EMBEDDED_SPLITS = {
@@ -156,8 +157,9 @@ def _hub_documents(source: str, split: str) -> tuple[str, ...]:
     repository, configuration, column, splits = HUB_CORPORA[source]
     limit = HEALING_DOCUMENTS if split == "healing" else OTHER_DOCUMENTS
     try:
-        rows = datasets.load_dataset(repository, configuration, split=splits[split], streaming=True)
-        return tuple(row[column] for row in rows.filter(lambda row: row[column].strip()).take(limit))
+        with hub.asked_or_cached():
+            rows = datasets.load_dataset(repository, configuration, split=splits[split], streaming=True)
+            return tuple(row[column] for row in rows.filter(lambda row: row[column].strip()).take(limit))
     except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(f"text {source!r} ({repository}) could not be read from the hub: {error}") from error
 

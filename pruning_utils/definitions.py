@@ -246,7 +246,8 @@ class Package:
             return (module, head), 1
         if head in own.names:
             where, what = own.names[head]
-            return self.target(where, [what])[0], 1
+            found = self.target(where, [what])[0]
+            return found, int(found is not None)  # else the other module has it from elsewhere
         if head not in own.modules:
             return None, 0
         inner, used = own.modules[head], 1

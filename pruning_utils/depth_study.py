@@ -81,7 +81,8 @@ class DepthStudy:
     """
 
     def __init__(self, points: Sequence[dict], *, model: str, revision: str | None, dtype: str = runtime.AUTO,
-                 seq_len: int, n_calibration: int, texts: dict[str, int], tasks: dict[str, int], limit: int | None, healing_settings: dict,
+                 seq_len: int, n_calibration: int, texts: dict[str, int], tasks: dict[str, int], limit: int | None,
+                 healing_settings: dict,
                  checkpoints: str | Path, seed: int, calibration_source: str = "xsum",
                  healing_source: str | None = None):
         self.points, self.model, self.revision, self.checkpoints = points, model, revision, Path(checkpoints)

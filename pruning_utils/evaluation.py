@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pruning_utils import data, models, sharing
+from pruning_utils import data, hub, models, sharing
 
 TASK_FILES = Path(__file__).with_name("tasks")
 TASKS = (*data.BENCHMARKS, "mmlu_letter")
@@ -203,8 +203,10 @@ def _load_task(name: str, num_fewshot: int, shot_order: int) -> dict:
     manager, own_name = _task_manager(name in TASKS), str(name).removeprefix(OFFICIAL)
     if own_name not in manager.all_tasks:
         raise ValueError(f"unknown task {name!r}: it is neither embedded ({', '.join(TASKS)}) nor one of lm-eval's")
+    on_disk = contextlib.nullcontext() if name in TASKS else hub.asked_or_cached()
     try:
-        loaded = manager.load([own_name])
+        with on_disk:
+            loaded = manager.load([own_name])
     except OSError as error:
         raise ValueError(f"the data of lm-eval's task {own_name!r} could not be read from the hub: {error}") from error
     for task in loaded["tasks"].values():

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pruning_utils import data, evaluation, evidence, healing, models, selection, similarity, surgery
+from pruning_utils import data, evaluation, evidence, healing, models, runtime, selection, similarity, surgery
+from pruning_utils.bars import tqdm
 
 DISTANCES = {"last token": "angular_distance", "all tokens": "angular_distance_all_tokens"}
+N_VALIDATION, N_RELOADED = 4, 4  # windows that healing is watched on; windows that the saved model is compared on
+N_GENERATED = 24  # tokens after a prompt
 INFLUENCES = {"mean over tokens": "block_influence", "flattened": "block_influence_flattened"}
 
 
-def scan_layers(point: dict, *, model: str, revision: str | None, dtype: str, n_samples: int, seq_len: int, block_sizes: list[int],
-                sample_counts: list[int], draws: int, seed: int) -> list[dict]:
+def scan_layers(point: dict, *, model: str, revision: str | None, dtype: str, n_samples: int, seq_len: int,
+                block_sizes: list[int], sample_counts: list[int], draws: int, seed: int) -> list[dict]:
     """Similarity of layers on one text in one precision, and how the choice of the block moves when text is redrawn.
 
     Args:
@@ -78,9 +84,9 @@ def _load(model: str, revision: str | None, dtype: str, quantize: str | None):
     return models.load_model(model, revision=revision, dtype=dtype, quantize=quantize)
 
 
-def prune_and_heal(*, model: str, revision: str | None, dtype: str, block_size: int, n_calibration: int, n_evaluation: int,
-                   seq_len: int, task: str, limit: int | None, prompt: str, healing_settings: dict, seed: int,
-                   checkpoint: str | Path) -> list[dict]:
+def prune_and_heal(*, model: str, revision: str | None, dtype: str, block_size: int, n_calibration: int,
+                   n_evaluation: int, seq_len: int, task: str, limit: int | None, prompt: str,
+                   healing_settings: dict, seed: int, checkpoint: str | Path) -> list[dict]:
     """The whole path once: scan, choose the closest block, drop it, heal, and measure the model at each stage.
 
     Args:
@@ -103,6 +109,10 @@ def prune_and_heal(*, model: str, revision: str | None, dtype: str, block_size: 
     network, tokenizer = models.load_model(model, revision=revision, dtype=dtype)
     windows = data.calibration_windows(tokenizer, n_calibration, seq_len, seed=seed)
     evaluation_ids = data.evaluation_windows(tokenizer, n_evaluation, seq_len)
+    validation_ids = data.evaluation_windows(tokenizer, N_VALIDATION, seq_len, split="validation")
+    foretell(network, tokenizer, windows, block_size=block_size, evaluation_tokens=evaluation_ids.numel(),
+             question_tokens=_question_tokens(tokenizer, task, limit), validation_tokens=validation_ids.numel(),
+             steps=healing_settings["steps"], batch_size=healing_settings["batch_size"])
 
     def measured(stage: str, current: torch.nn.Module) -> list[dict]:
         losses = evaluation.token_losses(current, evaluation_ids).mean(1).tolist()
@@ -124,18 +134,94 @@ def prune_and_heal(*, model: str, revision: str | None, dtype: str, block_size: 
     steps, batch_size = healing_settings["steps"], healing_settings["batch_size"]
     healed = healing.heal(
         network, tokenizer, data.healing_windows(tokenizer, steps * batch_size, seq_len, seed=seed),
-        eval_ids=data.evaluation_windows(tokenizer, 8, seq_len, split="validation"), merge=True, seed=seed,
-        **healing_settings)
+        eval_ids=validation_ids, merge=True, seed=seed, **healing_settings)
     rows += [{"stage": "healed", "quantity": split, "item": int(tokens), "value": loss, "text": ""}
              for tokens, split, loss in healed.history[["tokens", "split", "loss"]].itertuples(index=False)]
     rows += measured("healed", healed.model)
     surgery.save(healed.model, tokenizer, checkpoint)
     reloaded, _ = models.load_model(checkpoint, dtype=healed.model.dtype)
-    return rows + [{"stage": "reloaded", "quantity": "loss", "item": item, "value": loss, "text": ""} for item, loss in
-                   enumerate(evaluation.token_losses(reloaded, evaluation_ids).mean(1).tolist())]
+    again = evaluation.token_losses(reloaded, evaluation_ids[:N_RELOADED]).mean(1).tolist()
+    return rows + [{"stage": "reloaded", "quantity": "loss", "item": item, "value": loss, "text": ""}
+                   for item, loss in enumerate(again)]
 
 
-def continue_text(model: torch.nn.Module, tokenizer, prompt: str, *, n_tokens: int = 24) -> str:
+def foretell(model: torch.nn.Module, tokenizer, windows: torch.Tensor, *, block_size: int, evaluation_tokens: int,
+             question_tokens: int, validation_tokens: int, steps: int, batch_size: int) -> dict[str, float]:
+    """Say on the terminal what each stage of :func:`prune_and_heal` will take on this machine, before any is begun.
+
+    One window is run forwards, and forwards and backwards, which takes a second or two; the rest is arithmetic.
+
+    Args:
+        model: The unpruned model.
+        tokenizer: Its tokenizer.
+        windows: Calibration windows, ``(n, seq_len)``.
+        block_size: Layers that will be dropped: what comes afterwards is that much cheaper.
+        evaluation_tokens: Of text, at each of three stages.
+        question_tokens: Of questions with their answers, at each of three stages.
+        validation_tokens: Of text that healing is watched on, before it and eight times on the way.
+        steps: Of healing.
+        batch_size: Windows in each.
+
+    Returns:
+        Seconds by stage, in order.
+    """
+    forward, training, one_token = _token_seconds(model, windows[:1])
+    left = 1 - block_size / len(models.decoder_layers(model))
+    measuring = forward * (evaluation_tokens + question_tokens) + one_token * N_GENERATED
+    heal = training * steps * batch_size * windows.shape[1]
+    watching = forward * validation_tokens * (healing.EVALUATIONS + 1)
+    reloading = forward * N_RELOADED * windows.shape[1]
+    seconds = {"scan": forward * windows.numel(), "measure": measuring, "measure the pruned model": left * measuring,
+               "heal": left * (heal + watching), "measure the healed model": left * (measuring + reloading)}
+    stages = ", ".join(f"{stage} {took:.0f} s" for stage, took in seconds.items())
+    threads = torch.get_num_threads()
+    where = f"{runtime.dtype_name(model.dtype)}, {runtime.processor()}, {threads} thread{'s' * (threads > 1)}"
+    tqdm.write(f"about {sum(seconds.values()) / 60:.1f} minutes here ({where}): {stages}", file=sys.stderr)
+    return seconds
+
+
+def _token_seconds(model: torch.nn.Module, window: torch.Tensor) -> tuple[float, float, float]:
+    """Seconds a token forwards, forwards and backwards through frozen weights, and of one token alone."""
+    ids = window.to(model.device)
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, states: states.detach().requires_grad_())
+
+    def training() -> None:
+        with torch.enable_grad():
+            healing._mean_loss(model(ids, use_cache=False).logits, ids).backward()
+
+    def generating() -> None:
+        with torch.no_grad():
+            model(ids[:, :1], use_cache=False)
+
+    try:
+        training_seconds = _seconds(training)
+    finally:
+        hook.remove()
+        for weight in trainable:
+            weight.requires_grad_(True)
+    forward_seconds = _seconds(lambda: evaluation.token_losses(model, ids))
+    return forward_seconds / ids.numel(), training_seconds / ids.numel(), _seconds(generating)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The second of two runs: the first prepares kernels."""
+    run()
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _question_tokens(tokenizer, task: str, limit: int | None) -> int:
+    """Tokens that pass through a model for the questions of an embedded task: prompts once, then each answer."""
+    questions = data.load_questions(task)[:limit] if task in data.BENCHMARKS else []
+    texts = [text for question in questions for text in (question.passage + question.question, *question.choices)]
+    return sum(map(len, tokenizer(texts)["input_ids"])) if texts else 0
+
+
+def continue_text(model: torch.nn.Module, tokenizer, prompt: str, *, n_tokens: int = N_GENERATED) -> str:
     """Greedy continuation of a prompt by ``n_tokens`` tokens, on one line, without the prompt."""
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     with torch.no_grad():

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from pruning_utils import models, runtime
+from pruning_utils.bars import tqdm
 
 ADAPTERS = ("lora", "qlora", "dora")
 METHODS = (*ADAPTERS, "last_layers", "full")
+EVALUATION_TOKENS = 1024  # in a pass at least: with fewer, reading the weights takes longer than multiplying by them
 MICRO_BATCH_TOKENS = 8192  # larger batches are accumulated, so that memory does not grow with the batch
 LOGITS_AT_ONCE = 2**22  # in float32: 16 MiB
 LARGE = 1e9  # parameters from which on activations are computed again instead of kept
@@ -223,9 +224,10 @@ def _trainer(trained: nn.Module, dtype: torch.dtype, train_ids, eval_ids, settin
 
     micro = max((size for size in range(1, batch_size + 1)
                  if batch_size % size == 0 and size * train_ids.shape[1] <= MICRO_BATCH_TOKENS), default=1)
+    seq_len = train_ids.shape[1] if eval_ids is None else eval_ids.shape[1]
     arguments = TrainingArguments(
         output_dir=str(folder or "."), max_steps=steps, train_sampling_strategy="sequential",
-        per_device_train_batch_size=micro, per_device_eval_batch_size=micro,
+        per_device_train_batch_size=micro, per_device_eval_batch_size=max(micro, EVALUATION_TOKENS // seq_len),
         gradient_accumulation_steps=batch_size // micro, learning_rate=settings["learning_rate"],
         warmup_steps=settings["warmup_steps"], lr_scheduler_type="cosine", max_grad_norm=1.0, weight_decay=0.0,
         activation_checkpointing=sum(weight.numel() for weight in trained.parameters()) > LARGE,

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from pruning_utils import evaluation, models, sharing
+from pruning_utils.bars import tqdm
 
 TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**15}  # where batch_size is None; on a CPU more leave its caches
 logger = logging.getLogger(__name__)

@@ -115,10 +115,10 @@ class SetStudy(depth_study.DepthStudy):
     A point is a dict of ``layers`` (ascending 0-based numbers as a text; empty for the whole model), ``recipe`` (method
     of :func:`healing.heal`, peak learning rate and steps, such as ``"lora 0.003 72"``; several stages, joined by
     `` + ``, follow each other on fresh text; empty for no training), ``seed``, and perhaps ``precision`` (in which the
-    weights that are measured were stored: ``bfloat16``, ``int8`` or ``nf4``, rounded to it after training). What else the point holds
-    names it for the reader. ``healing_settings`` are what all stages share, with ``steps`` as the most that a recipe
-    has in all. ``texts`` may name the length of their windows, as in ``"xsum:128"``. Models trained alike are trained
-    once, whatever rule their layers come from.
+    weights that are measured were stored: ``bfloat16``, ``int8`` or ``nf4``, rounded to it after training). What
+    else the point holds names it for the reader. ``healing_settings`` are what all stages share, with ``steps`` as the
+    most that a recipe has in all. ``texts`` may name the length of their windows, as in ``"xsum:128"``. Models trained
+    alike are trained once, whatever rule their layers come from.
     """
     parts = ("layers",)  # what of a point says which model is trained
 
@@ -162,7 +162,8 @@ class SetStudy(depth_study.DepthStudy):
         windows, histories, before = self._healing_windows(tokenizer, point["seed"]), [], 0
         validation = data.evaluation_windows(tokenizer, 16, self.seq_len, split="validation")
         made = {"model": models.identity(self.model, self.revision), "data": data.identity(), "stages": [],
-                "dtype": runtime.dtype_name(current.dtype), "seq_len": self.seq_len, "text": self.healing_source, **{part: point[part] for part in self.parts}}
+                "dtype": runtime.dtype_name(current.dtype), "seq_len": self.seq_len, "text": self.healing_source,
+                **{part: point[part] for part in self.parts}}
         for settings in self._stages(point):
             made["stages"].append({**settings, "skipped": before})
             first, count = before * settings["batch_size"], settings["steps"] * settings["batch_size"]

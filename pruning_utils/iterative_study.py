@@ -57,7 +57,8 @@ class IterativeStudy(recipe_study.RecipeStudy):
         (settings,) = self._stages(point)
         settings |= {name: settings[name] // rounds for name in ("steps", "warmup_steps")}
         made = {"model": models.identity(self.model, self.revision), "data": data.identity(), "seq_len": self.seq_len,
-                "dtype": runtime.dtype_name(current.dtype), "text": self.healing_source, "calibration": [self.calibration_source, self.seed], "settings": settings}
+                "dtype": runtime.dtype_name(current.dtype), "text": self.healing_source,
+                "calibration": [self.calibration_source, self.seed], "settings": settings}
         left, self.removed = [*range(len(models.decoder_layers(current)))], []
         for turn in range(rounds):
             chosen = self._chosen(current, tokenizer, point)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from pruning_utils import runtime
+from pruning_utils import hub, runtime
 from pruning_utils.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, embedded_checkpoint, quiet_loading
 
 EMBEDDED = "embedded"
@@ -53,7 +53,8 @@ def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = Non
     options = {"revision": revision, "trust_remote_code": False}
     storage = {"quantization_config": _nf4_settings(dtype) if quantize == "nf4" else
                BitsAndBytesConfig(load_in_8bit=True)} if quantize else {}
-    with quiet_loading(), _named_errors(source, revision):
+    on_disk = contextlib.nullcontext() if os.path.isdir(source) else hub.asked_or_cached()
+    with quiet_loading(), _named_errors(source, revision), on_disk:
         config = _load_config(source, options)
         if quantize and getattr(config, "quantization_config", None):
             raise ValueError(f"its weights are quantised already, so quantize must be None, got {quantize!r}")
@@ -96,7 +97,8 @@ def _named_errors(source: str, revision: str | None) -> Iterator[None]:
         elif "trust_remote_code" in str(error):
             fault = "it needs code of its own, and code that comes with a model is never run here"
         elif isinstance(error, OSError) and not os.path.isdir(source):
-            fault = f"there is no such directory here, and on the hub (revision {revision or 'main'}): {error}"
+            fault = (f"there is no such directory in {os.getcwd()}, and on the hub (revision {revision or 'main'}): "
+                     f"{error}")
         else:
             fault = error
         raise ValueError(f"{source!r} cannot be loaded: {fault}") from error

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -204,6 +205,27 @@ def write_table(path: Path, table: pd.DataFrame, record: dict) -> None:
                 target.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n", encoding="utf-8")
         if not volatile:
             beside.unlink(missing_ok=True)
+
+
+def replace_record(path: Path, record: dict) -> None:
+    """Replace the record of a table that stays as it is."""
+    with locked(path.parent):
+        changed = {**read_records(path.parent), path.stem: record}
+        with atomic_path(path.parent / "run.json") as target:
+            target.write_text(json.dumps(dict(sorted(changed.items())), indent=1) + "\n", encoding="utf-8")
+
+
+def differing_columns(stored: pd.DataFrame, computed: pd.DataFrame, kinds: dict[str, str]) -> list[str]:
+    """Columns in which computed rows, as a file would hold them, are not the stored ones; measured ones left out."""
+    stable = [name for name in kinds if not name.endswith(VOLATILE)]
+    if not set(stable) <= set(computed.columns) or len(stored) != len(computed):
+        return stable
+    texts = []
+    for table in (stored, computed):
+        with tempfile.TemporaryDirectory() as folder:
+            _write_csv(table[stable], kinds, Path(folder) / "rows.csv")
+            texts.append(pd.read_csv(Path(folder) / "rows.csv", dtype=str, keep_default_na=False))
+    return [name for name in stable if not texts[0][name].equals(texts[1][name])]
 
 
 def column_kinds(table: pd.DataFrame) -> dict[str, str]:

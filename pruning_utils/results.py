@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from pruning_utils import definitions, records, runtime, saved_points
+from pruning_utils.bars import tqdm
 from pruning_utils.records import StaleResult, canonical, plain, read_record
 
 __all__ = ["StaleResult", "Summary", "checkpoint_path", "load_or_compute", "read_record", "slug", "stale",
            "summary", "sweep", "table_path"]
 NO_COMPUTE = "PRUNING_UTILS_NO_COMPUTE"
+PROVE = "PRUNING_UTILS_PROVE"
 SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
 SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -122,8 +123,11 @@ def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list
     """Compute a table point by point, saving each as it ends; a run killed at any moment goes on where it was.
 
     Saved points lie in ``<table>.points/`` until the table is written. A saved point counts only while the code that
-    it was computed with is unchanged (:mod:`pruning_utils.definitions`). Points may be added to a finished sweep later: those in the table are
-    kept (as the table holds them, to six digits), only the new ones are computed.
+    it was computed with is unchanged (:mod:`pruning_utils.definitions`). Points may be added to a finished sweep later:
+    those in the table are kept (as the table holds them, to six digits), only the new ones are computed.
+
+    With the environment variable PRUNING_UTILS_PROVE set, a table that other code computed is stamped as today's where
+    the first and the last of its points, computed again, have equal rows; nothing else of it is computed.
 
     Args:
         points: What to compute: dicts of plain values, all with the same keys, none twice. Rows follow their order.
@@ -139,7 +143,7 @@ def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list
 
     Raises:
         ValueError: Before any work, for points that are no such list, and as in :func:`load_or_compute`; also if the
-            stored table holds points that are not asked for.
+            stored table holds points that are not asked for, or cannot be proved.
         RuntimeError: If a point fails (named, after those running beside it were saved), or if another process is
             computing the same table.
     """
@@ -149,6 +153,8 @@ def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list
     if not recompute and not saved_points.unfinished(folder) and path.exists():
         record = records.checked_record(path, parameters)
         if [entry["point"] for entry in record.get("points", [])] == points:
+            if os.environ.get(PROVE):
+                record = saved_points.prove(path, record, compute_point)
             return records.read_table(path, record)
         seeds = _reusable(path, record, points)
     code = _before_computing(path, compute_point)

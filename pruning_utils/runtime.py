@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import platform
@@ -25,31 +24,17 @@ import torch
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lm-eval", "numpy", "pandas",
             "matplotlib", "seaborn", "papermill")
-INSTALL_EMBEDDED = "pip install --no-deps --require-hashes -r requirements-embedded.txt"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 AUTO = "auto"  # bfloat16 where the device multiplies it natively, float32 elsewhere
 # What torch.cpu.get_capabilities calls the instructions that multiply a narrow type: on x86 and on Arm.
-NATIVE_FLAGS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
+NATIVE_FLAGS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+                torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
 # Values of ONEDNN_MAX_CPU_ISA under which oneDNN uses such instructions; without the variable it uses what there is.
 NATIVE_LIMITS = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
 
 
 class EmulatedPrecision(UserWarning):
     """A precision was asked for by name that the processor has no instructions for."""
-
-
-def embedded_file(package: str, relative: str) -> Path:
-    """Path of a file inside an installed distribution that is never imported.
-
-    Raises:
-        ModuleNotFoundError: If the package is missing; the message holds the command that installs it.
-    """
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / relative if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise ModuleNotFoundError(f"{relative} of the embedded package {package!r} is missing; install it with: "
-                                  f"{INSTALL_EMBEDDED}", name=package)
-    return path
 
 
 def setup(seed: int = 0) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed, wait
 from pathlib import Path
 
+import pandas as pd
+
 from pruning_utils import definitions, records
 from pruning_utils.definitions import stamp_fault
 from pruning_utils.records import canonical, digest
@@ -175,6 +177,44 @@ def compute(points: list[dict], compute_point: Callable, executor: Executor | No
     finally:
         for future in waiting:
             future.cancel()
+
+
+def prove(path: Path, record: dict, compute_point: Callable) -> dict:
+    """Stamp a table as computed by today's code where its first and last point, computed again, have equal rows.
+
+    Args:
+        path: The table.
+        record: Its record, with points.
+        compute_point: What computes one point.
+
+    Returns:
+        The record, with its new stamp and the points that prove it; as it was where the table is fresh, or awaits
+        recomputation.
+
+    Raises:
+        ValueError: If a row is another one now; the record stays as it was.
+    """
+    code = definitions.INSTALLED.stamp(compute_point)
+    known = record.get("code")
+    if records.awaiting(path) or (not stamp_fault(known) and known["digest"] == code["digest"]):
+        return record
+    table, first, kept = records.read_table(path, record), 0, {}
+    for number, entry in enumerate(record["points"]):
+        if number in (0, len(record["points"]) - 1):
+            kept[canonical(entry["point"])] = table.iloc[first:first + entry["rows"]]
+        first += entry["rows"]
+    for entry in (record["points"][0], record["points"][-1]):
+        point = entry["point"]
+        again = pd.DataFrame(_outcome(compute_point, dict(point))["rows"])
+        differing = records.differing_columns(kept[canonical(point)], again, record["columns"])
+        if differing:
+            raise ValueError(f"{path.name} cannot be stamped as today's: point {point} has other values in "
+                             f"{', '.join(differing)}; recompute the table")
+    proved = [json.loads(point) for point in kept]
+    record = {**record, "code": code, "restamped": {
+        "proof": "these points, computed again, had equal rows", "points": proved, "commit": records.package_commit()}}
+    records.replace_record(path, record)
+    return record
 
 
 def _failure(point: dict, error: BaseException) -> RuntimeError:

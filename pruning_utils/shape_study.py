@@ -88,8 +88,8 @@ def equal_shape(point: dict, *, model: str, revision: str | None, dtype: str, n_
     so many key-value heads in every layer and the number of channels that makes it as large.
 
     Returns:
-        ``width`` (as a :class:`ShapeStudy` takes it), ``parameters``, ``weights`` (bytes in ``dtype``), and ``flops`` of a text of
-        ``n_tokens`` tokens and of one token (``flops_token``).
+        ``width`` (as a :class:`ShapeStudy` takes it), ``parameters``, ``weights`` (bytes in ``dtype``), and ``flops``
+        of a text of ``n_tokens`` tokens and of one token (``flops_token``).
     """
     network, _ = models.load_model(model, revision=revision, dtype=dtype)
     layers, size = models.decoder_layers(network), ""

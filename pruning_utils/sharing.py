@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from pruning_utils import models, runtime
+from pruning_utils.bars import tqdm
 
 LOGITS_AT_ONCE = 2**25  # float32 logits alive at a time: 128 MiB
 

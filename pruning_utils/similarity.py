@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from pruning_utils import models
+from pruning_utils.bars import tqdm
 
 # Where cos is this near 1 or -1, the fp32 Gram has lost the angle's digits; |u - v| or |u + v| still holds them.
 SMALL_ANGLE_COSINE = 0.999

@@ -1,22 +1,29 @@
-"""Notebooks with the values to run them with, from profiles and the command line; and the run of one of them."""
+"""Notebooks, the values to run them with, and which of them must wait for which."""
 
 from __future__ import annotations
 
 import ast
-import shutil
-import sys
-import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 import notebook_files
-import papermill
 import yaml
-from nbformat import NotebookNode
-from papermill.exceptions import PapermillExecutionError
 
 COMMITTED = "cpu"  # the profile whose executed notebooks are the committed ones
+READS = "reads its tables, and would compute them beside it"
+TRAINS = "takes models that it trains, and would write the same files beside it"
+# For a notebook those that must have ended before it begins, if they run at all, and why.
+AFTER = {
+    "03_depth_and_next_token_loss": {"02_depth_and_question_answering": READS},
+    "04_simple_against_similarity": {"02_depth_and_question_answering": READS},
+    "05_robustness": {"04_simple_against_similarity": READS},
+    "07_depth_against_width": {"06_block_importance": READS},
+    "08_lora_against_continued_pretraining": {"06_block_importance": READS},
+    "10_how_to_heal": {"09_seven_metrics": READS},
+    "11_one_shot_or_iterative": {"09_seven_metrics": READS, "10_how_to_heal": TRAINS},
+    "12_the_recommended_model": {"09_seven_metrics": READS, "11_one_shot_or_iterative": TRAINS},
+}
 
 
 class Refused(ValueError):
@@ -55,6 +62,11 @@ class Job:
         return project / "results" / self.profile / "notebooks" / self.path.name
 
 
+def notebook_paths(project: Path) -> dict[str, Path]:
+    """The notebooks of a checkout by name, in order."""
+    return {path.stem: path for path in sorted((project / "notebooks").glob("[0-9]*.ipynb"))}
+
+
 def plan(project: Path, profile: str, only: list[str], given: dict[str, str], recompute: bool) -> list[Job]:
     """The notebooks to run, in order, each with its values.
 
@@ -68,7 +80,7 @@ def plan(project: Path, profile: str, only: list[str], given: dict[str, str], re
     Raises:
         Refused: Before anything runs, naming all that is unknown and what is allowed.
     """
-    paths = {path.stem: path for path in sorted((project / "notebooks").glob("[0-9]*.ipynb"))}
+    paths = notebook_paths(project)
     unknown = [start for start in only if not any(name.startswith(start) for name in paths)]
     if unknown or not paths:
         raise Refused(f"no notebook {' or '.join(unknown)}; there are: {', '.join(paths) or 'none'}")
@@ -134,40 +146,14 @@ def literal(text: str) -> object:
         return yaml.safe_load(text)
 
 
-def execute(job: Job, project: Path, output: Path) -> NotebookNode:
-    """Run a notebook in a kernel of its own and give the executed copy, scrubbed.
-
-    Raises:
-        Failed: With the cell and the last lines of the error; the copy so far is left in a temporary folder.
-    """
-    partial = Path(tempfile.mkdtemp(prefix="pruning_utils_")) / job.path.name
-    try:
-        notebook = papermill.execute_notebook(
-            notebook_files.read_notebook(job.path), partial, job.changes, kernel_name="python3", language="python",
-            progress_bar=False, stderr_file=sys.stderr, cwd=job.path.parent, start_timeout=300, iopub_timeout=300,
-            extra_arguments=["--log-level=ERROR"])
-    except (PapermillExecutionError, RuntimeError, TimeoutError) as error:
-        raise Failed(f"{job.name} failed in {failed_cell(job, error, partial)}\n  so far: {partial}") from error
-    try:
-        notebook_files.scrub(notebook)
-    except ValueError as error:
-        raise Failed(f"{job.name}: {error}\n  so far: {partial}") from error
-    if traces := notebook_files.machine_traces(notebook, [project, output]):
-        shown = "\n    ".join(traces)
-        raise Failed(f"{job.name}: outputs name folders or addresses of this machine\n    {shown}\n  so far: {partial}")
-    shutil.rmtree(partial.parent)
-    return notebook
+def ready(waiting: Collection[Job], running: Collection[Job]) -> list[Job]:
+    """The waiting jobs that may begin beside the running ones: those first that most wait for."""
+    unfinished = {job.name for job in (*waiting, *running)}
+    free = [job for job in waiting if unfinished.isdisjoint(AFTER.get(job.name, ()))]
+    return sorted(free, key=lambda job: (-len(chain_behind(job.name)), job.name))
 
 
-def failed_cell(job: Job, error: Exception, partial: Path) -> str:
-    """The number, in the notebook's file, of the cell that failed, and the end of what it said."""
-    if isinstance(error, PapermillExecutionError):
-        index, said = error.cell_index, error.traceback or [f"{error.ename}: {error.evalue}"]
-    else:
-        cells = nbformat.read(partial, as_version=4).cells if partial.exists() else []
-        started = [place for place, cell in enumerate(cells) if cell.metadata.get("papermill", {}).get("start_time")]
-        index, said = max(started, default=0), [str(error)]
-    cells = notebook_files.read_notebook(job.path).cells
-    first = next(place for place, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
-    injected = bool(job.changes) and index > first
-    return f"cell {index + 1 - injected} of {len(cells)}\n{notebook_files.last_lines(said)}"
+def chain_behind(name: str) -> list[str]:
+    """The longest chain of notebooks that wait for this one, each for the one before it."""
+    chains = [[follower, *chain_behind(follower)] for follower, first in AFTER.items() if name in first]
+    return max(chains, key=len, default=[])

@@ -5,7 +5,8 @@ from test_depth_study import HEALING, save_tiny_model
 
 from pruning_utils import cost_study, efficiency, healing, models, shape_study, surgery
 
-SETTINGS = {"revision": None, "dtype": "float32", "seq_len": 16, "steps": 1, "healing_settings": {**HEALING, "warmup_steps": 0}}
+SETTINGS = {"revision": None, "dtype": "float32", "seq_len": 16, "steps": 1,
+            "healing_settings": {**HEALING, "warmup_steps": 0}}
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,8 @@ def test_what_is_reached_as_worked_by_hand(tmp_path):
 
 @pytest.mark.parametrize(("module", "before", "after"), [
     ("main", '"""Doc."""', '"""Other words."""'),
-    ("main", "return np.abs(n) + LIMIT + scale", "# why\n        return (np.abs( n )\n                + LIMIT + scale)"),
+    ("main", "return np.abs(n) + LIMIT + scale",
+     "# why\n        return (np.abs( n )\n                + LIMIT + scale)"),
     ("main", "n: int = 1) -> int", "n = 1)"),
     ("main", "UNUSED = 4", "UNUSED = 5"),
     ("tools", "return 3 * x", "return 4 * x"),
@@ -139,7 +140,8 @@ def test_two_definitions_of_one_name_are_not_taken_for_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "message"), [
-    ("from pkg import tools\ndef f(n):\n    return getattr(tools, n)(1)\n", "module of the package as a value in line 3"),
+    ("from pkg import tools\ndef f(n):\n    return getattr(tools, n)(1)\n",
+     "module of the package as a value in line 3"),
     ("from pkg import tools\ndef f(n):\n    return vars(tools)[n]\n", "module of the package as a value"),
     ("from pkg import tools\ndef f():\n    tools.double = max\n", "replaces tools.double in line 3"),
     ("from pkg.tools import *\ndef f():\n    return double(1)\n", r"imports \* from tools"),
@@ -178,7 +180,8 @@ def test_files_that_a_definition_names_belong_to_it(tmp_path):
     (None, "unstamped"), ("text", "damaged stamp"), ({}, "damaged stamp"),
     ({"version": 1, "root": "main.f"}, "damaged stamp"), ({"version": 1, "root": "f", "digest": "a",
                                                            "definitions": {}}, "damaged stamp"),
-    ({"version": 2, "root": "main.Study", "digest": "a", "definitions": {}}, "stamp of version 2, this package reads 1"),
+    ({"version": 2, "root": "main.Study", "digest": "a", "definitions": {}},
+     "stamp of version 2, this package reads 1"),
     ({"version": 1, "root": "main.gone", "digest": "a", "definitions": {}}, "main.gone is gone"),
 ])
 def test_stamps_that_cannot_be_read_are_never_fresh(tmp_path, recorded, said):
@@ -226,4 +229,5 @@ def test_the_code_of_the_tables_is_reached():
 
 def test_stamps_are_plain_and_alike_in_every_process():
     stamp = INSTALLED.stamp(depth_study.DepthStudy)
-    assert json.loads(json.dumps(stamp)) == stamp == Package(definitions.PACKAGE).stamp_of([("depth_study", "DepthStudy")])
+    another = Package(definitions.PACKAGE).stamp_of([("depth_study", "DepthStudy")])
+    assert json.loads(json.dumps(stamp)) == stamp == another

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pruning_utils import data, depth_study, evaluation, healing, models, selection, similarity, surgery
 
+CHILDREN = Path(__file__).resolve().parent / "children"
 N_LAYERS = 5
 HEALING = {"method": "lora", "targets": "mlp", "rank": 2, "dropout": 0.0, "learning_rate": 1e-2, "warmup_steps": 0,
            "steps": 4, "batch_size": 2}
@@ -149,50 +150,12 @@ def test_tasks_without_labels_are_refused(tiny, tmp_path, monkeypatch):
 
 # --- interrupted sweeps ---------------------------------------------------------------------------------------------
 
-DRIVER = """
-    import os, random, signal, sys, time, traceback
-    from pathlib import Path
-    from pruning_utils import data, depth_study, evaluation, results, runtime
-    runtime.setup()
-    from test_depth_study import DENSE, INFORMED, SETTINGS, SIMPLE
-    import lm_eval.models.huggingface, peft, transformers  # once, not in each child
-    from transformers import LlamaForCausalLM, Trainer
-    root, tiny = Path(sys.argv[1]), sys.argv[2]
-    points = [DENSE, INFORMED, SIMPLE, {**INFORMED, "healed": True}, {**SIMPLE, "healed": True}]
-    data.documents("boolq", "healing"), data.documents("quac", "healing"), data.documents("xsum", "calibration")
-    evaluation.load_tasks(list(SETTINGS["tasks"]), num_fewshot=1)
-
-    def child(folder):
-        if pid := os.fork():
-            return pid
-        try:
-            study = depth_study.DepthStudy(points, model=tiny, checkpoints=folder / "checkpoints", **SETTINGS)
-            results.sweep(points, study, path=folder / "depth.csv", parameters=SETTINGS)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-
-    started = time.monotonic()
-    assert os.waitpid(child(root / "whole"), 0)[1] == 0
-    longest, chance, kills, seen = time.monotonic() - started, random.Random(1), 0, set()
-    for part in range(8):
-        pid, patience = child(root / "killed"), chance.uniform(0.3, 1) * longest * (0.4 + part / 10)
-        time.sleep(patience)
-        os.kill(pid, signal.SIGKILL)
-        kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
-        folder = root / "killed"
-        seen.add((len(list(folder.glob("depth.points/*.json"))), len(list(folder.glob("checkpoints/*/checkpoint-*")))))
-        if (folder / "depth.csv").exists():
-            break
-    print(kills, len(seen))
-    assert os.waitpid(child(root / "killed"), 0)[1] == 0
-"""
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_at_any_moment_ends_with_the_same_bytes(tiny, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    driver = subprocess.run([sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path), tiny], text=True,
+    driver = subprocess.run([sys.executable, CHILDREN / "kill_depth_study.py", str(tmp_path), tiny], text=True,
                             capture_output=True, env=environment, timeout=600)
     assert driver.returncode == 0, driver.stderr[-3000:]
     kills, n_states = map(int, driver.stdout.split())

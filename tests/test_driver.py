@@ -1,23 +1,41 @@
 """The driver of the notebooks, on tiny notebooks made here: strict values, scrubbed copies, compared numbers."""
 
+import ast
+import fcntl
 import json
 import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
+
+from pruning_utils import definitions
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import comparisons  # noqa: E402
 import jobs  # noqa: E402
+import modes  # noqa: E402
 import notebook_files  # noqa: E402
 import run_notebooks  # noqa: E402
+import running  # noqa: E402
+
+CHILDREN = ROOT / "tests" / "children"
+STAMP = definitions.INSTALLED.stamp()  # of a table that depends on nothing in the package: always fresh
 
 PARAMETERS = 'profile = "cpu"\nmodel = "embedded"\nseed = 0\nrecompute = False\nsteps = 10\nrate = 1.0\nlimit = 5'
 # What results.summary shows, without the seconds that importing the package takes.
@@ -27,14 +45,14 @@ rows = [{"name": "steps", "value": steps, "tolerance": 0, "reason": "count"},
         {"name": "loss", "value": 0.25 * steps, "tolerance": 0.1, "reason": "threads"}]
 display({"application/vnd.pruning-utils.summary+json": {"rows": rows}, "text/plain": "summary"}, raw=True)
 """
-TABLE = """
+TABLE = f"""
 import csv, os, pathlib
 folder = pathlib.Path(os.environ["PRUNING_UTILS_OUTPUT"])
 table = folder / "results" / profile / "00_first" / "embedded.csv"
 table.parent.mkdir(parents=True, exist_ok=True)
 if not table.exists() or recompute:
-    table.write_text(f"layer,score\\n0,{steps / 10}\\n1,2\\n", newline="")
-    table.with_name("run.json").write_text('{"embedded": {"modules": {}}}')
+    table.write_text(f"layer,score\\n0,{{steps / 10}}\\n1,2\\n", newline="")
+    table.with_name("run.json").write_text('{json.dumps({"embedded": {"code": STAMP}})}')
 (folder / "figures").mkdir(exist_ok=True)
 (folder / "figures" / "00_first.png").write_bytes(b"figure")
 """
@@ -96,7 +114,7 @@ def no_run(monkeypatch):
     def execute(*given):
         raise AssertionError("a notebook ran")
 
-    monkeypatch.setattr(run_notebooks, "execute", execute)
+    monkeypatch.setattr(running, "execute", execute)
 
 
 @pytest.mark.parametrize(("words", "profile", "message"), [
@@ -124,7 +142,7 @@ def test_what_is_not_there_is_refused(project, no_run, capsys, words, profile, m
 
 
 @pytest.mark.parametrize("words", [["--record"], ["--accept"], ["--tolerance", "0.1"], ["--regress", "--figures"],
-                                   ["--regress", "--output", "x"]])
+                                   ["--regress", "--output", "x"], ["--keep"], ["--reproduce", "--keep"]])
 def test_options_that_do_not_go_together_are_refused(project, no_run, words):
     with pytest.raises(SystemExit) as caught:
         drive(project, *words)
@@ -203,7 +221,7 @@ def test_other_values_leave_the_committed_notebooks(project, tmp_path, capfd):
 
 def test_smoke_goes_to_a_temporary_folder(project, tmp_path, monkeypatch, capfd):
     seen = []
-    monkeypatch.setattr(run_notebooks, "execute", lambda job, project, output: seen.append(output) or executed(job))
+    monkeypatch.setattr(running, "execute", lambda job, project, output, _: seen.append(output) or executed(job))
     before = files(project)
     assert drive(project, "--profile", "smoke") == 0
     assert len(set(seen)) == 1 and seen[0].parent == tmp_path / "temporary" and files(project) == before
@@ -286,7 +304,7 @@ def executed(job: jobs.Job) -> nbformat.NotebookNode:
 def quick(monkeypatch) -> list[str]:
     """Runs are replaced by their outcome; the names of those that ran are noted."""
     ran = []
-    monkeypatch.setattr(run_notebooks, "execute", lambda job, project, output: ran.append(job.name) or executed(job))
+    monkeypatch.setattr(running, "execute", lambda job, *given: ran.append(job.name) or executed(job))
     return ran
 
 
@@ -319,7 +337,7 @@ def test_regress_records_and_compares(project, quick, capfd):
 
 
 def test_regress_needs_a_summary_in_every_notebook(project, monkeypatch, capfd):
-    monkeypatch.setattr(run_notebooks, "execute", lambda job, *given: notebook_files.read_notebook(job.path))
+    monkeypatch.setattr(running, "execute", lambda job, *given: notebook_files.read_notebook(job.path))
     assert drive(project, "--regress", "--record") == 1
     assert "no summary numbers in 00_first, 01_second" in capfd.readouterr().err
 
@@ -362,7 +380,8 @@ def test_reproduce_goes_on_compares_and_accepts(project, capfd, monkeypatch):
     assert drive(project) == 0
     committed = project / "results" / "cpu" / "00_first" / "embedded.csv"
     committed.write_text("layer,score\n0,1.5\n1,2\n")
-    committed.with_name("run.json").write_text('{"other": {"modules": {}}, "embedded": {"modules": {"a": "old"}}}')
+    old = {"other": {"code": STAMP}, "embedded": {"code": {**STAMP, "digest": "old"}}}
+    committed.with_name("run.json").write_text(json.dumps(old))
     before = files(project)
     capfd.readouterr()
     assert drive(project, "--reproduce") == 1
@@ -374,7 +393,7 @@ def test_reproduce_goes_on_compares_and_accepts(project, capfd, monkeypatch):
     assert after["reproduced/cpu/notebooks/00_first.ipynb"] == before["notebooks/00_first.ipynb"]
 
     ran = []
-    monkeypatch.setattr(run_notebooks, "execute", lambda job, project, output: ran.append(job.name) or executed(job))
+    monkeypatch.setattr(running, "execute", lambda job, *given: ran.append(job.name) or executed(job))
     assert drive(project, "--reproduce", "--tolerance", "0.3") == 0
     assert ran == [], "finished notebooks do not run again"
     notebook = project / "notebooks" / "01_second.ipynb"
@@ -382,8 +401,8 @@ def test_reproduce_goes_on_compares_and_accepts(project, capfd, monkeypatch):
     assert drive(project, "--reproduce", "--accept") == 0
     assert ran == ["01_second"], "a notebook that was edited does"
     assert committed.read_text() == "layer,score\n0,1.0\n1,2\n"
-    assert json.loads(committed.with_name("run.json").read_text()) == {"other": {"modules": {}},
-                                                                       "embedded": {"modules": {}}}
+    records = json.loads(committed.with_name("run.json").read_text())
+    assert records == {"other": {"code": STAMP}, "embedded": {"code": STAMP}}
     assert "import sys" in notebook.read_text() and drive(project, "--reproduce") == 0
 
     ran.clear()
@@ -391,8 +410,10 @@ def test_reproduce_goes_on_compares_and_accepts(project, capfd, monkeypatch):
     assert ran == ["01_second"] and "reproduced/cpu/results/cpu/00_first/embedded.csv" in files(project)
 
     made = project / "reproduced" / "cpu" / "results" / "cpu" / "00_first"
-    (made / "run.json").write_text('{"embedded": {"modules": {"healing": "of other code"}}}')
-    run_notebooks.drop_stale_tables(project / "reproduced" / "cpu")
+    modes.drop_stale_tables(project / "reproduced" / "cpu")
+    assert (made / "embedded.csv").exists()
+    (made / "run.json").write_text(json.dumps({"embedded": {"code": {**STAMP, "digest": "of other code"}}}))
+    modes.drop_stale_tables(project / "reproduced" / "cpu")
     assert not (made / "embedded.csv").exists(), "a table that other code made is not gone on with"
 
 
@@ -421,14 +442,17 @@ figure.write_text(str(table["steps"][0]))
 
 
 def test_figures_that_change_anything_else_fail(project, monkeypatch, capfd):
-    def spoil(job, project, output):
-        assert os.environ["PRUNING_UTILS_NO_COMPUTE"] == "1" and os.environ["PRUNING_UTILS_OUTPUT"] == str(project)
+    def spoil(job, project, output, kernels):
+        assert kernels.environment["PRUNING_UTILS_NO_COMPUTE"] == "1"
+        assert kernels.environment["PRUNING_UTILS_OUTPUT"] == str(project)
+        assert kernels.environment["OMP_NUM_THREADS"] == "2", "figures depend on the number of threads"
         (project / "results").mkdir(exist_ok=True)
         (project / "results" / "new.csv").write_text("a")
         return executed(job)
 
-    monkeypatch.setattr(run_notebooks, "execute", spoil)
-    assert drive(project, "--figures", "--only", "00") == 1
+    monkeypatch.setattr(running, "execute", spoil)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert drive(project, "--figures", "--jobs", "2") == 1
     assert "redrawing has changed: results/new.csv" in capfd.readouterr().out
     assert "PRUNING_UTILS_NO_COMPUTE" not in os.environ
 
@@ -438,3 +462,617 @@ def test_committed_profiles_say_what_they_are_for():
         assert path.read_text().startswith("# "), path.name
         names = [notebook.stem for notebook in (ROOT / "notebooks").glob("[0-9]*.ipynb")]
         assert jobs.read_profile(path.parent, path.stem, names)["all"]["profile"] == path.stem
+
+
+# --- a comparison of summary numbers goes on where it was stopped ---------------------------------
+
+
+@pytest.fixture
+def recorded(project, quick) -> Path:
+    """The same checkout with summary numbers recorded at profile smoke; no run is noted."""
+    assert drive(project, "--regress", "--record", "--profile", "smoke") == 0
+    quick.clear()
+    return project
+
+
+def fail_at(monkeypatch, name: str, quick: list[str]) -> None:
+    """From now on one notebook fails; the others run as before."""
+
+    def execute(job, *given):
+        if job.name == name:
+            raise jobs.Failed(f"{name} failed")
+        quick.append(job.name)
+        return executed(job)
+
+    monkeypatch.setattr(running, "execute", execute)
+
+
+def test_regress_goes_on_where_it_was_stopped(recorded, quick, monkeypatch, capfd):
+    folder = recorded / "regressed" / "smoke"
+    fail_at(monkeypatch, "01_second", quick)
+    assert drive(recorded, "--regress", "--profile", "smoke") == 1
+    assert quick == ["00_first"] and (folder / "notebooks" / "00_first.ipynb").exists()
+    tables = {}
+    for name, stamp in (("fresh", STAMP), ("stale", {**STAMP, "digest": "of other code"})):
+        tables[name] = folder / "results" / "smoke" / f"0_{name}" / "embedded.csv"
+        tables[name].parent.mkdir(parents=True)
+        tables[name].write_text("a\n1\n")
+        tables[name].with_name("run.json").write_text(json.dumps({"embedded": {"code": stamp}}))
+    there = []
+
+    def execute(job, *given):
+        there.append([job.name, *(name for name, path in tables.items() if path.exists())])
+        return executed(job)
+
+    monkeypatch.setattr(running, "execute", execute)
+    capfd.readouterr()
+    assert drive(recorded, "--regress", "--profile", "smoke", "--keep") == 0
+    assert there == [["01_second", "fresh"]], (
+        "one notebook is not repeated, one table is not gone on with"
+    )
+    said = capfd.readouterr().out
+    assert "[1/2] 00_first ... finished before" in said and f"kept: {folder}" in said
+    assert drive(recorded, "--regress", "--profile", "smoke") == 0 and len(there) == 1
+    assert not (recorded / "regressed").exists(), "all is compared"
+    assert drive(recorded, "--regress", "--profile", "smoke") == 0
+    assert [name for name, *_ in there] == ["01_second", "00_first", "01_second"], "computed anew"
+
+
+def test_regress_of_some_notebooks_leaves_what_waits(recorded, quick, monkeypatch):
+    fail_at(monkeypatch, "01_second", quick)
+    assert drive(recorded, "--regress", "--profile", "smoke") == 1
+    waiting = files(recorded / "regressed")
+    assert drive(recorded, "--regress", "--profile", "smoke", "--only", "00") == 0
+    assert files(recorded / "regressed") == waiting and quick == ["00_first", "00_first"]
+
+
+def test_what_other_versions_computed_is_not_gone_on_with(recorded, quick, monkeypatch, capfd):
+    fail_at(monkeypatch, "01_second", quick)
+    assert drive(recorded, "--regress", "--profile", "smoke") == 1
+    state = recorded / "regressed" / "smoke" / "finished.json"
+    (state.parent / "results").mkdir()
+    versions = {**json.loads(state.read_text())["versions"], "torch": "1.0"}
+    state.write_text(json.dumps({**json.loads(state.read_text()), "versions": versions}))
+    assert drive(recorded, "--regress", "--profile", "smoke") == 1
+    assert quick == ["00_first", "00_first"] and not (state.parent / "results").exists()
+    assert "was computed with torch 1.0 (now " in capfd.readouterr().out
+    state.write_text("{")
+    assert drive(recorded, "--regress", "--profile", "smoke") == 1
+    assert len(quick) == 3 and "unknown versions of packages" in capfd.readouterr().out
+
+
+def test_a_folder_that_another_process_computes_in_is_refused(recorded, quick, capfd):
+    folder = recorded / "regressed" / "smoke"
+    folder.mkdir(parents=True)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert drive(recorded, "--regress", "--profile", "smoke") == 2
+    os.close(handle)
+    assert f"error: another process computes in {folder}" in capfd.readouterr().err and quick == []
+
+
+# --- stopped by a signal --------------------------------------------------------------------------
+
+WAITS = """
+import os, pathlib, subprocess, time
+if "PIDS" in os.environ:
+    helper = subprocess.Popen(["sleep", "600"])
+    pathlib.Path(os.environ["PIDS"]).write_text(f"{os.getpid()} {helper.pid} ")
+    time.sleep(600)
+"""
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there; one that has ended may wait to be asked for its exit code."""
+    try:
+        os.kill(pid, 0)
+        if not Path("/proc/self/stat").exists():
+            return True
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    """Wait until something holds, and fail if it does not in time."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.1)
+
+
+def stop_when(condition, number: signal.Signals, *command) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a program that gets a signal when something holds."""
+    program = subprocess.Popen(
+        [sys.executable, CHILDREN / "with_default_signals.py", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: program.poll() is not None or condition(program))
+        program.send_signal(number)
+        out, error = program.communicate(timeout=60)
+    finally:
+        program.kill()
+    return program.returncode, out, error
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "says"),
+    [
+        (
+            "--regress --record --profile smoke",
+            signal.SIGINT,
+            "the same command goes on where it was",
+        ),
+        (
+            "--reproduce --recompute -j 2",
+            signal.SIGTERM,
+            "the same command without --recompute goes on where it was",
+        ),
+        (
+            "--profile smoke --output OUT",
+            signal.SIGTERM,
+            "finished tables and points are kept under OUT/results, "
+            "the same command goes on where it was",
+        ),
+        ("--figures", signal.SIGINT, "figures drawn so far stay, the same command redraws all"),
+    ],
+)
+def test_a_signal_stops_the_kernels_and_says_how_to_go_on(
+    project, tmp_path, monkeypatch, capfd, words, number, says
+):
+    write_notebook(project / "notebooks" / "01_second.ipynb", WAITS)
+    pids, out = tmp_path / "pids", tmp_path / "out"
+    words = words.replace("OUT", str(out)).split()
+    monkeypatch.setenv("PIDS", str(pids))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    first = project / "reproduced" / "cpu" / "notebooks" / "00_first.ipynb"
+
+    def started(program):
+        begun = pids.exists() and len(pids.read_text().split()) == 2
+        return begun and ("-j" not in words or first.exists())
+
+    code, said, error = stop_when(
+        started, number, ROOT / "scripts" / "run_notebooks.py", "--project", project, *words
+    )
+    assert (code, error.replace("progress\n", "")) == (
+        130,
+        f"stopped in 01_second; {says}\n".replace("OUT", str(out)),
+    )
+    assert "00_first ... " in said and "Traceback" not in said
+    for pid in pids.read_text().split():
+        wait_for(lambda pid=pid: not runs(int(pid)), 10)
+    assert not list((tmp_path / "temporary").iterdir()), "no copy is left of what was stopped"
+    if "--regress" in words:
+        monkeypatch.delenv("PIDS")
+        assert drive(project, *words) == 0
+        assert "[1/2] 00_first ... finished before\n[2/2] 01_second ... " in capfd.readouterr().out
+        assert not (project / "regressed").exists()
+
+
+def test_a_signal_while_the_driver_is_imported_ends_it_at_once():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        code, said, error = stop_when(
+            lambda program: program.stdout.readline() == "importing\n",
+            number,
+            CHILDREN / "slow_to_import.py",
+            ROOT / "scripts",
+        )
+        assert (code, said, error) == (130, "", "stopped before the first notebook\n")
+
+
+# --- several at once ------------------------------------------------------------------------------
+
+MEETS = """
+import os, pathlib, time
+folder = pathlib.Path(os.environ["PRUNING_UTILS_OUTPUT"])
+folder.mkdir(exist_ok=True)
+folder.joinpath("NAME").touch()
+started = time.monotonic()
+while not folder.joinpath("OTHER").exists() and time.monotonic() < started + 60:
+    time.sleep(0.1)
+in_place = os.getcwd().endswith("/notebooks")
+print(folder.joinpath("OTHER").exists(), os.environ.get("OMP_NUM_THREADS"), in_place)
+"""
+
+
+def test_notebooks_run_at_once_with_their_share_of_the_cores(project, tmp_path, monkeypatch, capfd):
+    for name, other in (("00_first", "01_second"), ("01_second", "00_first")):
+        source = MEETS.replace("NAME", name).replace("OTHER", other)
+        write_notebook(project / "notebooks" / f"{name}.ipynb", source)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(running, "cores", lambda: 6)
+    assert drive(project, "--profile", "smoke", "--output", str(tmp_path / "out"), "-j", "2") == 0
+    for path in (tmp_path / "out" / "notebooks").iterdir():
+        shown = nbformat.read(path, as_version=4)
+        assert [
+            output.text
+            for cell in shown.cells
+            for output in cell.get("outputs", [])
+            if "text" in output
+        ] == ["True 3 True\n"]
+    captured = capfd.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0] == "2 notebooks at once, 3 threads each" and captured.err == ""
+    assert [re.sub(r"0\d_\w+ \.\.\. \d+ s", "NAME", line) for line in lines[1:3]] == [
+        "[1/2] NAME",
+        "[2/2] NAME",
+    ]
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_threads_are_at_least_one_and_those_that_were_set(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(running, "cores", lambda: 2)
+    assert [running.threads_each(at_once) for at_once in (1, 2, 3)] == [
+        {},
+        {"OMP_NUM_THREADS": "1"},
+        {"OMP_NUM_THREADS": "1"},
+    ]
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert running.threads_each(2) == {}
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "x", "1.5", "", "²"])
+def test_a_number_of_jobs_that_is_none_is_refused(project, no_run, capsys, given):
+    with pytest.raises(SystemExit) as caught:
+        drive(project, "-j", given)
+    assert caught.value.code == 2
+    assert f"must be a whole number of at least 1, got {given!r}" in capsys.readouterr().err
+
+
+def noting(notes: list[tuple[str, str]], meeting: threading.Barrier | None = None):
+    """Stands for runs: notes when each begins and ends; with a barrier all begin first."""
+
+    def execute(job, *given):
+        notes.append(("begin", job.name))
+        if meeting:
+            meeting.wait(60)
+        time.sleep(0.05)
+        notes.append(("end", job.name))
+        if job.name == "00_first" and meeting:
+            raise jobs.Failed("00_first failed in cell 7")
+        return executed(job)
+
+    return execute
+
+
+def test_what_builds_on_another_waits_for_it(project, monkeypatch):
+    write_notebook(project / "notebooks" / "02_third.ipynb", "import os")
+    monkeypatch.setattr(jobs, "AFTER", {"01_second": {"00_first": "why"}})
+    notes = []
+    monkeypatch.setattr(running, "execute", noting(notes))
+    assert drive(project, "-j", "3") == 0
+    assert set(notes[:2]) == {("begin", "00_first"), ("begin", "02_third")}, "two begin at once"
+    assert notes.index(("begin", "01_second")) > notes.index(("end", "00_first"))
+    notes.clear()
+    assert drive(project, "-j", "3", "--only", "01", "02") == 0
+    assert {kind for kind, _ in notes[:2]} == {"begin"}, "what is not asked for is not waited for"
+
+
+def test_those_begin_first_that_most_others_wait_for(project):
+    names = [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
+    every = [jobs.Job(Path(name), "cpu", {}, {}) for name in names]
+    first = [job.name[:2] for job in jobs.ready(every, [])]
+    assert first == ["09", "02", "06", "00", "01"]
+    assert jobs.chain_behind("02_depth_and_question_answering") == [
+        "04_simple_against_similarity",
+        "05_robustness",
+    ]
+
+
+def test_a_failure_among_several_lets_the_others_end_and_begins_none(project, monkeypatch, capfd):
+    write_notebook(project / "notebooks" / "02_third.ipynb", "import os")
+    notes = []
+    monkeypatch.setattr(running, "execute", noting(notes, threading.Barrier(2)))
+    before = files(project)
+    assert drive(project, "--profile", "smoke", "--output", str(project / "out"), "-j", "2") == 1
+    captured = capfd.readouterr()
+    assert sorted(name for kind, name in notes if kind == "end") == ["00_first", "01_second"]
+    assert ("begin", "02_third") not in notes and captured.err == "00_first failed in cell 7\n"
+    assert "00_first ... failed after 0 s" in captured.out
+    assert set(files(project)) - set(before) == {"out/notebooks/01_second.ipynb"}
+
+
+# --- the order of the real notebooks, against what they read ----------------------------------
+
+
+def code_of(path: Path) -> ast.Module:
+    """The code cells of a notebook as one program."""
+    cells = nbformat.read(path, as_version=4).cells
+    return ast.parse("\n".join(cell.source for cell in cells if cell.cell_type == "code"))
+
+
+def texts_in(tree: ast.AST) -> set[str]:
+    """All text constants."""
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def called_in(tree: ast.AST) -> set[str]:
+    """The last names of all functions that are called."""
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {getattr(function, "attr", getattr(function, "id", None)) for function in called}
+
+
+def must_wait_for(name: str) -> set[str]:
+    """All notebooks that a notebook waits for, and those that these wait for."""
+    first = set(jobs.AFTER.get(name, ()))
+    return first.union(*(must_wait_for(one) for one in first))
+
+
+def test_notebooks_wait_for_those_whose_tables_they_read():
+    programs = {
+        path.stem: code_of(path) for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    }
+    owners = {}  # of tables that a function of the package reads for whoever calls it
+    for path in (ROOT / "pruning_utils").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                owners[node.name] = texts_in(node) & set(programs)
+    assert owners["score_table"] == {"06_block_importance"}, (
+        "this test looks where such functions are"
+    )
+    reads = {}
+    for name, program in programs.items():
+        found = texts_in(program) & set(programs)
+        for function in called_in(program):
+            found |= owners.get(function, set())
+        reads[name] = found - {name}
+    for name, first in reads.items():
+        assert first <= must_wait_for(name), f"{name} reads tables of {first}: add it to jobs.AFTER"
+    for name, first in jobs.AFTER.items():
+        assert max(first) < name, "in the order of numbers, so that one by one is an order too"
+        for one, reason in first.items():
+            assert reason != jobs.READS or one in reads[name], f"{name} reads nothing of {one}"
+
+
+def test_notebooks_that_train_the_same_models_run_one_after_the_other():
+    trainers = (
+        "recipe_table",
+        "depth_table",
+    )  # they keep trained models where the others look for them
+    programs = {
+        path.stem: code_of(path) for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    }
+    for function in trainers:
+        names = [name for name, program in programs.items() if function in called_in(program)]
+        names = [
+            name for name in names if name != "03_depth_and_next_token_loss"
+        ]  # it owns no table
+        assert len(names) == 3
+        for place, name in enumerate(names):
+            assert set(names[:place]) <= must_wait_for(name), (
+                f"{name} trains beside {names[:place]}"
+            )
+
+
+# --- how long it will take --------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(project) -> Path:
+    """The same checkout with committed tables that took 50 minutes and two hours to compute."""
+    for name, seconds in (("00_first", (2000, 1000.4)), ("01_second", (7200,))):
+        folder = project / "results" / "cpu" / name
+        folder.mkdir(parents=True)
+        record = {f"table-{place}": {"seconds": took} for place, took in enumerate(seconds)}
+        (folder / "run.json").write_text(json.dumps(record))
+    return project
+
+
+def test_long_runs_say_how_long_they_took(timed, quick, monkeypatch, capfd):
+    all_of_them = (
+        "2 notebooks; where they were last computed at cpu they took 2.8 h in all\n"
+        "  00 50 min, 01 2.0 h\n"
+    )
+    for words in (["--recompute"], ["--reproduce"]):
+        drive(timed, *words)
+        assert capfd.readouterr().out.startswith(all_of_them), words
+    drive(timed, "--recompute", "--only", "00")
+    assert capfd.readouterr().out.startswith(
+        "1 notebook; where it was last computed at cpu it took 50 min\n[1/1]"
+    )
+    notebook = timed / "notebooks" / "01_second.ipynb"
+    notebook.write_text(notebook.read_text().replace("import os", "import sys"))
+    drive(timed, "--reproduce")
+    assert capfd.readouterr().out.startswith(
+        "2 notebooks, 1 of them finished; "
+        "where the rest was last computed at cpu it took 2.0 h\n[1/2]"
+    )
+    for words in (
+        [],
+        ["--profile", "smoke", "--recompute"],
+        ["--profile", "smoke", "--reproduce"],
+        ["--figures"],
+    ):
+        drive(timed, *words)
+        assert "computed at" not in capfd.readouterr().out, words
+    (timed / "results" / "cpu" / "00_first" / "run.json").unlink()
+    drive(timed, "--recompute", "--only", "00")
+    assert capfd.readouterr().out.startswith("1 notebook\n[1/1]"), "nothing is known"
+    (timed / "results" / "cpu" / "00_first" / "run.json").write_text("{")
+    quick.clear()
+    assert (
+        drive(timed, "--recompute") == 2
+        and "run.json is damaged" in capfd.readouterr().err
+        and quick == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 s"),
+        (89, "89 s"),
+        (90, "2 min"),
+        (3600, "60 min"),
+        (5399, "90 min"),
+        (5400, "1.5 h"),
+        (50058, "13.9 h"),
+    ],
+)
+def test_seconds_in_words(seconds, words):
+    assert modes.in_words(seconds) == words
+
+
+# --- make and the workflow --------------------------------------------------------------------
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def recipe(*words: str) -> list[str]:
+    """The lines that make would run; none is run."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PROFILE", "JOBS", "ARGS")
+    }
+    return subprocess.run(
+        ["make", "--dry-run", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["regress"], ["--regress", "--profile", "'smoke'"]),
+        (
+            ["regress", "PROFILE=a100", "RECORD=1", "KEEP=1"],
+            ["--regress", "--profile", "'a100'", "--record", "--keep"],
+        ),
+        (["regress", "JOBS=3"], ["--jobs", "'3'", "--regress", "--profile", "'smoke'"]),
+        (["reproduce", "JOBS=2"], ["--jobs", "'2'", "--reproduce"]),
+        (["figures", "JOBS=1"], ["--jobs", "'1'", "--figures"]),
+    ],
+)
+def test_make_passes_options(words, options):
+    assert recipe(*words)[-1].split()[2:] == options
+
+
+@needs_make
+def test_make_names_the_time_and_figures_use_all_cores():
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = {line.split()[0]: line for line in shown.splitlines() if line}
+    assert "minutes at smoke, hours at PROFILE=cpu" in lines["regress"]
+    assert "hours" in lines["reproduce"] and "a few minutes" in lines["figures"]
+    number = recipe("figures")[-1].split()[3].strip("'")
+    assert int(number) == os.cpu_count()
+
+
+@needs_make
+def test_make_lab_passes_options_and_turns_autosave_off(tmp_path):
+    """A real server, asked as its own page asks it: reading a notebook must not save it."""
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    python.write_text(
+        f'#!/bin/sh\nJUPYTER_CONFIG_PATH=.venv/etc/jupyter exec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    for name in ("pyproject.toml", "requirements-embedded.txt", ".venv/.installed"):
+        (tmp_path / name).touch()  # the last is the newest: nothing is installed
+    environment = {
+        **os.environ,
+        "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab"),
+    }
+    with open(tmp_path / "said", "w") as said:
+        server = subprocess.Popen(
+            ["make", "lab", "ARGS=--no-browser --allow-root --port=0"],
+            cwd=tmp_path,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        wait_for(
+            lambda: server.poll() is not None or "/lab?token=" in (tmp_path / "said").read_text(),
+            60,
+        )
+        address, token = re.findall(
+            r"(http://\S+?)/lab\?token=(\w+)", (tmp_path / "said").read_text()
+        )[-1]
+        asked = f"{address}/lab/api/settings/@jupyterlab/docmanager-extension:plugin?token={token}"
+        properties = {}
+
+        def answers():
+            """A server says where it is a moment before it listens there."""
+            try:
+                with urllib.request.urlopen(asked, timeout=30) as answer:
+                    properties.update(json.load(answer)["schema"]["properties"])
+            except urllib.error.URLError as error:
+                assert isinstance(error.reason, ConnectionRefusedError), error
+            return bool(properties)
+
+        wait_for(answers, 30)
+        assert properties["autosave"]["default"] is False
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def test_the_workflow_tests_once_goes_on_records_and_keeps_what_was_made():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "notebooks.yml").read_text())
+    events = workflow[True]  # YAML reads the word on so
+    assert events["schedule"] and workflow["concurrency"]["cancel-in-progress"] == (
+        "${{ github.event_name == 'pull_request' }}"
+    )
+    steps = {name: job["steps"] for name, job in workflow["jobs"].items()}
+    commands = {
+        name: [step["run"] for step in found if "run" in step] for name, found in steps.items()
+    }
+    assert commands["smoke"] == ["make test"], "the smoke notebooks are part of it"
+    uploads = {
+        name: [step for step in found if "upload-artifact" in step.get("uses", "")]
+        for name, found in steps.items()
+    }
+    assert [step["if"] for step in uploads["smoke"]] == ["failure()"]
+    assert [step["if"] for step in uploads["papers"]] == ["always()"]
+    kept = uploads["papers"][0]["with"]["path"].split()
+    assert kept == ["tests/summaries/a100.csv", "regressed/a100", "!regressed/a100/checkpoints"]
+    assert steps["papers"][0]["with"]["clean"] is False, (
+        "what was computed lies there for the next start"
+    )
+
+
+@pytest.mark.parametrize(
+    ("committed", "asked"), [(True, "PROFILE=a100 KEEP=1"), (False, "PROFILE=a100 KEEP=1 RECORD=1")]
+)
+def test_the_workflow_records_where_nothing_is_committed(tmp_path, committed, asked):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "notebooks.yml").read_text())
+    (command,) = (
+        step["run"]
+        for step in workflow["jobs"]["papers"]["steps"]
+        if "make regress" in step.get("run", "")
+    )
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    summaries = tmp_path / "tests" / "summaries" / "a100.csv"
+    summaries.parent.mkdir(parents=True)
+    summaries.write_text("left by an earlier start\n")
+    subprocess.run([*git, "init", "-q"], check=True)
+    if committed:
+        subprocess.run([*git, "add", "."], check=True)
+    (tmp_path / "make").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "make").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-e", "-c", command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert done.stdout == f"regress {asked}\n"

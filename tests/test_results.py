@@ -18,6 +18,7 @@ import pytest
 from pruning_utils import definitions, records, results, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
+CHILDREN = ROOT / "tests" / "children"
 SEED = {"model": "embedded", "seed": 0}
 
 
@@ -246,6 +247,24 @@ def test_source_edited_during_a_run_is_not_what_ran(tmp_path, package):
     assert results.stale(tmp_path / "t.csv") == ["evaluation.f"]
 
 
+def test_a_table_is_stamped_anew_where_two_points_have_equal_rows(tmp_path, package, monkeypatch):
+    path = tmp_path / "s.csv"
+    results.sweep(POINTS, square, path=path, parameters=SEED)
+    package("x + 2")
+    monkeypatch.setenv("PRUNING_UTILS_PROVE", "1")
+    stale, again = results.read_record(path), Counted(lambda point: [{**row, "value": -1.0} for row in square(point)])
+    with pytest.warns(results.StaleResult), pytest.raises(ValueError, match=r"point \{'n': 3.*other values in value;"):
+        results.sweep(POINTS, again, path=path, parameters=SEED)
+    assert results.read_record(path) == stale and results.stale(path) == ["evaluation.f"]
+    again = Counted()
+    with pytest.warns(results.StaleResult):
+        table = results.sweep(POINTS, again, path=path, parameters=SEED)
+    assert again.points == [3, 2] and len(table) == 6 and results.stale(path) == [] and path.read_bytes() == TABLE
+    assert results.read_record(path)["restamped"]["points"] == [POINTS[0], POINTS[-1]]
+    assert results.read_record(path)["points"] == stale["points"]
+    results.sweep(POINTS, never, path=path, parameters=SEED)
+
+
 @pytest.mark.filterwarnings("ignore::pruning_utils.runtime.EmulatedPrecision")
 def test_listed_tables_are_read_as_the_list_says(tmp_path):
     folder = tmp_path / "results" / "cpu" / "00_a"
@@ -454,111 +473,13 @@ def test_recompute_discards_saved_points(tmp_path):
 
 # --- kills, full disks, two processes -----------------------------------------------------------------------------
 
-KILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-from pruning_utils import definitions, records, results, runtime
-
-records.package_commit = lambda: None  # spares three processes a run
-
-def compute_point(point):
-    time.sleep(0.003)
-    with open(sys.argv[1] + "/computed", "a") as log:
-        log.write(".")
-    return [{"part": part, "value": (point["n"] + 1) / 7 / (part + 1), "seconds": time.time()} for part in (0, 1)]
-
-def run(folder, n):
-    results.sweep([{"n": n} for n in range(n)], compute_point, path=folder / "t.csv", parameters={"seed": 0})
-
-def killed(folder, n, delay=None, step=None):
-    child = os.fork()
-    if child == 0:
-        if step is not None:
-            kill_before(step)
-        run(folder, n)
-        os._exit(0)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status == signal.SIGKILL
-
-def kill_before(step):
-    left = [step]
-    def counting(change):
-        def changed(*given, **named):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return change(*given, **named)
-        return changed
-    for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
-        setattr(os, name, counting(getattr(os, name)))
-
-def contents(folder):
-    assert sorted(os.listdir(folder)) == ["run.json", "t.csv", "t.measured.csv"], os.listdir(folder)
-    return (folder / "t.csv").read_bytes()
-
-root, random = Path(sys.argv[1]), random.Random(0)
-run_children = [killed(root / "whole", 30), killed(root / "short", 3)]
-assert run_children == [False, False]
-whole, short = contents(root / "whole"), contents(root / "short")
-
-times = 0
-while killed(root / "random", 30, delay=random.uniform(0.02, 0.06) * (1 + times / 5)):
-    times += 1
-assert times >= 3 and contents(root / "random") == whole, times
-
-step, log = 0, root / "computed"
-log.write_text("")
-while killed(root / f"step{step}", 3, step=step):
-    killed(root / f"step{step}", 3)
-    assert contents(root / f"step{step}") == short, step
-    assert len(log.read_text()) <= 4, "only the point that was cut is computed twice"
-    log.write_text("")
-    step += 1
-assert step > 12, step
-
-children = []
-for name in "ab":
-    children.append(os.fork())
-    if children[-1] == 0:
-        import pandas as pd
-        for number in range(20):
-            results.load_or_compute(root / "two" / f"{name}{number}.csv", lambda: pd.DataFrame({"a": [number]}),
-                                    parameters={"n": number})
-        os._exit(0)
-assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-assert len(records.read_records(root / "two")) == 40, len(records.read_records(root / "two"))
-
-holder = os.fork()
-if holder == 0:
-    def wait_for_ever(point):
-        (root / "held" / "started").touch()
-        time.sleep(60)
-    results.sweep([{"n": 1}], wait_for_ever, path=root / "held" / "t.csv", parameters={})
-while not (root / "held" / "started").exists():
-    time.sleep(0.01)
-try:
-    for recompute in (False, True):
-        try:
-            results.sweep([{"n": 1}], compute_point, path=root / "held" / "t.csv", parameters={}, recompute=recompute)
-        except RuntimeError as error:
-            assert "another process is computing" in str(error)
-        else:
-            raise AssertionError("two processes compute one table")
-    assert (root / "held" / "t.points" / "parameters.json").exists(), "what another process holds is not discarded"
-finally:
-    os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
-print("killed", times, "times at random and at", step, "steps")
-"""
 
 
+@pytest.mark.slow
 def test_kills_and_two_processes(tmp_path):
     """One process, so that torch is imported once; it forks the runs that it kills."""
-    ended = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, CHILDREN / "kill_results.py", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.startswith("killed")
 

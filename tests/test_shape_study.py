@@ -77,8 +77,8 @@ def test_speed_is_measured_of_the_shape_asked(tiny):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_is_measured(method, tiny):
-    found = shape_study.measure_training({"layers": "1 3", "method": method}, model=tiny, revision=None, dtype="float32",
-                                         seq_len=16, steps=2, healing_settings=HEALING)
+    found = shape_study.measure_training({"layers": "1 3", "method": method}, model=tiny, revision=None,
+                                         dtype="float32", seq_len=16, steps=2, healing_settings=HEALING)
     model = surgery.drop_layers(models.load_model(tiny)[0], [1, 3])
     total = sum(weight.numel() for weight in model.parameters())
     assert (found["trainable"] == total) == (method == "full") and found["trainable"] <= total

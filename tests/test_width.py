@@ -32,8 +32,8 @@ def logits(model) -> torch.Tensor:
 
 
 def assert_same_logits(one, other):
-    """Of models whose sums have other lengths, and so round otherwise on each processor: compared in float64, in which a
-    logit of some hundred terms is right to a hundred times 1e-16."""
+    """Of models whose sums have other lengths, and so round otherwise on each processor: compared in float64, in which
+    a logit of some hundred terms is right to a hundred times 1e-16."""
     one, other = (copy.deepcopy(part).double() for part in (one, other))
     torch.testing.assert_close(logits(one), logits(other), rtol=1e-12, atol=1e-12)
 

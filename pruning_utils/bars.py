@@ -1,0 +1,10 @@
+"""Progress bars: real ones in JupyterLab; text for a terminal, where the driver that runs a notebook asks for it."""
+
+import os
+
+if os.environ.get("PRUNING_UTILS_TEXT_BARS"):
+    from tqdm import tqdm
+else:
+    from tqdm.auto import tqdm
+
+__all__ = ["tqdm"]

@@ -1,0 +1,174 @@
+"""One notebook run through papermill, in a kernel of its own that another thread can stop."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TextIO
+
+import nbformat
+import notebook_files
+import papermill
+from jobs import Failed, Job
+from nbformat import NotebookNode
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import Engine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+
+ENGINE = "stoppable"
+LOG = "kernel.txt"  # beside the copy of a notebook that failed
+PATIENCE = 10  # seconds that a kernel has to clear up what it holds, before it is killed
+START_TIMEOUT = 300  # seconds, for a machine that is busy
+
+
+class Kernels:
+    """The kernels that run now, all with the same environment.
+
+    Attributes:
+        environment: Environment variables of each kernel.
+        stderr: Where what notebooks write to stderr is shown; None: nowhere, as bars of two would
+            mix.
+        stopped: Whether all were asked to stop.
+        clients: What papermill drives each with.
+    """
+
+    def __init__(self, variables: Mapping[str, str], *, stderr: TextIO | None):
+        self.environment = {**os.environ, "PRUNING_UTILS_TEXT_BARS": "1", **variables}
+        self.stderr = stderr
+        self.stopped = False
+        self.clients: set[PapermillNotebookClient] = set()
+
+    def stop(self, threads: Collection[concurrent.futures.Future]) -> None:
+        """Interrupt all kernels, kill those that do not end in time, and wait for their threads.
+
+        A second Ctrl-C kills at once.
+        """
+        self.stopped = True
+        for client in list(self.clients):
+            client.stderr_file = None  # what an interrupted cell says of it is no news
+            client.shutdown_kernel = "immediate"  # once its cell has cleared up
+            send_signal(client, signal.SIGINT)
+        patient_until = time.monotonic() + PATIENCE
+        running = set(threads)
+        while running:
+            try:
+                running = concurrent.futures.wait(running, timeout=0.2).not_done
+            except KeyboardInterrupt:
+                patient_until = 0
+            # Again and again, for one that was about to start is not there the first time.
+            for client in list(self.clients) if time.monotonic() > patient_until else []:
+                send_signal(client, signal.SIGKILL)
+
+
+def send_signal(client: PapermillNotebookClient, number: int) -> None:
+    """Send a signal to a kernel, if it runs, and to all processes that it has started."""
+    group = getattr(getattr(client.km, "provisioner", None), "pgid", None)
+    if group and group != os.getpgrp():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+
+class StoppableEngine(Engine):
+    """Gives a kernel an environment and a folder; papermill's own engine gives it the driver's."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls,
+        nb_man: object,
+        kernel_name: str,
+        *,
+        kernels: Kernels,
+        folder: Path,
+        log: TextIO,
+        **unused: object,
+    ) -> None:
+        """Run all cells; what the kernel says of itself, when interrupted say, goes to a log."""
+        client = PapermillNotebookClient(
+            nb_man,
+            kernel_name=kernel_name,
+            startup_timeout=START_TIMEOUT,
+            iopub_timeout=START_TIMEOUT,
+            timeout=None,
+            stderr_file=kernels.stderr,
+            extra_arguments=["--log-level=ERROR"],
+            resources={"metadata": {"path": str(folder)}},
+        )
+        kernels.clients.add(client)
+        try:
+            client.execute(env=kernels.environment, stderr=log)
+        finally:
+            kernels.clients.discard(client)
+
+
+papermill_engines.register(ENGINE, StoppableEngine)
+
+
+def execute(job: Job, project: Path, output: Path, kernels: Kernels) -> NotebookNode:
+    """Run a notebook in a kernel of its own and give the executed copy, scrubbed.
+
+    Raises:
+        Failed: With the cell and the last lines of the error; the copy so far is left in a
+            temporary folder. Nothing is left when the kernels were stopped.
+    """
+    partial = Path(tempfile.mkdtemp(prefix="pruning_utils_")) / job.path.name
+    try:
+        with open(partial.with_name(LOG), "w", encoding="utf-8") as log:
+            notebook = papermill.execute_notebook(
+                notebook_files.read_notebook(job.path),
+                partial,
+                job.changes,
+                engine_name=ENGINE,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                kernels=kernels,
+                folder=job.path.parent,
+                log=log,
+            )
+    except (PapermillExecutionError, RuntimeError, TimeoutError) as error:
+        if kernels.stopped:
+            shutil.rmtree(partial.parent)
+            raise Failed(f"{job.name} was stopped") from error
+        raise Failed(
+            f"{job.name} failed in {failed_cell(job, error, partial)}\n  so far: {partial}"
+        ) from error
+    try:
+        notebook_files.scrub(notebook)
+    except ValueError as error:
+        raise Failed(f"{job.name}: {error}\n  so far: {partial}") from error
+    traces = notebook_files.machine_traces(notebook, [project, output])
+    if traces:
+        shown = "\n    ".join(traces)
+        raise Failed(
+            f"{job.name}: outputs name folders or addresses of this machine\n    {shown}\n"
+            f"  so far: {partial}"
+        )
+    shutil.rmtree(partial.parent)
+    return notebook
+
+
+def failed_cell(job: Job, error: Exception, partial: Path) -> str:
+    """The number, in the notebook's file, of the cell that failed, and the end of what it said."""
+    if isinstance(error, PapermillExecutionError):
+        index, said = error.cell_index, error.traceback or [f"{error.ename}: {error.evalue}"]
+    else:
+        cells = nbformat.read(partial, as_version=4).cells if partial.exists() else []
+        started = [
+            place
+            for place, cell in enumerate(cells)
+            if cell.metadata.get("papermill", {}).get("start_time")
+        ]
+        index, said = max(started, default=0), [str(error)]
+    cells = notebook_files.read_notebook(job.path).cells
+    first = next(
+        place for place, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])
+    )
+    injected = bool(job.changes) and index > first
+    return f"cell {index + 1 - injected} of {len(cells)}\n{notebook_files.last_lines(said)}"

@@ -1,0 +1,223 @@
+"""Notebooks that run, one after the other or some at once, and what is kept of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import nbformat
+import notebook_files
+from jobs import Failed, Job, ready
+from kernels import Kernels, execute
+from nbformat import NotebookNode
+
+from pruning_utils import definitions, records, runtime
+
+THREADS = "OMP_NUM_THREADS"
+FINISHED = "finished.json"
+
+
+class Stopped(Exception):
+    """A signal has stopped the driver while notebooks ran.
+
+    Attributes:
+        names: The notebooks that ran.
+        failures: What had failed before.
+    """
+
+    def __init__(self, names: list[str], failures: list[str]):
+        super().__init__(", ".join(names))
+        self.names, self.failures = names, failures
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole or not at all."""
+    with runtime.atomic_path(path) as target:
+        target.write_text(text, encoding="utf-8")
+
+
+class Finished:
+    """Which notebooks of a folder of results need not run again, by the digest of their run.
+
+    Args:
+        folder: Root of the results.
+
+    Attributes:
+        digests: By notebook.
+        versions: Of the packages that computed what lies in the folder; None: not known.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / FINISHED
+        self.versions: dict[str, str] | None = None
+        self.digests: dict[str, str] = {}
+        unsound = (FileNotFoundError, ValueError, KeyError, TypeError)
+        with contextlib.suppress(*unsound):
+            state = json.loads(self.path.read_text(encoding="utf-8"))
+            self.versions, self.digests = dict(state["versions"]), dict(state["finished"])
+
+    def set(self, name: str, digest: str) -> None:
+        """A notebook has finished."""
+        self.digests[name] = digest
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        state = {"versions": self.versions, "finished": self.digests}
+        write_text(self.path, json.dumps(state, indent=1, sort_keys=True) + "\n")
+
+
+class Run:
+    """Notebooks to run, the kernels that run now, and what has come of the others.
+
+    Args:
+        jobs: What to run.
+        project: The checkout.
+        output: Root under which the notebooks write ``results/`` and ``figures/``.
+        keep: Where to keep the executed copies, by notebook; others are dropped.
+        finished: What need not be repeated; None: all is.
+        at_once: How many run at once, at least 1.
+        variables: Further environment variables of the kernels.
+        ordered: Whether a notebook waits for those that it builds on.
+    """
+
+    def __init__(
+        self,
+        jobs: list[Job],
+        project: Path,
+        output: Path,
+        keep: dict[str, Path],
+        *,
+        finished: Finished | None = None,
+        at_once: int = 1,
+        variables: dict[str, str] | None = None,
+        ordered: bool = True,
+    ):
+        self.jobs, self.project, self.output = jobs, project, output
+        self.keep, self.finished, self.ordered = keep, finished, ordered
+        self.at_once = min(at_once, len(jobs))
+        own = {
+            "PRUNING_UTILS_OUTPUT": str(output),
+            **threads_each(self.at_once),
+            **(variables or {}),
+        }
+        self.kernels = Kernels(own, stderr=sys.stderr if self.at_once == 1 else None)
+        self.waiting = list(jobs)
+        self.running: dict[Future, tuple[Job, str, float]] = {}
+        self.summaries: dict[str, list[dict]] = {}
+        self.failures: list[str] = []
+
+    def all(self) -> dict[str, list[dict]]:
+        """Run them and give their summary rows.
+
+        Raises:
+            Failed: If a notebook fails, after those beside it have ended; no other is begun.
+            Stopped: At a signal, when no kernel is left.
+        """
+        if self.at_once > 1:
+            number = self.kernels.environment[THREADS]
+            threads = f"{number} thread" if number == "1" else f"{number} threads"
+            print(f"{self.at_once} notebooks at once, {threads} each", flush=True)
+        with ThreadPoolExecutor(self.at_once) as pool:
+            try:
+                while self.waiting or self.running:
+                    for job in self._free():
+                        self._begin(job, pool)
+                    ended, _ = wait(self.running, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        self._end(future)
+            except BaseException as error:
+                names = [job.name for job, *_ in self.running.values()]
+                self.kernels.stop(self.running)
+                if self.at_once == 1:
+                    print(flush=True)  # ends the line of the one that ran
+                if isinstance(error, KeyboardInterrupt):
+                    raise Stopped(names, self.failures) from None
+                raise
+        if self.failures:
+            raise Failed("\n".join(self.failures))
+        return {job.name: self.summaries[job.name] for job in self.jobs}
+
+    def _free(self) -> list[Job]:
+        """The notebooks to begin now."""
+        free = list(self.waiting)
+        if self.ordered and self.at_once > 1:
+            free = ready(self.waiting, [job for job, *_ in self.running.values()])
+        return free[: self.at_once - len(self.running)]
+
+    def _begin(self, job: Job, pool: ThreadPoolExecutor) -> None:
+        self.waiting.remove(job)
+        if self.at_once == 1:
+            print(f"{self._number()} {job.name} ...", end="", flush=True)
+        before = self.finished_before(job)
+        if before is not None:
+            self._say(job, "finished before")
+            self.summaries[job.name] = notebook_files.summary_rows(before)
+            return
+        # The digest is taken before the run: what is edited meanwhile is not what ran.
+        started = (job, run_digest(job), time.monotonic())
+        self.running[pool.submit(execute, job, self.project, self.output, self.kernels)] = started
+
+    def _end(self, future: Future) -> None:
+        job, digest, began = self.running.pop(future)
+        seconds = f"{time.monotonic() - began:.0f} s"
+        try:
+            notebook = future.result()
+        except Failed as error:
+            self._say(job, f"failed after {seconds}")
+            self.failures.append(str(error))
+            self.waiting.clear()
+            return
+        if job.name in self.keep:
+            write_text(self.keep[job.name], nbformat.writes(notebook).rstrip("\n") + "\n")
+        if self.finished is not None:
+            self.finished.set(job.name, digest)
+        self._say(job, seconds)
+        self.summaries[job.name] = notebook_files.summary_rows(notebook)
+
+    def finished_before(self, job: Job) -> NotebookNode | None:
+        """The executed copy of a run that need not be repeated."""
+        kept = self.keep.get(job.name)
+        if self.finished is None or kept is None or not kept.exists():
+            return None
+        if self.finished.digests.get(job.name) != run_digest(job):
+            return None
+        return nbformat.read(kept, as_version=4)
+
+    def _number(self) -> str:
+        return f"[{len(self.summaries) + len(self.failures) + 1}/{len(self.jobs)}]"
+
+    def _say(self, job: Job, outcome: str) -> None:
+        """End the line of a notebook; one that runs alone has it begun already."""
+        begun = "" if self.at_once == 1 else f"{self._number()} {job.name} ..."
+        print(f"{begun} {outcome}", flush=True)
+
+
+def threads_each(at_once: int) -> dict[str, str]:
+    """A kernel's share of the cores as an environment variable; one that is set already stays."""
+    if at_once == 1 or THREADS in os.environ:
+        return {}
+    return {THREADS: str(max(1, cores() // at_once))}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_digest(job: Job) -> str:
+    """Digest of what decides what a run shows: the notebook's source, its values, the package."""
+    source = notebook_files.source_digest(notebook_files.read_notebook(job.path))
+    values = dict(job.values)
+    for name in notebook_files.UNRECORDED:
+        values.pop(name, None)
+    return records.digest(
+        records.canonical([source, records.plain(values), definitions.INSTALLED.digest()])
+    )

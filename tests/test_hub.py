@@ -1,0 +1,53 @@
+"""A hub that does not answer is asked once."""
+
+import socket
+
+import datasets
+import pytest
+from huggingface_hub import constants, is_offline_mode
+
+from pruning_utils import evaluation, hub, models
+
+
+@pytest.fixture
+def silent(monkeypatch) -> str:
+    """An address at which nobody listens, taken for the hub's; connections to it are counted."""
+    for name in hub.PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        yield address
+
+
+def test_a_silent_hub_is_found_out_and_forgotten(silent):
+    assert not hub.answers(silent)
+    with hub.asked_or_cached():
+        assert is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+    assert not is_offline_mode() and not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_listens_is_left_to_the_libraries(silent, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with hub.asked_or_cached():
+            assert not is_offline_mode()
+
+
+def test_behind_a_proxy_nothing_is_tried(silent, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
+    assert hub.answers(silent)
+
+
+def test_models_tasks_and_texts_are_refused_without_retries(silent, monkeypatch):
+    asked = []
+    connect = socket.create_connection
+    monkeypatch.setattr(socket, "create_connection", lambda *given, **named: asked.append(given) or connect(
+        *given, **named))
+    with pytest.raises(ValueError, match="'owner/name' cannot be loaded: there is no such directory in .* on the hub"):
+        models.load_model("owner/name")
+    assert len(asked) == 1, "one connection, where the libraries would retry each file five times"
+    with pytest.raises(ValueError, match="lm-eval's task 'arc_easy' could not be read from the hub"):
+        evaluation.load_tasks(["arc_easy"])
+    assert len(asked) == 2
