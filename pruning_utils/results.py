@@ -65,8 +65,7 @@ def table_path(profile: str, notebook: str, table: str) -> Path:
 
 def checkpoint_path(profile: str, trained_by: Sequence[Callable]) -> Path:
     """Folder for trained weights that depend on these functions of the package: another one for other code."""
-    code = definitions.INSTALLED.stamp(*trained_by)["digest"]
-    return runtime.output_root(profile) / "checkpoints" / code
+    return runtime.output_root(profile) / "checkpoints" / definitions.INSTALLED.stamp(*trained_by)["digest"]
 
 
 def stale(path: str | os.PathLike) -> list[str]:
@@ -194,8 +193,7 @@ def _keep(path: Path, table: pd.DataFrame, parameters: dict, commit: str | None,
               "device": runtime.device_name(), "processor": runtime.processor()}
     if "dtype" in parameters:  # "auto" is another precision on another machine
         record["precision"] = runtime.dtype_name(runtime.resolve_dtype(parameters["dtype"]))
-    record |= cost
-    records.write_table(path, table, record)
+    records.write_table(path, table, record | cost)
 
 
 def _reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
