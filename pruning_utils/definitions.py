@@ -266,6 +266,7 @@ class _Reader:
         self.package, self.module, self.parts = package, module, []
 
     def read(self, node: object, in_class: bool = False) -> None:
+        """Add a node, or a list of nodes, to the parts; ``in_class`` where it stands right inside a class."""
         if isinstance(node, list):
             self.parts.append("[")
             for one in node:
