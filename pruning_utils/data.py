@@ -31,6 +31,7 @@ import torch
 from pruning_utils import hub
 from pruning_utils.embedded import embedded_file
 
+TOGETHER = 256  # documents that are tokenised at once at most; the first are few, so that a short text is soon there
 RUN_LENGTH = 13  # words; two texts that share a run this long count as overlapping
 EMBEDDED_SPLITS = {
     ("xsum", "evaluation"): ("XSum/test", "document", 0, 600),
@@ -188,9 +189,9 @@ def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> tuple[np.ndarr
 
 @functools.lru_cache(maxsize=1)
 def _known_runs(others: tuple[str, ...]) -> tuple[dict[str, int], np.ndarray]:
-    """Word numbers, and the hashes of all runs; kept, since every split is compared with the same texts."""
+    """Word numbers, and the hashes of all runs, ascending; kept, since every split is compared with the same texts."""
     numbers: dict[str, int] = {}
-    return numbers, np.unique(_run_hashes(others, numbers)[0])
+    return numbers, np.sort(_run_hashes(others, numbers)[0])
 
 
 def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
@@ -205,7 +206,11 @@ def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
     texts = list(texts)
     numbers, known = _known_runs(tuple(others))
     hashes, owner = _run_hashes(texts, numbers)
-    return np.isin(np.arange(len(texts)), owner[np.isin(hashes, known)])
+    shared = np.zeros(len(texts), bool)
+    if len(known):
+        nearest = known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)]
+        shared[owner[hashes == nearest]] = True
+    return shared
 
 
 def pack(tokenizer, texts: Iterable[str], seq_len: int, *, limit: int | None = None) -> torch.Tensor:
@@ -227,12 +232,11 @@ def pack(tokenizer, texts: Iterable[str], seq_len: int, *, limit: int | None = N
         raise ValueError(f"seq_len must be at least 2 tokens and limit at least 1 window, got {seq_len} and {limit}")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token to put between documents")
-    texts, stream = list(texts), []
-    for start in range(0, len(texts), 64):
-        for ids in tokenizer(texts[start:start + 64], add_special_tokens=False, verbose=False)["input_ids"]:
+    texts, stream, start, count = list(texts), [], 0, 1
+    while start < len(texts) and (limit is None or len(stream) < limit * seq_len):
+        for ids in tokenizer(texts[start:start + count], add_special_tokens=False, verbose=False)["input_ids"]:
             stream += [*ids, tokenizer.eos_token_id]
-        if limit is not None and len(stream) >= limit * seq_len:
-            break
+        start, count = start + count, min(2 * count, TOGETHER)
     n_windows = len(stream) // seq_len if limit is None else min(limit, len(stream) // seq_len)
     if n_windows == 0:
         raise ValueError(f"the text is too short: {len(stream)} tokens do not fill one window of {seq_len}")
