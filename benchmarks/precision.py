@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/precision.py
     .venv/bin/python benchmarks/precision.py --tokens 64 --stages scan    # seconds
 
-Each line is one stage of the quickstart, in both precisions, with the same bf16-rounded weights; each is run once
-before it is timed. `dtype="auto"` takes the precision that the processor multiplies natively. Nothing is asserted.
+Each line is one stage of the quickstart, in both precisions, with the same bf16-rounded weights;
+each is run once before it is timed. `dtype="auto"` takes the precision that the processor
+multiplies natively. Nothing is asserted.
 """
 
 import argparse
@@ -31,7 +32,15 @@ def training(method: str):
     """A stage of one optimiser step; what happens once in a training is in it."""
 
     def step(model, tokenizer, windows: torch.Tensor) -> None:
-        healing.heal(model, tokenizer, windows, method=method, steps=1, batch_size=len(windows), warmup_steps=0)
+        healing.heal(
+            model,
+            tokenizer,
+            windows,
+            method=method,
+            steps=1,
+            batch_size=len(windows),
+            warmup_steps=0,
+        )
 
     return step
 
@@ -50,25 +59,42 @@ def seconds(stage, *given) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=models.EMBEDDED)
-    parser.add_argument("--tokens", type=int, default=512, help="in all, in windows of 64 (default: %(default)s)")
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), metavar="STAGE",
-                        help=f"of {', '.join(STAGES)}")
+    parser.add_argument(
+        "--tokens", type=int, default=512, help="in all, in windows of 64 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        default=list(STAGES),
+        choices=list(STAGES),
+        metavar="STAGE",
+        help=f"of {', '.join(STAGES)}",
+    )
     asked = parser.parse_args()
     runtime.setup(0)
     warnings.simplefilter("ignore", runtime.EmulatedPrecision)  # which is what is measured
-    print(f"{runtime.processor()}, {torch.get_num_threads()} threads, {asked.tokens} tokens; "
-          f"auto is {runtime.dtype_name(runtime.resolve_dtype())}")
+    print(
+        f"{runtime.processor()}, {torch.get_num_threads()} threads, {asked.tokens} tokens; "
+        f"auto is {runtime.dtype_name(runtime.resolve_dtype())}"
+    )
     networks = {}
     for precision in PRECISIONS:
         model, tokenizer = models.load_model(asked.model, dtype=precision)
         n_layers = len(models.decoder_layers(model))
-        networks[precision] = surgery.drop_layers(model, range(n_layers // 2, n_layers // 2 + n_layers // 4))
+        networks[precision] = surgery.drop_layers(
+            model, range(n_layers // 2, n_layers // 2 + n_layers // 4)
+        )
     windows = data.evaluation_windows(tokenizer, max(1, asked.tokens // 64), 64)
     for name in asked.stages:
-        took = {precision: seconds(STAGES[name], network, tokenizer, windows)
-                for precision, network in networks.items()}
-        print(f"{name:>16}: float32 {took['float32']:7.2f} s, bfloat16 {took['bfloat16']:7.2f} s, "
-              f"{took['bfloat16'] / took['float32']:.1f} times as long", flush=True)
+        took = {
+            precision: seconds(STAGES[name], network, tokenizer, windows)
+            for precision, network in networks.items()
+        }
+        print(
+            f"{name:>16}: float32 {took['float32']:7.2f} s, bfloat16 {took['bfloat16']:7.2f} s, "
+            f"{took['bfloat16'] / took['float32']:.1f} times as long",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

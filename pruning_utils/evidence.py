@@ -1,4 +1,5 @@
-"""How sure a number is: bootstrap intervals over the independent observations, and what they let one say of a claim."""
+"""How sure a number is: bootstrap intervals over the independent observations, and what they let
+one say of a claim."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Mean of independent observations (windows, questions, or differences of pairs) with its bootstrap interval.
+    """Mean of independent observations (windows, questions, or differences of pairs) with its
+    bootstrap interval.
 
     Arguments and errors as for :func:`statistic_interval`, with one number an observation.
     """
@@ -39,7 +41,8 @@ def group_intervals(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.Da
         value: Column to average.
 
     Returns:
-        A row for each group: the columns ``by``, then ``value`` (the mean), ``low``, ``high`` and ``n``.
+        A row for each group: the columns ``by``, then ``value`` (the mean), ``low``, ``high`` and
+        ``n``.
 
     Raises:
         ValueError: If a group has fewer than 2 observations, or NaN among them.
@@ -53,27 +56,34 @@ def group_intervals(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.Da
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
 
 
-def statistic_interval(observations: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *,
-                       confidence: float = 0.95, seed: int = 0) -> Interval:
+def statistic_interval(
+    observations: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
     """A statistic of means with the percentile interval of 2,000 bootstrap resamples.
 
     Args:
         observations: Shape ``(n, ...)``; the first axis, of at least 2, is resampled and averaged.
-        statistic: Called with means ``(...)`` of the observations, and with those of all resamples ``(2000, ...)``;
-            returns a number for each, so it works along the last axes.
+        statistic: Called with means ``(...)`` of the observations, and with those of all resamples
+            ``(2000, ...)``; returns a number for each, so it works along the last axes.
         confidence: In (0, 1).
         seed: Seed of the resampling.
 
     Returns:
-        The :class:`Interval`; its value is the statistic of the observations themselves. The ends are NaN where the
-        statistic is NaN for a resample.
+        The :class:`Interval`; its value is the statistic of the observations themselves. The ends
+        are NaN where the statistic is NaN for a resample.
 
     Raises:
         ValueError: If there are fewer than 2 observations, or one is NaN.
     """
     observations = np.asarray(observations, dtype=np.float64)
     if observations.ndim == 0 or len(observations) < 2 or np.isnan(observations).any():
-        raise ValueError(f"an interval needs at least 2 observations without NaN, got shape {observations.shape}")
+        raise ValueError(
+            f"an interval needs at least 2 observations without NaN, got shape {observations.shape}"
+        )
     tail = (1 - confidence) / 2
     low, high = np.quantile(statistic(_resampled_means(observations, seed)), [tail, 1 - tail])
     return Interval(float(statistic(observations.mean(0))), float(low), float(high))
@@ -91,7 +101,8 @@ def _weights(n: int, seed: int) -> np.ndarray:
 
 
 def depth_correlation(means: np.ndarray) -> np.ndarray:
-    """Spearman correlation of the place of a block with its mean distance; below 0, deeper blocks are more alike.
+    """Spearman correlation of the place of a block with its mean distance; below 0, deeper blocks
+    are more alike.
 
     Args:
         means: Mean distances, with blocks in the order of depth along the last axis.
@@ -106,45 +117,50 @@ def depth_correlation(means: np.ndarray) -> np.ndarray:
 
 
 def fall_place(means: np.ndarray, *, width: int) -> np.ndarray:
-    """Index of the place from which a curve of means, along the last axis, falls most within ``width`` steps."""
+    """Index of the place from which a curve of means, along the last axis, falls most within
+    ``width`` steps."""
     return (means[..., :-width] - means[..., width:]).argmax(-1).astype(float)
 
 
 def fall_share(means: np.ndarray, *, width: int) -> np.ndarray:
-    """Share of the steepest ``width`` steps in the whole fall of a curve of means, from its first place to its lowest;
-    NaN where nothing falls."""
+    """Share of the steepest ``width`` steps in the whole fall of a curve of means, from its first
+    place to its lowest; NaN where nothing falls."""
     whole = means[..., 0] - means.min(-1)
     drop = (means[..., :-width] - means[..., width:]).max(-1)
     return np.divide(drop, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 def steepness(means: np.ndarray, *, places: Sequence[float]) -> np.ndarray:
-    """Largest slope between neighbouring places of a curve of means, along the last axis, over its mean slope: 1 for a
-    straight line."""
+    """Largest slope between neighbouring places of a curve of means, along the last axis, over its
+    mean slope: 1 for a straight line."""
     slopes = np.diff(means, axis=-1) / np.diff(np.asarray(places, dtype=float))
     return slopes.max(-1) / ((means[..., -1] - means[..., 0]) / (places[-1] - places[0]))
 
 
-def paired_verdicts(differences: Mapping[str, np.ndarray], *, margin: float, seed: int = 0) -> pd.DataFrame:
+def paired_verdicts(
+    differences: Mapping[str, np.ndarray], *, margin: float, seed: int = 0
+) -> pd.DataFrame:
     """Whether paired measurements differ, are equal within a margin, or cannot be told apart.
 
-    Observations are resampled and, where there are several runs, runs too, so that the interval covers both. A pair
-    "differs" if its interval excludes 0 at the confidence that the method of Holm (1979) gives it among all pairs, and
-    is "equal" if its 90 % interval lies inside the margin (two one-sided tests, Schuirmann 1987).
+    Observations are resampled and, where there are several runs, runs too, so that the interval
+    covers both. A pair "differs" if its interval excludes 0 at the confidence that the method of
+    Holm (1979) gives it among all pairs, and is "equal" if its 90 % interval lies inside the margin
+    (two one-sided tests, Schuirmann 1987).
 
     Args:
-        differences: By name, one difference a window or question, shape ``(n,)``, or ``(n, runs)`` for several runs
-            (healing seeds) on the same ones.
+        differences: By name, one difference a window or question, shape ``(n,)``, or ``(n, runs)``
+            for several runs (healing seeds) on the same ones.
         margin: Largest difference, of either sign, that counts as none; above 0.
         seed: Seed of the resampling.
 
     Returns:
-        A row for each name: ``difference`` (the mean), ``low`` and ``high`` (at the confidence after Holm), ``low_90``
-        and ``high_90``, ``n``, ``runs``, ``detectable`` (the difference that such data finds in 80 % of cases, at 5 %)
-        and ``verdict``.
+        A row for each name: ``difference`` (the mean), ``low`` and ``high`` (at the confidence
+        after Holm), ``low_90`` and ``high_90``, ``n``, ``runs``, ``detectable`` (the difference
+        that such data finds in 80 % of cases, at 5 %) and ``verdict``.
 
     Raises:
-        ValueError: If the margin is not above 0, or a difference has fewer than 2 observations, or NaN.
+        ValueError: If the margin is not above 0, or a difference has fewer than 2 observations, or
+            NaN.
     """
     if not margin > 0:
         raise ValueError(f"margin must be above 0, got {margin}")
@@ -152,7 +168,9 @@ def paired_verdicts(differences: Mapping[str, np.ndarray], *, margin: float, see
     for name, values in differences.items():
         values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
         if len(values) < 2 or np.isnan(values).any():
-            raise ValueError(f"{name}: at least 2 differences without NaN are needed, got shape {values.shape}")
+            raise ValueError(
+                f"{name}: at least 2 differences without NaN are needed, got shape {values.shape}"
+            )
         n, runs = values.shape
         chosen = np.random.default_rng([seed, 1]).integers(runs, size=(RESAMPLES, runs))
         draws[name] = np.take_along_axis(_resampled_means(values, seed), chosen, axis=1).mean(1)
@@ -164,10 +182,30 @@ def paired_verdicts(differences: Mapping[str, np.ndarray], *, margin: float, see
         low, low_90, high_90, high = np.quantile(drawn, [level / 2, 0.05, 0.95, 1 - level / 2])
         still &= not low <= 0 <= high
         equal = -margin < low_90 and high_90 < margin
-        said = {(True, False): "differs", (True, True): "differs, within the margin", (False, True): "equal"}
-        rows[name] |= {"low": low, "high": high, "low_90": low_90, "high_90": high_90, "detectable": 2.8 * drawn.std(),
-                       "verdict": said.get((bool(still), equal), UNTOLD)}
-    columns = ["difference", "low", "high", "low_90", "high_90", "n", "runs", "detectable", "verdict"]
+        said = {
+            (True, False): "differs",
+            (True, True): "differs, within the margin",
+            (False, True): "equal",
+        }
+        rows[name] |= {
+            "low": low,
+            "high": high,
+            "low_90": low_90,
+            "high_90": high_90,
+            "detectable": 2.8 * drawn.std(),
+            "verdict": said.get((bool(still), equal), UNTOLD),
+        }
+    columns = [
+        "difference",
+        "low",
+        "high",
+        "low_90",
+        "high_90",
+        "n",
+        "runs",
+        "detectable",
+        "verdict",
+    ]
     return pd.DataFrame.from_dict(rows, orient="index")[columns].rename_axis("pair").reset_index()
 
 
@@ -179,8 +217,8 @@ def verdict(interval: Interval, *, claimed: str) -> str:
         claimed: ``"above 0"`` or ``"below 0"``.
 
     Returns:
-        ``holds``, ``does not hold at this size`` (the interval lies on the other side), or ``cannot be told from this
-        data`` (it holds 0, or its ends are NaN).
+        ``holds``, ``does not hold at this size`` (the interval lies on the other side), or ``cannot
+        be told from this data`` (it holds 0, or its ends are NaN).
 
     Raises:
         ValueError: For another claim.

@@ -1,4 +1,5 @@
-"""A model hub that does not answer is found out once, in seconds, instead of by each file's retries."""
+"""A model hub that does not answer is found out once, in seconds, instead of by each file's
+retries."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY",
 
 @contextlib.contextmanager
 def asked_or_cached() -> Iterator[None]:
-    """Where the hub does not answer, libraries inside look into their caches alone, and say at once what is missing.
+    """Where the hub does not answer, libraries inside look into their caches alone, and say at once
+    what is missing.
 
     Behind a proxy nothing is tried out, and the libraries do as they would.
     """
@@ -31,7 +33,8 @@ def asked_or_cached() -> Iterator[None]:
 
 
 def answers(address: str, seconds: float = SECONDS) -> bool:
-    """Whether something listens at an address such as ``https://host:port``; taken for granted behind a proxy."""
+    """Whether something listens at an address such as ``https://host:port``; taken for granted
+    behind a proxy."""
     if any(os.environ.get(name) for name in PROXIES):
         return True
     parts = urlsplit(address)

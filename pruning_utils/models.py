@@ -15,33 +15,49 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pruning_utils import hub, runtime
-from pruning_utils.embedded import EMBEDDED_GGUF, EMBEDDED_SHA256, embedded_checkpoint, quiet_loading
+from pruning_utils.embedded import (
+    EMBEDDED_GGUF,
+    EMBEDDED_SHA256,
+    embedded_checkpoint,
+    quiet_loading,
+)
 
 EMBEDDED = "embedded"
 QUANTIZATIONS = (None, "nf4", "int8")
 
 
-def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = None, dtype: str = runtime.AUTO,
-               quantize: str | None = None, device: str | torch.device | None = None):
+def load_model(
+    name: str | os.PathLike = EMBEDDED,
+    *,
+    revision: str | None = None,
+    dtype: str = runtime.AUTO,
+    quantize: str | None = None,
+    device: str | torch.device | None = None,
+):
     """Load a causal language model and its tokenizer, ready for evaluation.
 
     Args:
-        name: ``"embedded"`` (SmolLM2-135M-Instruct from the pinned package), a local directory as written by
-            ``save_pretrained``, or a hub id. Code from a hub is never run, and only safetensors are read.
+        name: ``"embedded"`` (SmolLM2-135M-Instruct from the pinned package), a local directory as
+            written by ``save_pretrained``, or a hub id. Code from a hub is never run, and only
+            safetensors are read.
         revision: Branch, tag or commit of a hub id.
         dtype: ``"auto"`` (bfloat16 where the device multiplies it natively, float32 elsewhere, see
-            :func:`runtime.resolve_dtype`), ``"bfloat16"``, ``"float16"`` or ``"float32"``; the dtype of weights that
-            are not quantised, and the compute dtype of those that are. Training and evaluation follow it.
+            :func:`runtime.resolve_dtype`), ``"bfloat16"``, ``"float16"`` or ``"float32"``; the
+            dtype of weights that are not quantised, and the compute dtype of those that are.
+            Training and evaluation follow it.
         quantize: None, ``"nf4"`` (4-bit NormalFloat with double quantisation) or ``"int8"``.
         device: A torch device; None takes the first CUDA GPU, or the CPU.
 
     Returns:
-        ``(model, tokenizer)``. The tokenizer has a padding token, and its ``model_max_length`` is the context length.
+        ``(model, tokenizer)``. The tokenizer has a padding token, and its ``model_max_length`` is
+        the context length.
 
     Raises:
-        ValueError: If an argument is not among those, or the name is no decoder-only language model, cannot be
-            reached, is gated, lacks weights, or cannot be quantised; nothing is written.
-        ModuleNotFoundError: If the embedded package is not installed; the message says how to install it.
+        ValueError: If an argument is not among those, or the name is no decoder-only language
+            model, cannot be reached, is gated, lacks weights, or cannot be quantised; nothing is
+            written.
+        ModuleNotFoundError: If the embedded package is not installed; the message says how to
+            install it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -51,20 +67,42 @@ def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = Non
         raise ValueError(f"quantize must be one of None, 'nf4', 'int8', got {quantize!r}")
     source = _resolve(name, revision)
     options = {"revision": revision, "trust_remote_code": False}
-    storage = {"quantization_config": _nf4_settings(dtype) if quantize == "nf4" else
-               BitsAndBytesConfig(load_in_8bit=True)} if quantize else {}
+    storage = (
+        {
+            "quantization_config": _nf4_settings(dtype)
+            if quantize == "nf4"
+            else BitsAndBytesConfig(load_in_8bit=True)
+        }
+        if quantize
+        else {}
+    )
     on_disk = contextlib.nullcontext() if os.path.isdir(source) else hub.asked_or_cached()
     with quiet_loading(), _named_errors(source, revision), on_disk:
         config = _load_config(source, options)
         if quantize and getattr(config, "quantization_config", None):
-            raise ValueError(f"its weights are quantised already, so quantize must be None, got {quantize!r}")
+            raise ValueError(
+                f"its weights are quantised already, so quantize must be None, got {quantize!r}"
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, dtype=dtype, device_map={"": device}, ignore_mismatched_sizes=True,
-            output_loading_info=True, **options, **storage)
-        if wrong := sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}):
-            raise ValueError(f"{len(wrong)} weights are missing or of another shape, {wrong[0]} for one")
-        if quantize and not any("bitsandbytes" in type(part).__module__ for part in decoder_layers(model).modules()):
+            source,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map={"": device},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+            **storage,
+        )
+        if wrong := sorted(
+            report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+        ):
+            raise ValueError(
+                f"{len(wrong)} weights are missing or of another shape, {wrong[0]} for one"
+            )
+        if quantize and not any(
+            "bitsandbytes" in type(part).__module__ for part in decoder_layers(model).modules()
+        ):
             raise ValueError(f"its decoder layers hold no weights that {quantize} could store")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -75,13 +113,18 @@ def load_model(name: str | os.PathLike = EMBEDDED, *, revision: str | None = Non
 def _nf4_settings(dtype: torch.dtype):
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 @contextlib.contextmanager
 def _named_errors(source: str, revision: str | None) -> Iterator[None]:
-    """Turn what the libraries raise about a wrong name into a ValueError that says what is wrong with which name."""
+    """Turn what the libraries raise about a wrong name into a ValueError that says what is wrong
+    with which name."""
     from huggingface_hub.errors import GatedRepoError
 
     try:
@@ -93,52 +136,78 @@ def _named_errors(source: str, revision: str | None) -> Iterator[None]:
         while cause and not isinstance(cause, GatedRepoError):
             cause = cause.__cause__ or cause.__context__
         if cause:
-            fault = "it is gated: accept its licence on its hub page, then set HF_TOKEN to a token that may read it"
+            fault = (
+                "it is gated: accept its licence on its hub page, then set HF_TOKEN to a token "
+                "that may read it"
+            )
         elif "trust_remote_code" in str(error):
             fault = "it needs code of its own, and code that comes with a model is never run here"
         elif isinstance(error, OSError) and not os.path.isdir(source):
-            fault = (f"there is no such directory in {os.getcwd()}, and on the hub (revision {revision or 'main'}): "
-                     f"{error}")
+            fault = (
+                f"there is no such directory in {os.getcwd()}, and on the hub (revision "
+                f"{revision or 'main'}): "
+                f"{error}"
+            )
         else:
             fault = error
         raise ValueError(f"{source!r} cannot be loaded: {fault}") from error
 
 
 def _resolve(name: str | os.PathLike, revision: str | None) -> str:
-    """Directory or hub id behind a name; the embedded model is unpacked when it is asked for the first time."""
+    """Directory or hub id behind a name; the embedded model is unpacked when it is asked for the
+    first time."""
     source = os.fspath(name)
     if revision is not None and (name == EMBEDDED or os.path.isdir(source)):
-        raise ValueError(f"revision applies to hub ids only, got revision {revision!r} for {source!r}")
+        raise ValueError(
+            f"revision applies to hub ids only, got revision {revision!r} for {source!r}"
+        )
     if name == EMBEDDED:
         return str(embedded_checkpoint())
     if os.path.isdir(source):
         if not os.path.isfile(os.path.join(source, "config.json")):
             raise ValueError(f"{source!r} is no model: the directory has no config.json")
     elif os.path.exists(source) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
-        raise ValueError(f"{source!r} is no model: not 'embedded', no directory, and no hub id such as 'owner/name'")
+        raise ValueError(
+            f"{source!r} is no model: not 'embedded', no directory, and no hub id such as "
+            "'owner/name'"
+        )
     return source
 
 
 def _load_config(source: str, options: dict):
     """The configuration, refused where the model is not a decoder-only language model."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+    )
 
     config = AutoConfig.from_pretrained(source, **options)
-    kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else \
-        "an encoder-only" if type(config) in MODEL_FOR_MASKED_LM_MAPPING else \
-        "not a causal language" if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    kind = (
+        "an encoder-decoder"
+        if getattr(config, "is_encoder_decoder", False)
+        else "an encoder-only"
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING
+        else "not a causal language"
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        else None
+    )
     if kind:
-        raise ValueError(f"{config.model_type} is {kind} model; layer pruning needs a decoder-only language model")
+        raise ValueError(
+            f"{config.model_type} is {kind} model; layer pruning needs a decoder-only language "
+            "model"
+        )
     return config
 
 
 def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) -> str:
-    """Which weights a name stands for, as recorded beside every result; without the network, and in milliseconds.
+    """Which weights a name stands for, as recorded beside every result; without the network, and in
+    milliseconds.
 
     Returns:
-        Name and sha256 of the embedded file, or a hub id with its revision, or the name of a directory with a digest
-        of its configuration and of each safetensors file: header, size, and 256 samples spread over the weights.
+        Name and sha256 of the embedded file, or a hub id with its revision, or the name of a
+        directory with a digest of its configuration and of each safetensors file: header, size, and
+        256 samples spread over the weights.
     """
     if name == EMBEDDED:
         return f"{EMBEDDED_GGUF} sha256:{EMBEDDED_SHA256[:16]}"
@@ -157,12 +226,14 @@ def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) ->
 
 
 def text_config(model: nn.Module):
-    """The configuration that describes the decoder: of a multimodal model its text part, else the model's own."""
+    """The configuration that describes the decoder: of a multimodal model its text part, else the
+    model's own."""
     return model.config.get_text_config(decoder=True)
 
 
 def context_length(config) -> int:
-    """Longest input in tokens that a configuration states, or a very large number where it states none."""
+    """Longest input in tokens that a configuration states, or a very large number where it states
+    none."""
     config = config.get_text_config(decoder=True)
     for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         if isinstance(getattr(config, field, None), int):
@@ -179,13 +250,23 @@ def check_input_ids(model: nn.Module, input_ids: torch.Tensor, *, shortest: int 
         shortest: Tokens that each sequence must have: 2 where tokens are to be predicted.
 
     Raises:
-        ValueError: If the shape or dtype is wrong, an id lies outside the vocabulary, or a sequence is too short, or
-            longer than the model's context.
+        ValueError: If the shape or dtype is wrong, an id lies outside the vocabulary, or a sequence
+            is too short, or longer than the model's context.
     """
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point() \
-            or input_ids.numel() == 0:
-        shape = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-        raise ValueError(f"input_ids must be an integer tensor of shape (n_samples, seq_len), got {shape}")
+    if (
+        not isinstance(input_ids, torch.Tensor)
+        or input_ids.ndim != 2
+        or input_ids.is_floating_point()
+        or input_ids.numel() == 0
+    ):
+        shape = (
+            tuple(input_ids.shape)
+            if isinstance(input_ids, torch.Tensor)
+            else type(input_ids).__name__
+        )
+        raise ValueError(
+            f"input_ids must be an integer tensor of shape (n_samples, seq_len), got {shape}"
+        )
     vocabulary = model.get_input_embeddings().num_embeddings
     for extreme in (int(input_ids.min()), int(input_ids.max())):
         if not 0 <= extreme < vocabulary:
@@ -193,37 +274,58 @@ def check_input_ids(model: nn.Module, input_ids: torch.Tensor, *, shortest: int 
     if input_ids.shape[1] < shortest:
         raise ValueError(f"windows must hold at least {shortest} tokens, got {input_ids.shape[1]}")
     if input_ids.shape[1] > (longest := context_length(model.config)):
-        raise ValueError(f"sequences of {input_ids.shape[1]} tokens are longer than the model's context of {longest}")
+        raise ValueError(
+            f"sequences of {input_ids.shape[1]} tokens are longer than the model's context of "
+            f"{longest}"
+        )
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in the order in which they run (index 0 first).
+    """The decoder layers of a causal language model, in the order in which they run (index 0
+    first).
 
-    Works on any decoder-only architecture of transformers: the list is the one ``nn.ModuleList`` whose length is the
-    configuration's ``num_hidden_layers``.
+    Works on any decoder-only architecture of transformers: the list is the one ``nn.ModuleList``
+    whose length is the configuration's ``num_hidden_layers``.
 
     Raises:
         ValueError: If the model has no such list, or more than one.
     """
-    n_layers = getattr(text_config(model), "num_hidden_layers", None) if hasattr(model, "config") else None
+    n_layers = (
+        getattr(text_config(model), "num_hidden_layers", None) if hasattr(model, "config") else None
+    )
     # Of a multimodal model only the decoder is searched: its vision tower may happen to be as deep.
     decoder = backbone(model) if hasattr(model, "get_decoder") else model
-    found = {name: module for name, module in decoder.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module) == n_layers and n_layers}
-    # A list inside another candidate's layer (the experts of a mixture, say) is not a list of decoder layers.
-    outer = {name: module for name, module in found.items()
-             if not any(name.startswith(other + ".") for other in found if other != name)}
+    found = {
+        name: module
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and n_layers
+    }
+    # A list inside another candidate's layer (the experts of a mixture, say) is not a list of
+    # decoder layers.
+    outer = {
+        name: module
+        for name, module in found.items()
+        if not any(name.startswith(other + ".") for other in found if other != name)
+    }
     if len(outer) != 1:
-        raise ValueError(f"{type(model).__name__} has no single list of decoder layers: expected one nn.ModuleList of "
-                         f"length num_hidden_layers = {n_layers}, found {sorted(outer) or 'none'}")
+        raise ValueError(
+            f"{type(model).__name__} has no single list of decoder layers: expected one "
+            "nn.ModuleList of "
+            f"length num_hidden_layers = {n_layers}, found {sorted(outer) or 'none'}"
+        )
     return next(iter(outer.values()))
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that maps token ids to final hidden states, without the head."""
+    """The part of a causal language model that maps token ids to final hidden states, without the
+    head."""
     decoder = model.get_decoder()
-    if decoder is model or isinstance(decoder, nn.Linear):  # Llama 4 names itself here, ModernBERT its head
-        return next((child for child in model.children() if hasattr(child, "get_input_embeddings")), model)
+    if decoder is model or isinstance(
+        decoder, nn.Linear
+    ):  # Llama 4 names itself here, ModernBERT its head
+        return next(
+            (child for child in model.children() if hasattr(child, "get_input_embeddings")), model
+        )
     return decoder
 
 
@@ -236,31 +338,42 @@ def final_norm(model: nn.Module) -> nn.Module:
     children = list(backbone(model).children())
     norms = [module for module in children if "norm" in type(module).__name__.lower()]
     # Where there are two, the one before the layers belongs to the embedding.
-    found = [norm for norm in norms if children.index(norm) > children.index(decoder_layers(model))] or norms
+    found = [
+        norm for norm in norms if children.index(norm) > children.index(decoder_layers(model))
+    ] or norms
     if len(found) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(found)} norms beside its decoder layers, expected one")
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} norms beside its decoder layers, expected one"
+        )
     return found[0]
 
 
 def untie_head(model: nn.Module) -> None:
-    """Give ``lm_head`` weights of its own where it shares those of the embedding; in place, values unchanged.
+    """Give ``lm_head`` weights of its own where it shares those of the embedding; in place, values
+    unchanged.
 
     The configuration is set so that saving keeps both and loading does not tie them again.
     """
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        head.weight = nn.Parameter(
+            head.weight.detach().clone(), requires_grad=head.weight.requires_grad
+        )
     model.config.tie_word_embeddings = text_config(model).tie_word_embeddings = False
     name = next(name for name, module in model.named_modules() if module is head)
-    model.all_tied_weights_keys = {key: origin for key, origin in model.all_tied_weights_keys.items()
-                                   if f"{name}.weight" not in (key, origin)}
+    model.all_tied_weights_keys = {
+        key: origin
+        for key, origin in model.all_tied_weights_keys.items()
+        if f"{name}.weight" not in (key, origin)
+    }
 
 
 def quantized_copy(model: nn.Module) -> nn.Module:
-    """A copy of a 16- or 32-bit model with the linear weights inside its decoder layers in NF4, double-quantised.
+    """A copy of a 16- or 32-bit model with the linear weights inside its decoder layers in NF4,
+    double-quantised.
 
-    The input is left as it is. The copy is placed on the first CUDA GPU where there is one, weight by weight, so that
-    a model too large for the GPU may wait on the CPU.
+    The input is left as it is. The copy is placed on the first CUDA GPU where there is one, weight
+    by weight, so that a model too large for the GPU may wait on the CPU.
 
     Raises:
         ValueError: If the model is quantised already, or its decoder layers hold no ``nn.Linear``.
@@ -273,15 +386,31 @@ def quantized_copy(model: nn.Module) -> nn.Module:
     inside = {id(module) for module in decoder_layers(model).modules() if type(module) is nn.Linear}
     linear = {name: module for name, module in model.named_modules() if id(module) in inside}
     if not linear:
-        raise ValueError(f"the decoder layers of {type(model).__name__} hold no nn.Linear that NF4 could store")
+        raise ValueError(
+            f"the decoder layers of {type(model).__name__} hold no nn.Linear that NF4 could store"
+        )
     device = runtime.choose_device() if model.device.type == "cpu" else model.device
     # Sharing the weights to be quantised keeps the copy from holding them in 16 bits as well.
-    duplicate = copy.deepcopy(model, {id(source.weight): source.weight for source in linear.values()})
+    duplicate = copy.deepcopy(
+        model, {id(source.weight): source.weight for source in linear.values()}
+    )
     for name, source in linear.items():
-        target = bnb.nn.Linear4bit(source.in_features, source.out_features, source.bias is not None, model.dtype,
-                                   compress_statistics=True, quant_type="nf4", device="meta").train(source.training)
-        target.weight = bnb.nn.Params4bit(source.weight.detach(), requires_grad=False, quant_type="nf4",
-                                          compress_statistics=True, module=target)
+        target = bnb.nn.Linear4bit(
+            source.in_features,
+            source.out_features,
+            source.bias is not None,
+            model.dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        ).train(source.training)
+        target.weight = bnb.nn.Params4bit(
+            source.weight.detach(),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=True,
+            module=target,
+        )
         if source.bias is not None:
             target.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=False)
         duplicate.set_submodule(name, target.to(device))

@@ -1,4 +1,5 @@
-"""One function a kind of figure: a tidy table in, a matplotlib Figure out, saved with the origin of its numbers."""
+"""One function a kind of figure: a tidy table in, a matplotlib Figure out, saved with the origin of
+its numbers."""
 
 from __future__ import annotations
 
@@ -15,26 +16,62 @@ from pruning_utils import evidence, records, runtime
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 WIDE, NARROW = 5.5, 3.25  # inches: the text's width and a column's
-# Colour (Okabe and Ito's palette, told apart by colour-blind readers) and marker belong to an entity everywhere.
+# Colour (Okabe and Ito's palette, told apart by colour-blind readers) and marker belong to an
+# entity everywhere.
 ENTITIES = {
-    "unpruned": ("#000000", "o"), "pruned": ("#D55E00", "s"), "healed": ("#0072B2", "^"),
-    "train": ("#999999", "."), "eval": ("#0072B2", "^"),
-    "last token": ("#0072B2", "o"), "all tokens": ("#E69F00", "D"),
-    "mean over tokens": ("#009E73", "o"), "flattened": ("#CC79A7", "s"),
-    "xsum": ("#0072B2", "o"), "boolq": ("#E69F00", "s"), "quac": ("#009E73", "^"),
-    "similarity": ("#0072B2", "o"), "deepest": ("#D55E00", "s"),
-    "magnitude": ("#D55E00", "s"), "magnitude+": ("#E69F00", "v"), "taylor": ("#009E73", "D"),
-    "taylor+": ("#CC79A7", "P"), "perplexity": ("#0072B2", "o"),
-    "depth": ("#0072B2", "o"), "width": ("#CC79A7", "s"), "width, heads too": ("#D55E00", "D"),
-    "reverse order": ("#000000", "o"), "block influence": ("#E69F00", "v"), "closest block": ("#CC79A7", "P"),
-    "LoRA": ("#0072B2", "^"), "all weights": ("#E69F00", "D"), "QLoRA": ("#56B4E9", "v"), "DoRA": ("#009E73", "P"),
-    "head": ("#999999", "o"), "head + 1": ("#F0E442", "o"), "head + 2": ("#CC79A7", "o"), "head + 3": ("#D55E00", "o"),
+    "unpruned": ("#000000", "o"),
+    "pruned": ("#D55E00", "s"),
+    "healed": ("#0072B2", "^"),
+    "train": ("#999999", "."),
+    "eval": ("#0072B2", "^"),
+    "last token": ("#0072B2", "o"),
+    "all tokens": ("#E69F00", "D"),
+    "mean over tokens": ("#009E73", "o"),
+    "flattened": ("#CC79A7", "s"),
+    "xsum": ("#0072B2", "o"),
+    "boolq": ("#E69F00", "s"),
+    "quac": ("#009E73", "^"),
+    "similarity": ("#0072B2", "o"),
+    "deepest": ("#D55E00", "s"),
+    "magnitude": ("#D55E00", "s"),
+    "magnitude+": ("#E69F00", "v"),
+    "taylor": ("#009E73", "D"),
+    "taylor+": ("#CC79A7", "P"),
+    "perplexity": ("#0072B2", "o"),
+    "depth": ("#0072B2", "o"),
+    "width": ("#CC79A7", "s"),
+    "width, heads too": ("#D55E00", "D"),
+    "reverse order": ("#000000", "o"),
+    "block influence": ("#E69F00", "v"),
+    "closest block": ("#CC79A7", "P"),
+    "LoRA": ("#0072B2", "^"),
+    "all weights": ("#E69F00", "D"),
+    "QLoRA": ("#56B4E9", "v"),
+    "DoRA": ("#009E73", "P"),
+    "head": ("#999999", "o"),
+    "head + 1": ("#F0E442", "o"),
+    "head + 2": ("#CC79A7", "o"),
+    "head + 3": ("#D55E00", "o"),
     "head + 3, tied": ("#000000", "s"),
-    "rank 2": ("#56B4E9", "o"), "rank 8": ("#0072B2", "^"), "rank 32": ("#CC79A7", "s"),
+    "rank 2": ("#56B4E9", "o"),
+    "rank 8": ("#0072B2", "^"),
+    "rank 32": ("#CC79A7", "s"),
 }
-NAMES = {"piqa": "PIQA", "openbookqa": "OpenBookQA", "commonsenseqa": "CommonsenseQA", "siqa": "SIQA", "mmlu": "MMLU",
-         "mmlu_letter": "MMLU, by letter", "boolq": "BoolQ", "xsum": "XSum", "quac": "QuAC", "c4": "C4",
-         "wikitext2": "WikiText-2", "lora": "LoRA", "full": "all weights"}
+NAMES = {
+    "piqa": "PIQA",
+    "openbookqa": "OpenBookQA",
+    "commonsenseqa": "CommonsenseQA",
+    "siqa": "SIQA",
+    "mmlu": "MMLU",
+    "mmlu_letter": "MMLU, by letter",
+    "boolq": "BoolQ",
+    "xsum": "XSum",
+    "quac": "QuAC",
+    "c4": "C4",
+    "wikitext2": "WikiText-2",
+    "lora": "LoRA",
+    "full": "all weights",
+}
 matplotlib.style.use(STYLE)
 
 
@@ -43,7 +80,9 @@ def colour_of(entity: str) -> str:
     return ENTITIES[entity][0] if entity in ENTITIES else "#56B4E9"
 
 
-def new_figure(width: float, height: float, columns: int = 1, *, rows: int = 1, **grid) -> tuple[Figure, np.ndarray]:
+def new_figure(
+    width: float, height: float, columns: int = 1, *, rows: int = 1, **grid
+) -> tuple[Figure, np.ndarray]:
     """A figure that no interactive window owns, with its axes as a flat array, row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(rows, columns, **grid)).ravel()
@@ -53,12 +92,15 @@ def need_columns(table: pd.DataFrame, *columns: str) -> None:
     """Raise a ValueError for a table without rows or without one of the columns."""
     missing = [column for column in columns if column not in table]
     if missing or table.empty:
-        raise ValueError(f"the table needs rows and the columns {', '.join(columns)}; "
-                         f"{'it is empty' if not missing else 'missing: ' + ', '.join(missing)}")
+        raise ValueError(
+            f"the table needs rows and the columns {', '.join(columns)}; "
+            f"{'it is empty' if not missing else 'missing: ' + ', '.join(missing)}"
+        )
 
 
 def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Figure:
-    """Map of block distances, start against block size: scaled to 0..1 in each row as in arXiv:2403.17887, and raw.
+    """Map of block distances, start against block size: scaled to 0..1 in each row as in
+    arXiv:2403.17887, and raw.
 
     Args:
         table: Columns ``start`` (0-based), ``block_size`` (layers) and ``value``; one row a block.
@@ -72,12 +114,28 @@ def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Fig
     low, high = raw.min(axis=1), raw.max(axis=1)
     spread = (high - low).where(high > low, 1)
     figure, axes = new_figure(WIDE, 2.5, 2, sharey=True)
-    for axis, values, label in ((axes[0], raw.sub(low, axis=0).div(spread, axis=0), "distance, scaled per row"),
-                                (axes[1], raw, "angular distance")):
-        sns.heatmap(values, ax=axis, vmin=0, cmap="viridis", xticklabels=5, yticklabels=False, rasterized=True,
-                    cbar_kws={"label": label})
-        axis.plot(raw.idxmin(axis=1) + 0.5, np.arange(len(raw)) + 0.5, "x", color="white", markersize=3,
-                  markeredgewidth=0.8)
+    for axis, values, label in (
+        (axes[0], raw.sub(low, axis=0).div(spread, axis=0), "distance, scaled per row"),
+        (axes[1], raw, "angular distance"),
+    ):
+        sns.heatmap(
+            values,
+            ax=axis,
+            vmin=0,
+            cmap="viridis",
+            xticklabels=5,
+            yticklabels=False,
+            rasterized=True,
+            cbar_kws={"label": label},
+        )
+        axis.plot(
+            raw.idxmin(axis=1) + 0.5,
+            np.arange(len(raw)) + 0.5,
+            "x",
+            color="white",
+            markersize=3,
+            markeredgewidth=0.8,
+        )
         axis.set_yticks(np.arange(4, len(raw), 5) + 0.5, raw.index[4::5])
         axis.invert_yaxis()
         axis.set(xlabel=r"first layer of the block $\ell$ (0-based)", ylabel="")
@@ -86,12 +144,17 @@ def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Fig
     return figure
 
 
-def distance_curves(table: pd.DataFrame, *, value: str = "angular_distance", block_sizes: Sequence[int] | None = None
-                    ) -> Figure:
+def distance_curves(
+    table: pd.DataFrame,
+    *,
+    value: str = "angular_distance",
+    block_sizes: Sequence[int] | None = None,
+) -> Figure:
     """Distance against the first layer, one curve a block size, the minima joined by a black line.
 
     Args:
-        table: As for :func:`distance_map`; a column ``<value>_stderr`` gives bands of two standard errors.
+        table: As for :func:`distance_map`; a column ``<value>_stderr`` gives bands of two standard
+            errors.
         value: Column with the distance, in [0, 1].
         block_sizes: Curves to draw; None draws all.
 
@@ -108,14 +171,27 @@ def distance_curves(table: pd.DataFrame, *, value: str = "angular_distance", blo
         axis.plot(rows["start"], rows[value], color=colour, linewidth=0.9)
         if f"{value}_stderr" in rows:
             margin = 2 * rows[f"{value}_stderr"]
-            axis.fill_between(rows["start"], rows[value] - margin, rows[value] + margin, color=colour, alpha=0.2,
-                              linewidth=0)
+            axis.fill_between(
+                rows["start"],
+                rows[value] - margin,
+                rows[value] + margin,
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
+            )
         minima.append(rows.loc[rows[value].idxmin(), ["start", value]].to_list())
-    axis.plot(*zip(*minima, strict=True), "k.-", markersize=4, linewidth=0.8, label=r"minimum $\ell^*(n)$")
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(min(sizes), max(sizes)), "viridis")
+    axis.plot(
+        *zip(*minima, strict=True), "k.-", markersize=4, linewidth=0.8, label=r"minimum $\ell^*(n)$"
+    )
+    scale = matplotlib.cm.ScalarMappable(
+        matplotlib.colors.Normalize(min(sizes), max(sizes)), "viridis"
+    )
     figure.colorbar(scale, ax=axis, label="block size $n$ (layers)")
-    axis.set(xlabel=r"first layer of the block $\ell$ (0-based)", ylabel=r"angular distance $d(h_\ell, h_{\ell+n})$",
-             ylim=(0, None))
+    axis.set(
+        xlabel=r"first layer of the block $\ell$ (0-based)",
+        ylabel=r"angular distance $d(h_\ell, h_{\ell+n})$",
+        ylim=(0, None),
+    )
     axis.legend(loc="upper center")
     return figure
 
@@ -132,7 +208,14 @@ def layer_scores(table: pd.DataFrame, *, label: str = "score", log: bool = True)
     figure, (axis,) = new_figure(WIDE, 2.4)
     for definition, rows in table.groupby("definition", sort=False):
         colour, marker = ENTITIES.get(definition, ("#56B4E9", "o"))
-        axis.plot(rows["layer"], rows["value"], marker=marker, color=colour, label=definition, linewidth=0.9)
+        axis.plot(
+            rows["layer"],
+            rows["value"],
+            marker=marker,
+            color=colour,
+            label=definition,
+            linewidth=0.9,
+        )
     axis.set(xlabel="layer (0-based)", ylabel=label, yscale="log" if log else "linear")
     axis.legend()
     return figure
@@ -153,10 +236,19 @@ def chosen_starts(table: pd.DataFrame, *, n_layers: int) -> Figure:
     figure, axes = new_figure(WIDE, 2.3, len(sources), sharey=True, sharex=True)
     for axis, source in zip(axes, sources, strict=True):
         rows = table[table["source"] == source]
-        axis.scatter(rows["start"], [counts.index(count) for count in rows["n_samples"]], s=90 * rows["share"],
-                     color=colour_of(source), linewidths=0)
-        axis.set(title=source, xlabel=r"chosen first layer $\ell^*$", xlim=(-1, n_layers),
-                 ylim=(-0.6, len(counts) - 0.4))
+        axis.scatter(
+            rows["start"],
+            [counts.index(count) for count in rows["n_samples"]],
+            s=90 * rows["share"],
+            color=colour_of(source),
+            linewidths=0,
+        )
+        axis.set(
+            title=source,
+            xlabel=r"chosen first layer $\ell^*$",
+            xlim=(-1, n_layers),
+            ylim=(-0.6, len(counts) - 0.4),
+        )
         axis.set_yticks(range(len(counts)), [str(count) for count in counts])
         axis.grid(axis="x", linewidth=0.3)
     axes[0].set(ylabel="calibration samples")
@@ -164,10 +256,12 @@ def chosen_starts(table: pd.DataFrame, *, n_layers: int) -> Figure:
 
 
 def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """Where the closest block begins against its size, both as fractions of the depth, beside published choices.
+    """Where the closest block begins against its size, both as fractions of the depth, beside
+    published choices.
 
     Args:
-        chosen: Columns ``model``, ``n_layers``, ``block_size`` and ``start`` (0-based); one row a block size.
+        chosen: Columns ``model``, ``n_layers``, ``block_size`` and ``start`` (0-based); one row a
+            block size.
         published: The same columns; drawn as hollow markers.
 
     Returns:
@@ -178,26 +272,48 @@ def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
     figure, (axis,) = new_figure(NARROW, 2.6)
     axis.plot([0, 1], [1, 0], "--", color="0.6", linewidth=0.8)
     for (model, rows), marker in zip(published.groupby("model", sort=False), "os^Dv", strict=False):
-        axis.plot(rows["block_size"] / rows["n_layers"], rows["start"] / rows["n_layers"], marker, color="0.45",
-                  fillstyle="none", markersize=3, markeredgewidth=0.6, label=f"{model} (published)")
+        axis.plot(
+            rows["block_size"] / rows["n_layers"],
+            rows["start"] / rows["n_layers"],
+            marker,
+            color="0.45",
+            fillstyle="none",
+            markersize=3,
+            markeredgewidth=0.6,
+            label=f"{model} (published)",
+        )
     for model, rows in chosen.groupby("model", sort=False):
-        axis.plot(rows["block_size"] / rows["n_layers"], rows["start"] / rows["n_layers"], ".-", label=model,
-                  color=colour_of("healed"), linewidth=0.8)
-    axis.set(xlabel="layers removed $n / L$", ylabel=r"first removed layer $\ell^* / L$", xlim=(0, 0.85), ylim=(0, 1))
+        axis.plot(
+            rows["block_size"] / rows["n_layers"],
+            rows["start"] / rows["n_layers"],
+            ".-",
+            label=model,
+            color=colour_of("healed"),
+            linewidth=0.8,
+        )
+    axis.set(
+        xlabel="layers removed $n / L$",
+        ylabel=r"first removed layer $\ell^* / L$",
+        xlim=(0, 0.85),
+        ylim=(0, 1),
+    )
     axis.legend(loc="upper right", fontsize=6, borderaxespad=0)
     return figure
 
 
 def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame) -> Figure:
-    """The whole path in one row: the choice of a block, the loss before and after, and how healing went.
+    """The whole path in one row: the choice of a block, the loss before and after, and how healing
+    went.
 
     Args:
         distances: Columns ``start`` (0-based) and ``angular_distance``, of the blocks of one size.
-        losses: Columns ``stage`` and ``loss`` (nats per token), one row a window of evaluation text.
+        losses: Columns ``stage`` and ``loss`` (nats per token), one row a window of evaluation
+            text.
         history: Columns ``tokens``, ``split`` (``train`` or ``eval``) and ``loss``.
 
     Returns:
-        The figure: distances with the chosen block, means with 95 % intervals over windows, loss against tokens.
+        The figure: distances with the chosen block, means with 95 % intervals over windows, loss
+        against tokens.
     """
     need_columns(distances, "start", "angular_distance")
     need_columns(losses, "stage", "loss")
@@ -206,46 +322,87 @@ def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame)
     best = distances.loc[distances["angular_distance"].idxmin()]
     first.plot(distances["start"], distances["angular_distance"], color="0.4", linewidth=0.9)
     first.plot(best["start"], best["angular_distance"], "s", color=colour_of("pruned"))
-    first.set(xlabel="first layer of the block (0-based)", ylabel="angular distance", ylim=(0, None), title="choose")
+    first.set(
+        xlabel="first layer of the block (0-based)",
+        ylabel="angular distance",
+        ylim=(0, None),
+        title="choose",
+    )
     for place, (stage, rows) in enumerate(losses.groupby("stage", sort=False)):
         mean, low, high = evidence.mean_interval(rows["loss"])
         colour, marker = ENTITIES[stage]
         left.errorbar(place, mean, [[mean - low], [high - mean]], fmt=marker, color=colour)
-        left.annotate(f"{np.exp(mean):,.0f}", (place, mean), xytext=(6, 0), textcoords="offset points", fontsize=7,
-                      va="center")
+        left.annotate(
+            f"{np.exp(mean):,.0f}",
+            (place, mean),
+            xytext=(6, 0),
+            textcoords="offset points",
+            fontsize=7,
+            va="center",
+        )
     names = list(losses["stage"].unique())
     left.set_xticks(range(len(names)), names)
-    left.set(ylabel="loss (nats per token)", xlim=(-0.5, len(names) - 0.1), title="measure (perplexity beside)")
+    left.set(
+        ylabel="loss (nats per token)",
+        xlim=(-0.5, len(names) - 0.1),
+        title="measure (perplexity beside)",
+    )
     for split, rows in history.groupby("split", sort=False):
         colour, marker = ENTITIES[split]
-        right.plot(rows["tokens"], rows["loss"], color=colour, marker=marker, linewidth=0.8,
-                   label={"train": "training batch", "eval": "validation text"}[split])
+        right.plot(
+            rows["tokens"],
+            rows["loss"],
+            color=colour,
+            marker=marker,
+            linewidth=0.8,
+            label={"train": "training batch", "eval": "validation text"}[split],
+        )
     right.set(xlabel="healing tokens", ylabel="loss (nats per token)", title="heal")
     right.legend()
     return figure
 
 
 def save_figure(figure: Figure, name: str, *, tables: Sequence[str | Path], profile: str) -> Path:
-    """Write a figure as PDF and PNG under ``figures/``, with the origin of its numbers inside; bytes are repeatable.
+    """Write a figure as PDF and PNG under ``figures/``, with the origin of its numbers inside;
+    bytes are repeatable.
 
     Args:
         figure: Any figure of this module.
-        name: File name without suffix: the notebook's, with a part's name where it has several figures.
-        tables: Result tables the figure was drawn from; their sha256 and commit are written into the files.
-        profile: Profile of the tables; a figure of the smoke profile is stamped, for it is no result.
+        name: File name without suffix: the notebook's, with a part's name where it has several
+            figures.
+        tables: Result tables the figure was drawn from; their sha256 and commit are written into
+            the files.
+        profile: Profile of the tables; a figure of the smoke profile is stamped, for it is no
+            result.
 
     Returns:
         Path of the PNG.
     """
     records_read = {Path(table).name: records.read_record(table) for table in tables}
-    origin = "; ".join(f"{table} sha256 {record['sha256']} commit {record['commit']}"
-                       for table, record in records_read.items())
+    origin = "; ".join(
+        f"{table} sha256 {record['sha256']} commit {record['commit']}"
+        for table, record in records_read.items()
+    )
     if profile == "smoke":
-        figure.text(0.5, 0.5, "smoke profile: not a result", fontsize=16, color="0.6", alpha=0.6, rotation=20,
-                    ha="center", va="center", in_layout=False)
-    folder = runtime.output_root(profile) / "figures" / ("" if profile in ("cpu", "smoke") else profile)
-    for suffix, metadata in (("pdf", {"Title": name, "Subject": origin, "CreationDate": None}),
-                             ("png", {"Title": name, "Source": origin, "Software": None})):
+        figure.text(
+            0.5,
+            0.5,
+            "smoke profile: not a result",
+            fontsize=16,
+            color="0.6",
+            alpha=0.6,
+            rotation=20,
+            ha="center",
+            va="center",
+            in_layout=False,
+        )
+    folder = (
+        runtime.output_root(profile) / "figures" / ("" if profile in ("cpu", "smoke") else profile)
+    )
+    for suffix, metadata in (
+        ("pdf", {"Title": name, "Subject": origin, "CreationDate": None}),
+        ("png", {"Title": name, "Source": origin, "Software": None}),
+    ):
         with runtime.atomic_path(folder / f"{name}.{suffix}") as temporary:
             figure.savefig(temporary, format=suffix, metadata=metadata)
     return folder / f"{name}.png"

@@ -1,7 +1,9 @@
-"""Compute a table once and keep it: one call, one sweep point by point, and the numbers that tests assert.
+"""Compute a table once and keep it: one call, one sweep point by point, and the numbers that tests
+assert.
 
-A table lives in ``results/<profile>/<NN_slug>/<table>.csv`` with its record in ``run.json`` beside it. It is read only
-while the recorded parameters equal the asked ones; what is returned after computing is what any later call returns.
+A table lives in ``results/<profile>/<NN_slug>/<table>.csv`` with its record in ``run.json`` beside
+it. It is read only while the recorded parameters equal the asked ones; what is returned after
+computing is what any later call returns.
 """
 
 from __future__ import annotations
@@ -21,8 +23,18 @@ from pruning_utils import definitions, records, runtime, saved_points
 from pruning_utils.bars import tqdm
 from pruning_utils.records import StaleResult, canonical, plain, read_record
 
-__all__ = ["StaleResult", "Summary", "checkpoint_path", "load_or_compute", "read_record", "slug", "stale",
-           "summary", "sweep", "table_path"]
+__all__ = [
+    "StaleResult",
+    "Summary",
+    "checkpoint_path",
+    "load_or_compute",
+    "read_record",
+    "slug",
+    "stale",
+    "summary",
+    "sweep",
+    "table_path",
+]
 NO_COMPUTE = "PRUNING_UTILS_NO_COMPUTE"
 PROVE = "PRUNING_UTILS_PROVE"
 SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
@@ -30,7 +42,8 @@ SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def slug(name: str | os.PathLike) -> str:
-    """A file name for a model: ``org/Name`` becomes ``org--name``, a directory the last part of its path.
+    """A file name for a model: ``org/Name`` becomes ``org--name``, a directory the last part of its
+    path.
 
     Raises:
         ValueError: If nothing of the name can be kept.
@@ -45,7 +58,8 @@ def slug(name: str | os.PathLike) -> str:
 
 
 def table_path(profile: str, notebook: str, table: str) -> Path:
-    """Where a notebook's table is kept: ``results/<profile>/<notebook>/<table>.csv`` under the profile's output root.
+    """Where a notebook's table is kept: ``results/<profile>/<notebook>/<table>.csv`` under the
+    profile's output root.
 
     Args:
         profile: Name of the profile, such as ``cpu``.
@@ -53,25 +67,39 @@ def table_path(profile: str, notebook: str, table: str) -> Path:
         table: Name of the table; for a model's table its :func:`slug`.
 
     Raises:
-        ValueError: If a name is not made of lower-case letters, digits, ``-``, ``_`` and ``.``, or ends like a file
-            that this module keeps beside a table.
+        ValueError: If a name is not made of lower-case letters, digits, ``-``, ``_`` and ``.``, or
+            ends like a file that this module keeps beside a table.
     """
     for kind, name in (("profile", profile), ("notebook", notebook), ("table", table)):
-        if not isinstance(name, str) or not SLUG.fullmatch(name) or name.endswith((".measured", ".points", ".")):
-            raise ValueError(f"{kind} must be a plain name (a-z, 0-9, '-', '_', '.', first a letter or digit, not "
-                             f"ending in .measured or .points; results.slug makes one), got {name!r}")
+        if (
+            not isinstance(name, str)
+            or not SLUG.fullmatch(name)
+            or name.endswith((".measured", ".points", "."))
+        ):
+            raise ValueError(
+                f"{kind} must be a plain name (a-z, 0-9, '-', '_', '.', first a letter or digit, "
+                "not "
+                f"ending in .measured or .points; results.slug makes one), got {name!r}"
+            )
     return runtime.output_root(profile) / "results" / profile / notebook / f"{table}.csv"
 
 
 def checkpoint_path(profile: str, trained_by: Sequence[Callable]) -> Path:
-    """Folder for trained weights that depend on these functions of the package: another one for other code."""
-    return runtime.output_root(profile) / "checkpoints" / definitions.INSTALLED.stamp(*trained_by)["digest"]
+    """Folder for trained weights that depend on these functions of the package: another one for
+    other code."""
+    return (
+        runtime.output_root(profile)
+        / "checkpoints"
+        / definitions.INSTALLED.stamp(*trained_by)["digest"]
+    )
 
 
 def stale(path: str | os.PathLike) -> list[str]:
-    """Definitions (``module.name``) that have changed since a table was computed; empty for a fresh one.
+    """Definitions (``module.name``) that have changed since a table was computed; empty for a fresh
+    one.
 
-    A table without a stamp of its code, or with one that cannot be read, is never fresh: the list says so instead.
+    A table without a stamp of its code, or with one that cannot be read, is never fresh: the list
+    says so instead.
 
     Raises:
         ValueError: If the table has no record.
@@ -79,27 +107,37 @@ def stale(path: str | os.PathLike) -> list[str]:
     return definitions.INSTALLED.changes(read_record(path).get("code"))
 
 
-def load_or_compute(path: str | os.PathLike, compute: Callable[[], pd.DataFrame], *, parameters: Mapping,
-                    recompute: bool = False) -> pd.DataFrame:
+def load_or_compute(
+    path: str | os.PathLike,
+    compute: Callable[[], pd.DataFrame],
+    *,
+    parameters: Mapping,
+    recompute: bool = False,
+) -> pd.DataFrame:
     """Read a table, or compute and keep it.
 
-    Floats are kept to six digits. Columns named ``...seconds``, ``...per_second`` or ``...peak_bytes`` differ from run
-    to run and go to ``<table>.measured.csv``; they come back joined where that file exists.
+    Floats are kept to six digits. Columns named ``...seconds``, ``...per_second`` or
+    ``...peak_bytes`` differ from run to run and go to ``<table>.measured.csv``; they come back
+    joined where that file exists.
 
     Args:
         path: The table's file, from :func:`table_path`.
-        compute: Called without arguments when there is no table; returns a tidy DataFrame, or its rows as dicts. What
-            it reaches in this package is recorded with the table, see :mod:`pruning_utils.definitions`.
-        parameters: Everything that decides the numbers, model and data included: plain values, nested as you like.
+        compute: Called without arguments when there is no table; returns a tidy DataFrame, or its
+            rows as dicts. What it reaches in this package is recorded with the table, see
+            :mod:`pruning_utils.definitions`.
+        parameters: Everything that decides the numbers, model and data included: plain values,
+            nested as you like.
         recompute: Compute and replace the table even when it is there.
 
     Returns:
         The table as its file holds it, with columns in the order that ``compute`` gave.
 
     Raises:
-        ValueError: If the stored table was made with other parameters (the differing keys are named), has no record,
-            or is not the file recorded; or if ``compute`` returns no tidy table.
-        FileNotFoundError: If the table is missing and the environment variable PRUNING_UTILS_NO_COMPUTE is set.
+        ValueError: If the stored table was made with other parameters (the differing keys are
+            named), has no record, or is not the file recorded; or if ``compute`` returns no tidy
+            table.
+        FileNotFoundError: If the table is missing and the environment variable
+            PRUNING_UTILS_NO_COMPUTE is set.
     """
     path, parameters = _table_file(path), plain(dict(parameters), "parameters")
     if path.exists() and not recompute:
@@ -111,40 +149,56 @@ def load_or_compute(path: str | os.PathLike, compute: Callable[[], pd.DataFrame]
     if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
         table = pd.DataFrame(rows)
     if not isinstance(table, pd.DataFrame):
-        raise ValueError(f"compute must return a DataFrame, or its rows as dicts, for {path}, got "
-                         f"{type(table).__name__}")
+        raise ValueError(
+            f"compute must return a DataFrame, or its rows as dicts, for {path}, got "
+            f"{type(table).__name__}"
+        )
     _keep(path, table, parameters, commit, {"code": code, **cost})
     return records.read_table(path, read_record(path))
 
 
-def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list[dict]], *, path: str | os.PathLike,
-          parameters: Mapping, executor: Executor | None = None, recompute: bool = False) -> pd.DataFrame:
-    """Compute a table point by point, saving each as it ends; a run killed at any moment goes on where it was.
+def sweep(
+    points: Sequence[Mapping],
+    compute_point: Callable[[dict], dict | list[dict]],
+    *,
+    path: str | os.PathLike,
+    parameters: Mapping,
+    executor: Executor | None = None,
+    recompute: bool = False,
+) -> pd.DataFrame:
+    """Compute a table point by point, saving each as it ends; a run killed at any moment goes on
+    where it was.
 
-    Saved points lie in ``<table>.points/`` until the table is written. A saved point counts only while the code that
-    it was computed with is unchanged (:mod:`pruning_utils.definitions`). Points may be added to a finished sweep later:
-    those in the table are kept (as the table holds them, to six digits), only the new ones are computed.
+    Saved points lie in ``<table>.points/`` until the table is written. A saved point counts only
+    while the code that it was computed with is unchanged (:mod:`pruning_utils.definitions`). Points
+    may be added to a finished sweep later: those in the table are kept (as the table holds them, to
+    six digits), only the new ones are computed.
 
-    With the environment variable PRUNING_UTILS_PROVE set, a table that other code computed is stamped as today's where
-    the first and the last of its points, computed again, have equal rows; nothing else of it is computed.
+    With the environment variable PRUNING_UTILS_PROVE set, a table that other code computed is
+    stamped as today's where the first and the last of its points, computed again, have equal rows;
+    nothing else of it is computed.
 
     Args:
-        points: What to compute: dicts of plain values, all with the same keys, none twice. Rows follow their order.
-        compute_point: Called with a copy of one point; returns a row, or a list of rows, as dicts of plain values.
-            The point's own values are put in front of each row.
+        points: What to compute: dicts of plain values, all with the same keys, none twice. Rows
+            follow their order.
+        compute_point: Called with a copy of one point; returns a row, or a list of rows, as dicts
+            of plain values. The point's own values are put in front of each row.
         path: The table's file, from :func:`table_path`.
         parameters: Everything else that decides the numbers, as in :func:`load_or_compute`.
-        executor: Any ``concurrent.futures`` executor to spread the points over; one after the other by default.
-        recompute: Discard the table's saved points, compute all and replace it. If that is killed, go on without it.
+        executor: Any ``concurrent.futures`` executor to spread the points over; one after the other
+            by default.
+        recompute: Discard the table's saved points, compute all and replace it. If that is killed,
+            go on without it.
 
     Returns:
         The table, as :func:`load_or_compute` returns it.
 
     Raises:
-        ValueError: Before any work, for points that are no such list, and as in :func:`load_or_compute`; also if the
-            stored table holds points that are not asked for, or cannot be proved.
-        RuntimeError: If a point fails (named, after those running beside it were saved), or if another process is
-            computing the same table.
+        ValueError: Before any work, for points that are no such list, and as in
+            :func:`load_or_compute`; also if the stored table holds points that are not asked for,
+            or cannot be proved.
+        RuntimeError: If a point fails (named, after those running beside it were saved), or if
+            another process is computing the same table.
     """
     path, parameters = _table_file(path), plain(dict(parameters), "parameters")
     points, folder = saved_points.checked_points(points), path.with_suffix(".points")
@@ -160,12 +214,22 @@ def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list
     with saved_points.opened(folder, parameters, seeds, anew=recompute):
         commit = records.package_commit()
         missing = [point for point in points if saved_points.read(folder, point, code) is None]
-        with (contextlib.closing(saved_points.compute(missing, compute_point, executor)) as outcomes,
-              tqdm(total=len(points), initial=len(points) - len(missing), desc=path.stem, unit="point") as progress):
+        with (
+            contextlib.closing(saved_points.compute(missing, compute_point, executor)) as outcomes,
+            tqdm(
+                total=len(points), initial=len(points) - len(missing), desc=path.stem, unit="point"
+            ) as progress,
+        ):
             for outcome in outcomes:
                 saved_points.save(folder, {**outcome, "code": code})
                 progress.update()
-        _keep_points(path, [saved_points.read(folder, point, code) for point in points], parameters, commit, code)
+        _keep_points(
+            path,
+            [saved_points.read(folder, point, code) for point in points],
+            parameters,
+            commit,
+            code,
+        )
         saved_points.discard(folder)
     return records.read_table(path, read_record(path))
 
@@ -173,60 +237,104 @@ def sweep(points: Sequence[Mapping], compute_point: Callable[[dict], dict | list
 def _table_file(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.suffix != ".csv" or path.stem.endswith((".measured", ".points")):
-        raise ValueError(f"path must be a table's .csv file, and not a .measured or .points one, got {path}")
+        raise ValueError(
+            f"path must be a table's .csv file, and not a .measured or .points one, got {path}"
+        )
     return path
 
 
 def _before_computing(path: Path, compute: Callable) -> dict:
     """The stamp of the code that computes; what would fail when the table is written fails now."""
     if os.environ.get(NO_COMPUTE):
-        raise FileNotFoundError(f"{path} has no finished table with these settings, and {NO_COMPUTE} is set: "
-                                "compute it first, by running its notebook without that variable")
+        raise FileNotFoundError(
+            f"{path} has no finished table with these settings, and {NO_COMPUTE} is set: "
+            "compute it first, by running its notebook without that variable"
+        )
     code = definitions.INSTALLED.stamp(compute)
     path.parent.mkdir(parents=True, exist_ok=True)
     records.read_records(path.parent)
     return code
 
 
-def _keep(path: Path, table: pd.DataFrame, parameters: dict, commit: str | None, cost: dict) -> None:
-    record = {"parameters": parameters, "commit": commit, "versions": runtime.versions(),
-              "device": runtime.device_name(), "processor": runtime.processor()}
+def _keep(
+    path: Path, table: pd.DataFrame, parameters: dict, commit: str | None, cost: dict
+) -> None:
+    record = {
+        "parameters": parameters,
+        "commit": commit,
+        "versions": runtime.versions(),
+        "device": runtime.device_name(),
+        "processor": runtime.processor(),
+    }
     if "dtype" in parameters:  # "auto" is another precision on another machine
         record["precision"] = runtime.dtype_name(runtime.resolve_dtype(parameters["dtype"]))
     records.write_table(path, table, record | cost)
 
 
 def _reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
-    """The points of a finished table as saved points, so that a sweep with more of them goes on from there."""
+    """The points of a finished table as saved points, so that a sweep with more of them goes on
+    from there."""
     asked = {canonical(point) for point in points}
-    lost = [canonical(entry["point"]) for entry in record.get("points", []) if canonical(entry["point"]) not in asked]
+    lost = [
+        canonical(entry["point"])
+        for entry in record.get("points", [])
+        if canonical(entry["point"]) not in asked
+    ]
     if lost or "points" not in record:
-        held = f"{len(lost)} points that are not asked for, the first {lost[0]}" if lost else "no points of a sweep"
-        raise ValueError(f"{path} holds {held}; ask for them too, pass recompute=True to replace the table, or another "
-                         "path to keep both")
+        held = (
+            f"{len(lost)} points that are not asked for, the first {lost[0]}"
+            if lost
+            else "no points of a sweep"
+        )
+        raise ValueError(
+            f"{path} holds {held}; ask for them too, pass recompute=True to replace the table, or "
+            "another "
+            "path to keep both"
+        )
     rows, first, seeds = records.read_table(path, record).to_dict("records"), 0, []
     for entry in record["points"]:
-        seeds.append({"point": entry["point"], "rows": rows[first:first + entry["rows"]], "seconds": entry["seconds"],
-                      "code": record.get("code"), "peak_memory_bytes": record["peak_memory_bytes"]})
+        seeds.append(
+            {
+                "point": entry["point"],
+                "rows": rows[first : first + entry["rows"]],
+                "seconds": entry["seconds"],
+                "code": record.get("code"),
+                "peak_memory_bytes": record["peak_memory_bytes"],
+            }
+        )
         first += entry["rows"]
     return seeds
 
 
-def _keep_points(path: Path, outcomes: list[dict], parameters: dict, commit: str | None, code: dict) -> None:
-    cost = {"code": code,
-            "seconds": round(sum(outcome["seconds"] for outcome in outcomes), 3),
-            "peak_memory_bytes": max(outcome["peak_memory_bytes"] for outcome in outcomes),
-            "points": [{"point": outcome["point"], "rows": len(outcome["rows"]), "seconds": outcome["seconds"]}
-                       for outcome in outcomes]}
-    _keep(path, pd.DataFrame([row for outcome in outcomes for row in outcome["rows"]]), parameters, commit, cost)
+def _keep_points(
+    path: Path, outcomes: list[dict], parameters: dict, commit: str | None, code: dict
+) -> None:
+    cost = {
+        "code": code,
+        "seconds": round(sum(outcome["seconds"] for outcome in outcomes), 3),
+        "peak_memory_bytes": max(outcome["peak_memory_bytes"] for outcome in outcomes),
+        "points": [
+            {"point": outcome["point"], "rows": len(outcome["rows"]), "seconds": outcome["seconds"]}
+            for outcome in outcomes
+        ],
+    }
+    _keep(
+        path,
+        pd.DataFrame([row for outcome in outcomes for row in outcome["rows"]]),
+        parameters,
+        commit,
+        cost,
+    )
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers that tests assert, shown as a small table; notebooks end with it. Made by :func:`summary`.
+    """The numbers that tests assert, shown as a small table; notebooks end with it. Made by
+    :func:`summary`.
 
     Attributes:
-        rows: Per number a dict of ``name``, ``value`` (a number, or a text), ``tolerance`` (absolute) and ``reason``.
+        rows: Per number a dict of ``name``, ``value`` (a number, or a text), ``tolerance``
+            (absolute) and ``reason``.
     """
 
     rows: list[dict]
@@ -234,38 +342,59 @@ class Summary:
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
         table = pd.DataFrame(self.rows).astype(str)
         with pd.option_context("display.max_colwidth", None):
-            return {"text/plain": table.to_string(index=False), "text/html": table.to_html(index=False),
-                    SUMMARY_MIME: {"rows": self.rows}}
+            return {
+                "text/plain": table.to_string(index=False),
+                "text/html": table.to_html(index=False),
+                SUMMARY_MIME: {"rows": self.rows},
+            }
 
 
 def summary(rows: Mapping[str, tuple[object, float, str]]) -> Summary:
     """The numbers of a notebook that tests assert, for its last code cell, tagged ``summary``.
 
     Args:
-        rows: From a number's name to ``(value, tolerance, reason)``: a finite number, kept to six digits, with the
-            absolute difference that another machine may show and why; or a text or tuple, matched exactly, tolerance 0.
+        rows: From a number's name to ``(value, tolerance, reason)``: a finite number, kept to six
+            digits, with the absolute difference that another machine may show and why; or a text or
+            tuple, matched exactly, tolerance 0.
 
     Returns:
-        An object that a notebook shows as a table, and from which the driver reads the numbers back.
+        An object that a notebook shows as a table, and from which the driver reads the numbers
+        back.
 
     Raises:
         ValueError: Naming the first entry that is no such thing.
     """
     if not isinstance(rows, Mapping) or not rows:
-        raise ValueError(f"a summary needs a dict from names to (value, tolerance, reason), got {rows!r}")
+        raise ValueError(
+            f"a summary needs a dict from names to (value, tolerance, reason), got {rows!r}"
+        )
     return Summary([_summary_row(name, entry) for name, entry in rows.items()])
 
 
 def _summary_row(name: str, entry: tuple[object, float, str]) -> dict:
-    if not isinstance(name, str) or not name.strip() or not isinstance(entry, (tuple, list)) or len(entry) != 3:
-        raise ValueError(f"a summary entry is a name with (value, tolerance, reason), got {name!r}: {entry!r}")
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or not isinstance(entry, (tuple, list))
+        or len(entry) != 3
+    ):
+        raise ValueError(
+            f"a summary entry is a name with (value, tolerance, reason), got {name!r}: {entry!r}"
+        )
     value, tolerance, reason = plain(list(entry), f"summary entry {name!r}")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and not math.isfinite(value):
         raise ValueError(f"{name}: the value must be finite, got {value}")
-    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf or (tolerance and not number):
-        raise ValueError(f"{name}: the tolerance must be a finite number >= 0, and 0 where {value!r} is no number, "
-                         f"got {tolerance!r}")
+    if (
+        not isinstance(tolerance, (int, float))
+        or not 0 <= tolerance < math.inf
+        or (tolerance and not number)
+    ):
+        raise ValueError(
+            f"{name}: the tolerance must be a finite number >= 0, and 0 where {value!r} is no "
+            "number, "
+            f"got {tolerance!r}"
+        )
     if not isinstance(reason, str) or not reason.strip():
         raise ValueError(f"{name}: the reason must say why that tolerance, got {reason!r}")
     if isinstance(value, list):

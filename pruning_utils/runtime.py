@@ -1,4 +1,5 @@
-"""The machine under the experiments: seeds, devices, precision, places on disk, versions, peak memory."""
+"""The machine under the experiments: seeds, devices, precision, places on disk, versions, peak
+memory."""
 
 from __future__ import annotations
 
@@ -22,14 +23,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "lm-eval", "numpy", "pandas",
-            "matplotlib", "seaborn", "papermill")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "lm-eval",
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "seaborn",
+    "papermill",
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 AUTO = "auto"  # bfloat16 where the device multiplies it natively, float32 elsewhere
-# What torch.cpu.get_capabilities calls the instructions that multiply a narrow type: on x86 and on Arm.
-NATIVE_FLAGS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-                torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
-# Values of ONEDNN_MAX_CPU_ISA under which oneDNN uses such instructions; without the variable it uses what there is.
+# What torch.cpu.get_capabilities calls the instructions that multiply a narrow type: on x86 and on
+# Arm.
+NATIVE_FLAGS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+# Values of ONEDNN_MAX_CPU_ISA under which oneDNN uses such instructions; without the variable it
+# uses what there is.
 NATIVE_LIMITS = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
 
 
@@ -54,7 +71,9 @@ def setup(seed: int = 0) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that takes a tenth of the time
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a debugging aid that takes a tenth of the time
+    )
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -77,20 +96,25 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device must be a torch device of this machine, such as 'cpu', with "
-                         f"{torch.cuda.device_count()} CUDA GPUs here, got {device!r}") from error
+        raise ValueError(
+            f"device must be a torch device of this machine, such as 'cpu', with "
+            f"{torch.cuda.device_count()} CUDA GPUs here, got {device!r}"
+        ) from error
     if chosen.type == "meta":
         raise ValueError("device must be one that can compute, got 'meta'")
     return chosen
 
 
-def resolve_dtype(dtype: str | torch.dtype = AUTO, device: str | torch.device | None = None) -> torch.dtype:
+def resolve_dtype(
+    dtype: str | torch.dtype = AUTO, device: str | torch.device | None = None
+) -> torch.dtype:
     """The precision to compute with: the one place where the project decides it.
 
     Args:
-        dtype: ``auto`` (bfloat16 where the device multiplies it natively, float32 elsewhere), ``bfloat16``, ``float16``
-            or ``float32``, or one of these as a torch dtype. One that the device can only emulate is obeyed, with one
-            :class:`EmulatedPrecision` warning in a process that says how many times slower than float32 it is.
+        dtype: ``auto`` (bfloat16 where the device multiplies it natively, float32 elsewhere),
+            ``bfloat16``, ``float16`` or ``float32``, or one of these as a torch dtype. One that the
+            device can only emulate is obeyed, with one :class:`EmulatedPrecision` warning in a
+            process that says how many times slower than float32 it is.
         device: As for :func:`choose_device`.
 
     Raises:
@@ -113,21 +137,27 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has instructions for products of this type; float32 and wider always count as such.
+    """Whether a device has instructions for products of this type; float32 and wider always count
+    as such.
 
-    A CUDA GPU multiplies bfloat16 from compute capability 8.0 on, float16 from 7.0 on. For a CPU torch names its
-    instructions; limits that the environment sets (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA) count, so that a better
-    machine can play a weaker one.
+    A CUDA GPU multiplies bfloat16 from compute capability 8.0 on, float16 from 7.0 on. For a CPU
+    torch names its instructions; limits that the environment sets (ATEN_CPU_CAPABILITY,
+    ONEDNN_MAX_CPU_ISA) count, so that a better machine can play a weaker one.
     """
     if dtype not in NATIVE_FLAGS:
         return True
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= ((8, 0) if dtype == torch.bfloat16 else (7, 0))
+        return torch.cuda.get_device_capability(device) >= (
+            (8, 0) if dtype == torch.bfloat16 else (7, 0)
+        )
     if device.type != "cpu":
-        return dtype == torch.float16  # Apple's GPUs and others: their makers' word differs from release to release
+        return (
+            dtype == torch.float16
+        )  # Apple's GPUs and others: their makers' word differs from release to release
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     held_back = torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX") or not any(
-        name in limit for name in NATIVE_LIMITS)
+        name in limit for name in NATIVE_LIMITS
+    )
     flags = torch.cpu.get_capabilities()
     return not held_back and any(flags.get(flag) for flag in NATIVE_FLAGS[dtype])
 
@@ -137,16 +167,25 @@ def _warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
     """Once in a process, with a measurement of a fraction of a second."""
     times = _product_seconds(dtype, device) / _product_seconds(torch.float32, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    warnings.warn(f"{dtype_name(dtype)} is emulated here: {name} has no instructions for it. A product and its "
-                  f"gradients take {times:.0f} times as long as in float32; dtype='auto' would take another precision.",
-                  EmulatedPrecision, stacklevel=4)
+    warnings.warn(
+        f"{dtype_name(dtype)} is emulated here: {name} has no instructions for it. A product and "
+        "its "
+        f"gradients take {times:.0f} times as long as in float32; dtype='auto' would take another "
+        "precision.",
+        EmulatedPrecision,
+        stacklevel=4,
+    )
 
 
 def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of a linear layer of the embedded model's size on 128 tokens, forwards and backwards, at best."""
+    """Seconds of a linear layer of the embedded model's size on 128 tokens, forwards and backwards,
+    at best."""
     seconds = []
     with torch.enable_grad():
-        weight, states = (torch.ones(size, 576, dtype=dtype, device=device, requires_grad=True) for size in (1536, 128))
+        weight, states = (
+            torch.ones(size, 576, dtype=dtype, device=device, requires_grad=True)
+            for size in (1536, 128)
+        )
         for _ in range(2):
             started = time.perf_counter()
             torch.nn.functional.linear(states, weight).sum().backward()
@@ -156,7 +195,8 @@ def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def processor() -> str:
-    """The processor's name with the widest of its instructions that decide speed, such as ``AMD EPYC (AVX2)``."""
+    """The processor's name with the widest of its instructions that decide speed, such as ``AMD
+    EPYC (AVX2)``."""
     flags = torch.cpu.get_capabilities()
     found = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if flags.get(name)]
     name = flags.get("cpu_name") or platform.processor() or platform.machine()
@@ -164,7 +204,8 @@ def processor() -> str:
 
 
 def cache_dir() -> Path:
-    """Per-user folder for what is derived once and kept: ``$PRUNING_UTILS_CACHE``, else the XDG cache."""
+    """Per-user folder for what is derived once and kept: ``$PRUNING_UTILS_CACHE``, else the XDG
+    cache."""
     if configured := os.environ.get("PRUNING_UTILS_CACHE"):
         return Path(configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pruning_utils"
@@ -179,8 +220,8 @@ def project_root() -> Path:
 def output_root(profile: str) -> Path:
     """Folder under which ``results/`` and ``figures/`` of a profile are written.
 
-    ``$PRUNING_UTILS_OUTPUT`` where it is set; else the checkout. The smoke profile is never a result: without the
-    variable it writes to a temporary folder.
+    ``$PRUNING_UTILS_OUTPUT`` where it is set; else the checkout. The smoke profile is never a
+    result: without the variable it writes to a temporary folder.
     """
     if configured := os.environ.get("PRUNING_UTILS_OUTPUT"):
         return Path(configured)
@@ -190,7 +231,8 @@ def output_root(profile: str) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages a number can depend on; absent packages are left out."""
+    """Installed versions of Python and of the packages a number can depend on; absent packages are
+    left out."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -199,22 +241,26 @@ def versions() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """Name of the GPU that :func:`choose_device` would take, or ``cpu`` with the number of torch threads."""
+    """Name of the GPU that :func:`choose_device` would take, or ``cpu`` with the number of torch
+    threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process in bytes: allocated CUDA memory where a GPU is used, else resident memory.
+    """Peak memory of this process in bytes: allocated CUDA memory where a GPU is used, else
+    resident memory.
 
-    On Linux the kernel's own mark is read, for what ``getrusage`` reports begins, in a process started by another, at
-    the size that the other had.
+    On Linux the kernel's own mark is read, for what ``getrusage`` reports begins, in a process
+    started by another, at the size that the other had.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.is_file() and (mark := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
+    if status.is_file() and (
+        mark := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+    ):
         return 1024 * int(mark[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -222,9 +268,11 @@ def peak_memory_bytes() -> int:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` to write a file to; rename it into place only when the block succeeds.
+    """Yield a temporary sibling of ``path`` to write a file to; rename it into place only when the
+    block succeeds.
 
-    A reader sees the old file or the whole new one, never a half; on any error the temporary file is removed.
+    A reader sees the old file or the whole new one, never a half; on any error the temporary file
+    is removed.
 
     Raises:
         OSError: When writing fails (a full disk, say), with the target named.

@@ -1,4 +1,5 @@
-"""From distances or scores to the layers to drop; every selector returns 0-based layer numbers in ascending order."""
+"""From distances or scores to the layers to drop; every selector returns 0-based layer numbers in
+ascending order."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import numpy as np
 
 
 class Block(NamedTuple):
-    """A run of layers: ``size`` layers from ``start`` on (0-based), and the distance between its two ends."""
+    """A run of layers: ``size`` layers from ``start`` on (0-based), and the distance between its
+    two ends."""
 
     start: int
     size: int
@@ -26,30 +28,38 @@ def block_distances(distance: np.ndarray, block_size: int, *, keep_last: int = 0
     """Distance between the ends of every block of one size.
 
     Args:
-        distance: ``(L+1, L+1)`` matrix, [i, j] between the inputs of layers i and j; [i, L] uses the raw output.
+        distance: ``(L+1, L+1)`` matrix, [i, j] between the inputs of layers i and j; [i, L] uses
+            the raw output.
         block_size: Layers in a block, from 1 to L - keep_last.
         keep_last: Number of last layers that no block may touch, at least 0.
 
     Returns:
-        float64 array of shape ``(L - keep_last - block_size + 1,)``; entry l belongs to the block that starts at l.
+        float64 array of shape ``(L - keep_last - block_size + 1,)``; entry l belongs to the block
+        that starts at l.
 
     Raises:
-        ValueError: If the matrix is not square or holds NaN where a block would read it, or a number is out of range.
+        ValueError: If the matrix is not square or holds NaN where a block would read it, or a
+            number is out of range.
     """
     distance = np.asarray(distance, dtype=np.float64)
     if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or len(distance) < 2:
-        raise ValueError(f"distance must be a square matrix of L+1 rows, got shape {distance.shape}")
+        raise ValueError(
+            f"distance must be a square matrix of L+1 rows, got shape {distance.shape}"
+        )
     n_layers = len(distance) - 1
     _check_count("keep_last", keep_last, 0, n_layers - 1)
     _check_count("block_size", block_size, 1, n_layers - keep_last)
-    values = np.diagonal(distance, block_size)[:n_layers - keep_last - block_size + 1]
+    values = np.diagonal(distance, block_size)[: n_layers - keep_last - block_size + 1]
     if np.isnan(values).any():
-        raise ValueError(f"the distance of the block at layer {int(np.isnan(values).argmax())} is NaN")
+        raise ValueError(
+            f"the distance of the block at layer {int(np.isnan(values).argmax())} is NaN"
+        )
     return values.copy()
 
 
 def best_block(distance: np.ndarray, block_size: int, *, keep_last: int = 0) -> Block:
-    """The block whose ends are closest, l*(n) of arXiv:2403.17887, Eq. (7); ties take the lower start.
+    """The block whose ends are closest, l*(n) of arXiv:2403.17887, Eq. (7); ties take the lower
+    start.
 
     Arguments and errors as for :func:`block_distances`.
     """
@@ -58,9 +68,17 @@ def best_block(distance: np.ndarray, block_size: int, *, keep_last: int = 0) -> 
     return Block(start, int(block_size), float(values[start]))
 
 
-def resampled_starts(samples: np.ndarray, block_size: int, *, n_samples: int, draws: int = 1000, seed: int = 0,
-                     keep_last: int = 0) -> np.ndarray:
-    """First layer of the best block when the calibration samples are drawn again: the bootstrap of :func:`best_block`.
+def resampled_starts(
+    samples: np.ndarray,
+    block_size: int,
+    *,
+    n_samples: int,
+    draws: int = 1000,
+    seed: int = 0,
+    keep_last: int = 0,
+) -> np.ndarray:
+    """First layer of the best block when the calibration samples are drawn again: the bootstrap of
+    :func:`best_block`.
 
     Args:
         samples: ``(N, L+1, L+1)`` distances of single samples, before the mean; all finite.
@@ -78,18 +96,26 @@ def resampled_starts(samples: np.ndarray, block_size: int, *, n_samples: int, dr
     """
     samples = np.asarray(samples, dtype=np.float64)
     if samples.ndim != 3 or not len(samples) or not np.isfinite(samples).all():
-        raise ValueError(f"samples must be finite numbers of shape (N, L+1, L+1), got shape {samples.shape} with "
-                         f"{int((~np.isfinite(samples)).sum())} that are not finite")
+        raise ValueError(
+            f"samples must be finite numbers of shape (N, L+1, L+1), got shape {samples.shape} "
+            "with "
+            f"{int((~np.isfinite(samples)).sum())} that are not finite"
+        )
     n_starts = len(block_distances(samples[0], block_size, keep_last=keep_last))
     _check_count("n_samples", n_samples, 1, 10**9)
     _check_count("draws", draws, 1, 10**9)
     values = np.diagonal(samples, block_size, axis1=1, axis2=2)[:, :n_starts]
-    weights = np.random.default_rng(seed).multinomial(n_samples, np.full(len(values), 1 / len(values)), draws)
+    weights = np.random.default_rng(seed).multinomial(
+        n_samples, np.full(len(values), 1 / len(values)), draws
+    )
     return (weights @ values).argmin(1)
 
 
-def least_important(scores: Sequence[float], n: int, *, keep_first: int = 0, keep_last: int = 0) -> tuple[int, ...]:
-    """The n layers with the lowest scores: one-shot pruning; ``keep_first=4, keep_last=2`` is the "+" rule.
+def least_important(
+    scores: Sequence[float], n: int, *, keep_first: int = 0, keep_last: int = 0
+) -> tuple[int, ...]:
+    """The n layers with the lowest scores: one-shot pruning; ``keep_first=4, keep_last=2`` is the
+    "+" rule.
 
     Args:
         scores: One score a layer, shape ``(L,)``; +inf ranks last, NaN is refused.
@@ -106,9 +132,11 @@ def least_important(scores: Sequence[float], n: int, *, keep_first: int = 0, kee
     return tuple(sorted(removal_order(scores, keep_first=keep_first, keep_last=keep_last, n=n)))
 
 
-def removal_order(scores: Sequence[float], *, keep_first: int = 0, keep_last: int = 0, n: int | None = None
-                  ) -> tuple[int, ...]:
-    """Unprotected layers from the least important on (not ascending): all of them where n is None, or the first n.
+def removal_order(
+    scores: Sequence[float], *, keep_first: int = 0, keep_last: int = 0, n: int | None = None
+) -> tuple[int, ...]:
+    """Unprotected layers from the least important on (not ascending): all of them where n is None,
+    or the first n.
 
     Arguments and errors as for :func:`least_important`.
     """
@@ -121,15 +149,19 @@ def removal_order(scores: Sequence[float], *, keep_first: int = 0, keep_last: in
     _check_count("keep_first", keep_first, 0, n_layers)
     _check_count("keep_last", keep_last, 0, n_layers - keep_first)
     if n is not None:
-        _check_count("n", n, 0, min(n_layers - keep_first - keep_last, n_layers - 1), "unprotected layers")
+        _check_count(
+            "n", n, 0, min(n_layers - keep_first - keep_last, n_layers - 1), "unprotected layers"
+        )
     order = np.argsort(scores, kind="stable")
     return tuple(int(layer) for layer in order if keep_first <= layer < n_layers - keep_last)[:n]
 
 
 def deepest(n_layers: int, n: int, *, keep_last: int = 1) -> tuple[int, ...]:
-    """The n deepest layers above the last ``keep_last``: the simple rule of arXiv:2403.17887, Sec. 4.4, for 1.
+    """The n deepest layers above the last ``keep_last``: the simple rule of arXiv:2403.17887, Sec.
+    4.4, for 1.
 
-    With ``keep_last=0`` it is the reverse order of arXiv:2411.15558, which removes the last layer too.
+    With ``keep_last=0`` it is the reverse order of arXiv:2411.15558, which removes the last layer
+    too.
     """
     _check_count("n_layers", n_layers, 1, 10**6)
     _check_count("keep_last", keep_last, 0, n_layers)
@@ -138,7 +170,8 @@ def deepest(n_layers: int, n: int, *, keep_last: int = 1) -> tuple[int, ...]:
 
 
 def alternate(n_layers: int, n: int) -> tuple[int, ...]:
-    """Every second layer from L-2 downwards, then the rest from L-3 downwards; the last layer stays."""
+    """Every second layer from L-2 downwards, then the rest from L-3 downwards; the last layer
+    stays."""
     _check_count("n_layers", n_layers, 1, 10**6)
     _check_count("n", n, 0, n_layers - 1, "layers below the last")
     order = [*range(n_layers - 2, -1, -2), *range(n_layers - 3, -1, -2)]
@@ -150,7 +183,11 @@ def random_layers(n_layers: int, n: int, *, seed: int) -> tuple[int, ...]:
     _check_count("n_layers", n_layers, 1, 10**6)
     _check_count("n", n, 0, n_layers - 1)
     _check_count("seed", seed, 0, 2**64)
-    return tuple(sorted(int(layer) for layer in np.random.default_rng(seed).choice(n_layers, n, replace=False)))
+    return tuple(
+        sorted(
+            int(layer) for layer in np.random.default_rng(seed).choice(n_layers, n, replace=False)
+        )
+    )
 
 
 def count_for_fraction(n_layers: int, fraction: float) -> int:
@@ -162,13 +199,21 @@ def count_for_fraction(n_layers: int, fraction: float) -> int:
     _check_count("n_layers", n_layers, 1, 10**6)
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction!r}")
-    n = math.floor(round(n_layers * fraction, 9) + 0.5)  # 50 * 0.29 is 14.499999999999998 in binary, and rounds up
+    n = math.floor(
+        round(n_layers * fraction, 9) + 0.5
+    )  # 50 * 0.29 is 14.499999999999998 in binary, and rounds up
     if n == n_layers:
         raise ValueError(f"fraction {fraction} of {n_layers} layers would leave none")
     return n
 
 
 def _check_count(name: str, value: int, lowest: int, highest: int, of: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not lowest <= value <= highest:
-        raise ValueError(f"{name} must be a whole number from {lowest} to {highest}{f' ({of})' if of else ''}, "
-                         f"got {value!r}")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, np.integer))
+        or not lowest <= value <= highest
+    ):
+        raise ValueError(
+            f"{name} must be a whole number from {lowest} to {highest}{f' ({of})' if of else ''}, "
+            f"got {value!r}"
+        )

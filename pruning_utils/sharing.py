@@ -1,8 +1,10 @@
-"""What several measurements have in common is computed once: beginnings of texts, and first layers of models.
+"""What several measurements have in common is computed once: beginnings of texts, and first layers
+of models.
 
-Answers to one question share its prompt, and questions share their shots. Here every distinct beginning of a token
-sequence passes through the model once: what many prompts share goes into a key-value cache, and each row of a batch
-holds a tree of tokens (a prompt with its answers), in which a token sees those on its path from the root and no others.
+Answers to one question share its prompt, and questions share their shots. Here every distinct
+beginning of a token sequence passes through the model once: what many prompts share goes into a
+key-value cache, and each row of a batch holds a tree of tokens (a prompt with its answers), in
+which a token sees those on its path from the root and no others.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ LOGITS_AT_ONCE = 2**25  # float32 logits alive at a time: 128 MiB
 
 @contextlib.contextmanager
 def replaced(module: object, name: str, function: Callable) -> Iterator[None]:
-    """Let an attribute of this one module, of torch or of Python, be another function for a while."""
+    """Let an attribute of this one module, of torch or of Python, be another function for a
+    while."""
     before = {key: value for key, value in vars(module).items() if key == name}
     vars(module)[name] = function
     try:
@@ -36,29 +39,43 @@ def replaced(module: object, name: str, function: Callable) -> Iterator[None]:
         vars(module).update(before)
 
 
-def run_backbone(model: nn.Module, batch: torch.Tensor, **inputs) -> tuple[nn.Module | None, object]:
-    """The module that the head is applied to, and its output for token ids ``(B, T)``; (None, None) where the two
-    cannot be parted."""
+def run_backbone(
+    model: nn.Module, batch: torch.Tensor, **inputs
+) -> tuple[nn.Module | None, object]:
+    """The module that the head is applied to, and its output for token ids ``(B, T)``; (None, None)
+    where the two cannot be parted."""
     causal = _causal(model)
     if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
         return None, None
     outputs = {}
-    # Most models call their base model; OPT calls the decoder inside it, and Llama 4 has it under another name.
+    # Most models call their base model; OPT calls the decoder inside it, and Llama 4 has it under
+    # another name.
     candidates = (causal.base_model, causal.get_decoder(), getattr(causal, "model", causal))
     with contextlib.ExitStack() as hooks:
         for module in set(candidates) - {causal}:
-            hooks.enter_context(module.register_forward_hook(lambda *call: outputs.update({call[0]: call[2]})))
-        # The head is applied afterwards, to what is asked: for a last token of each row alone it may cost five times
-        # what all layers do.
-        hooks.enter_context(replaced(model.get_output_embeddings(), "forward", lambda states: states[..., :1]))
+            hooks.enter_context(
+                module.register_forward_hook(lambda *call: outputs.update({call[0]: call[2]}))
+            )
+        # The head is applied afterwards, to what is asked: for a last token of each row alone it
+        # may cost five times what all layers do.
+        hooks.enter_context(
+            replaced(model.get_output_embeddings(), "forward", lambda states: states[..., :1])
+        )
         model(batch, logits_to_keep=1, **{"use_cache": False, **inputs})
     backbone = next((module for module in candidates if module in outputs), None)
     states = getattr(outputs.get(backbone), "last_hidden_state", None)
-    return (backbone, outputs[backbone]) if states is not None and states.shape[:2] == batch.shape else (None, None)
+    return (
+        (backbone, outputs[backbone])
+        if states is not None and states.shape[:2] == batch.shape
+        else (None, None)
+    )
 
 
-def head_logits(model: nn.Module, backbone: nn.Module, output: object, states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """float32 logits (n, V) of final states (m, D), a few at a time, by the architecture's own code around the head."""
+def head_logits(
+    model: nn.Module, backbone: nn.Module, output: object, states: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """float32 logits (n, V) of final states (m, D), a few at a time, by the architecture's own code
+    around the head."""
     for part in states.split(max(1, LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings)):
         known = type(output)(**{**output, "last_hidden_state": part[None]})
         with replaced(backbone, "forward", lambda *_, known=known, **__: known):
@@ -67,92 +84,132 @@ def head_logits(model: nn.Module, backbone: nn.Module, output: object, states: t
 
 
 def _causal(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters wrap the model
+    return (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # adapters wrap the model
 
 
 def language_model(model: nn.Module, tokenizer, batch_size: int):
-    """lm-eval's Hugging Face backend for a model in memory, which encodes what requests share only once.
+    """lm-eval's Hugging Face backend for a model in memory, which encodes what requests share only
+    once.
 
-    Log-likelihoods are those of the stock backend up to rounding, which also takes what this cannot: models whose
-    layers keep a state or look through a window or cannot be told positions, and prompts beyond the context length.
+    Log-likelihoods are those of the stock backend up to rounding, which also takes what this
+    cannot: models whose layers keep a state or look through a window or cannot be told positions,
+    and prompts beyond the context length.
     """
     from lm_eval.models.huggingface import HFLM
 
     class SharingLM(HFLM):
         def loglikelihood(self, requests, disable_tqdm=True):
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # no bar for what takes a moment
+            return super().loglikelihood(
+                requests, disable_tqdm=disable_tqdm
+            )  # no bar for what takes a moment
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             most = min(longest_shared(self.model), self.max_length)
             fits = [len(prompt) + len(answer) <= most + 1 for _, prompt, answer in requests]
             left = [request for request, fit in zip(requests, fits, strict=True) if not fit]
-            known = iter(super()._loglikelihood_tokens(left, disable_tqdm, override_bs) if left else [])
-            found = iter(loglikelihoods(self.model, [request[1:] for request, fit in zip(requests, fits, strict=True)
-                                                     if fit], batch_size=self.batch_size))
+            known = iter(
+                super()._loglikelihood_tokens(left, disable_tqdm, override_bs) if left else []
+            )
+            found = iter(
+                loglikelihoods(
+                    self.model,
+                    [request[1:] for request, fit in zip(requests, fits, strict=True) if fit],
+                    batch_size=self.batch_size,
+                )
+            )
             return [next(found if fit else known) for fit in fits]
 
     # HFLM ties weights again, which would undo an untied head, and sets a mode that is set already.
     with replaced(model, "tie_weights", lambda: None), replaced(model, "eval", lambda: model):
-        return SharingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
-                         softmax_dtype="float32")
+        return SharingLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            softmax_dtype="float32",
+        )
 
 
 def longest_shared(model: nn.Module) -> float:
-    """Tokens up to which a model takes masks and positions of our making: 0 for none, ``inf`` for no bound of its own.
+    """Tokens up to which a model takes masks and positions of our making: 0 for none, ``inf`` for
+    no bound of its own.
 
     Layers that look through a window take them while all tokens fit into it.
     """
     causal, config = _causal(model), models.text_config(model)
     takes = set(inspect.signature(causal.forward).parameters)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if (not {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} <= takes
-            or not kinds <= {"full_attention", "sliding_attention"} or getattr(causal, "_is_stateful", False)
-            or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-            or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager")):
+    if (
+        not {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} <= takes
+        or not kinds <= {"full_attention", "sliding_attention"}
+        or getattr(causal, "_is_stateful", False)
+        or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager")
+    ):
         return 0
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = (
+        getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True)
+        else None
+    )
     if "local" in getattr(config, "attention_layers", ()):  # as GPT-Neo names it
         window = config.window_size
     return window or math.inf
 
 
-def loglikelihoods(model: nn.Module, requests: Sequence[tuple[list[int], list[int]]], *, batch_size: int
-                   ) -> list[tuple[float, bool]]:
+def loglikelihoods(
+    model: nn.Module, requests: Sequence[tuple[list[int], list[int]]], *, batch_size: int
+) -> list[tuple[float, bool]]:
     """Log-likelihoods of answers after prompts.
 
     Args:
         model: A causal language model in evaluation mode.
-        requests: Token ids of prompt and answer, at least one each, together at most :func:`longest_shared` plus one:
-            an answer's last token is never an input.
-        batch_size: Rows in a forward pass; a row holds a prompt with its answers, or prompts that share half.
+        requests: Token ids of prompt and answer, at least one each, together at most
+            :func:`longest_shared` plus one: an answer's last token is never an input.
+        batch_size: Rows in a forward pass; a row holds a prompt with its answers, or prompts that
+            share half.
 
     Returns:
-        For each request, in the order given, ``(sum of the log-probabilities in nats, whether greedy decoding would
-        give the answer)``.
+        For each request, in the order given, ``(sum of the log-probabilities in nats, whether
+        greedy decoding would give the answer)``.
     """
     answers: dict[tuple, list[int]] = {}
     for number, (prompt, _) in enumerate(requests):
         answers.setdefault(tuple(prompt), []).append(number)
     sums, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
     groups = _groups(sorted(answers), batch_size)
-    with torch.no_grad(), tqdm(total=len(requests), desc="log-likelihoods", leave=False) as progress:
+    with (
+        torch.no_grad(),
+        tqdm(total=len(requests), desc="log-likelihoods", leave=False) as progress,
+    ):
         for beginning, prompts_of_rows in groups:
-            rows = [_tree([(number, *requests[number]) for prompt in prompts for number in answers[prompt]],
-                          len(beginning)) for prompts in prompts_of_rows]
+            rows = [
+                _tree(
+                    [
+                        (number, *requests[number])
+                        for prompt in prompts
+                        for number in answers[prompt]
+                    ],
+                    len(beginning),
+                )
+                for prompts in prompts_of_rows
+            ]
             rows.sort(key=lambda row: -len(row.tokens))
             cached = _cached(model, beginning)
             for start in range(0, len(rows), batch_size):
-                batch = rows[start:start + batch_size]
+                batch = rows[start : start + batch_size]
                 _add_batch(model, batch, len(beginning), cached, sums, greedy)
                 progress.update(len({number for row in batch for number, *_ in row.predicted}))
     return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
 
 def _groups(prompts: list[tuple], batch_size: int) -> list[tuple[tuple, list[list[tuple]]]]:
-    """Sorted prompts as (beginning to be cached, prompts by row): a cache pays where it fills more than one batch."""
+    """Sorted prompts as (beginning to be cached, prompts by row): a cache pays where it fills more
+    than one batch."""
     alone, groups = [], []
     for run in _runs(prompts, 0, len(prompts)):
-        beginning = run[0][:min(_n_shared(run[0], run[-1]), min(map(len, run)) - 1)]
+        beginning = run[0][: min(_n_shared(run[0], run[-1]), min(map(len, run)) - 1)]
         if len(run) > batch_size:
             groups.append((beginning, _runs(run, len(beginning), batch_size)))
         else:
@@ -161,7 +218,8 @@ def _groups(prompts: list[tuple], batch_size: int) -> list[tuple[tuple, list[lis
 
 
 def _runs(prompts: list[tuple], start: int, most: int) -> list[list[tuple]]:
-    """Neighbours in the sorted list that share at least half of what each has after ``start``, ``most`` in a run."""
+    """Neighbours in the sorted list that share at least half of what each has after ``start``,
+    ``most`` in a run."""
     runs: list[list[tuple]] = []
     for prompt in prompts:
         if runs and len(runs[-1]) < most:
@@ -174,13 +232,19 @@ def _runs(prompts: list[tuple], start: int, most: int) -> list[list[tuple]]:
 
 
 def _n_shared(first: tuple, second: tuple) -> int:
-    return next((place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
-                min(len(first), len(second)))
+    return next(
+        (
+            place
+            for place, (one, other) in enumerate(zip(first, second, strict=False))
+            if one != other
+        ),
+        min(len(first), len(second)),
+    )
 
 
 class _Tree(NamedTuple):
-    """Tokens of a row, the place of each in its text, which tokens it sees (T, T), and what is predicted where:
-    (number of the request, index of the token after which, token)."""
+    """Tokens of a row, the place of each in its text, which tokens it sees (T, T), and what is
+    predicted where: (number of the request, index of the token after which, token)."""
 
     tokens: list[int]
     places: list[int]
@@ -189,7 +253,8 @@ class _Tree(NamedTuple):
 
 
 def _tree(requests: list[tuple[int, list[int], list[int]]], start: int) -> _Tree:
-    """The tree of a row's requests (number, prompt, answer) without their first ``start`` tokens."""
+    """The tree of a row's requests (number, prompt, answer) without their first ``start``
+    tokens."""
     index: dict[tuple[int, int], int] = {}
     tokens, places, parents, predicted = [], [], [], []
     for number, prompt, answer in requests:
@@ -210,7 +275,8 @@ def _tree(requests: list[tuple[int, list[int], list[int]]], start: int) -> _Tree
 
 
 def _cached(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer for the beginning that prompts share; empty where they share nothing."""
+    """Keys and values of each layer for the beginning that prompts share; empty where they share
+    nothing."""
     if not beginning:
         return []
     device = model.get_input_embeddings().weight.device
@@ -218,43 +284,72 @@ def _cached(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torc
     return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def _add_batch(model: nn.Module, rows: list[_Tree], start: int, cached: list, sums: np.ndarray, greedy: np.ndarray
-               ) -> None:
-    """Run one batch of rows, and add what it tells to the requests' sums and whether they are greedy."""
+def _add_batch(
+    model: nn.Module,
+    rows: list[_Tree],
+    start: int,
+    cached: list,
+    sums: np.ndarray,
+    greedy: np.ndarray,
+) -> None:
+    """Run one batch of rows, and add what it tells to the requests' sums and whether they are
+    greedy."""
     from transformers import DynamicCache
+
     longest, device = len(rows[0].tokens), model.get_input_embeddings().weight.device
     tokens, places = (np.zeros((len(rows), longest), dtype=np.int64) for _ in range(2))
     sees = np.zeros((len(rows), 1, longest, start + longest), dtype=bool)
-    sees[..., :start], sees[..., start:] = True, np.eye(longest, dtype=bool)  # padding sees itself, lest it be NaN
+    sees[..., :start], sees[..., start:] = (
+        True,
+        np.eye(longest, dtype=bool),
+    )  # padding sees itself, lest it be NaN
     for number, row in enumerate(rows):
         size = len(row.tokens)
         tokens[number, :size], places[number, :size] = row.tokens, row.places
-        sees[number, 0, :size, start:start + size] = row.sees
-    hidden = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(torch.from_numpy(~sees),
-                                                                     torch.finfo(model.dtype).min)
-    inputs = {"attention_mask": hidden.to(device), "position_ids": torch.from_numpy(places).to(device)}
+        sees[number, 0, :size, start : start + size] = row.sees
+    hidden = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(
+        torch.from_numpy(~sees), torch.finfo(model.dtype).min
+    )
+    inputs = {
+        "attention_mask": hidden.to(device),
+        "position_ids": torch.from_numpy(places).to(device),
+    }
     if cached:
         inputs |= {"past_key_values": DynamicCache(), "use_cache": True}
         for layer, pair in enumerate(cached):
-            inputs["past_key_values"].update(*(part.expand(len(rows), -1, -1, -1) for part in pair), layer)
+            inputs["past_key_values"].update(
+                *(part.expand(len(rows), -1, -1, -1) for part in pair), layer
+            )
     backbone, output = run_backbone(model, torch.from_numpy(tokens).to(device), **inputs)
-    flat = np.array([(number, place * longest + node, token) for place, row in enumerate(rows)
-                     for number, node, token in row.predicted])
+    flat = np.array(
+        [
+            (number, place * longest + node, token)
+            for place, row in enumerate(rows)
+            for number, node, token in row.predicted
+        ]
+    )
     wanted, which = np.unique(flat[:, 1], return_inverse=True)
     states, first = output.last_hidden_state.flatten(0, 1)[torch.from_numpy(wanted).to(device)], 0
     for logits in head_logits(model, backbone, output, states):
         here = (which >= first) & (which < first + len(logits))
-        positions, targets = (torch.from_numpy(part[here]).to(device) for part in (which - first, flat[:, 2]))
-        found = logits.log_softmax(-1)[positions, targets]  # as lm-eval does: logsumexp differs by 1e-5 nats a token
+        positions, targets = (
+            torch.from_numpy(part[here]).to(device) for part in (which - first, flat[:, 2])
+        )
+        found = logits.log_softmax(-1)[
+            positions, targets
+        ]  # as lm-eval does: logsumexp differs by 1e-5 nats a token
         np.add.at(sums, flat[here, 0], found.double().cpu().numpy())
-        np.logical_and.at(greedy, flat[here, 0], (logits.argmax(-1)[positions] == targets).cpu().numpy())
+        np.logical_and.at(
+            greedy, flat[here, 0], (logits.argmax(-1)[positions] == targets).cpu().numpy()
+        )
         first += len(logits)
 
 
 class SharedLayers:
     """First layers that several models have in common, run once for each batch they all see.
 
-    Outputs of the layers are kept in memory, up to a number of bytes; what does not fit is computed again.
+    Outputs of the layers are kept in memory, up to a number of bytes; what does not fit is computed
+    again.
 
     Args:
         depths: Numbers of first layers that later models share; outputs are kept there only.
@@ -266,11 +361,15 @@ class SharedLayers:
 
     @contextlib.contextmanager
     def used_by(self, model: nn.Module, n_shared: int) -> Iterator[None]:
-        """Take the outputs of the model's first ``n_shared`` layers from what is kept, and keep them where missing."""
+        """Take the outputs of the model's first ``n_shared`` layers from what is kept, and keep
+        them where missing."""
         layers = models.decoder_layers(model)
         with contextlib.ExitStack() as undo:
-            undo.enter_context(models.backbone(_causal(model)).register_forward_pre_hook(
-                lambda _, given, named: self._begin(given, named, n_shared), with_kwargs=True))
+            undo.enter_context(
+                models.backbone(_causal(model)).register_forward_pre_hook(
+                    lambda _, given, named: self._begin(given, named, n_shared), with_kwargs=True
+                )
+            )
             for depth, layer in enumerate(layers[:n_shared], start=1):
                 undo.enter_context(replaced(layer, "forward", self._forward(layer.forward, depth)))
             yield
@@ -280,7 +379,9 @@ class SharedLayers:
         if named.get("use_cache"):  # skipped layers would leave holes in a key-value cache
             return
         tensors = [value for value in (*given, *named.values()) if isinstance(value, torch.Tensor)]
-        self.known = self.kept.setdefault(runtime.tensor_digest({str(n): part for n, part in enumerate(tensors)}), {})
+        self.known = self.kept.setdefault(
+            runtime.tensor_digest({str(n): part for n, part in enumerate(tensors)}), {}
+        )
         self.depth = max((depth for depth in self.known if depth <= n_shared), default=0)
 
     def _forward(self, own: Callable, depth: int) -> Callable:
@@ -288,10 +389,14 @@ class SharedLayers:
             if depth <= self.depth:
                 return self.known[self.depth]  # skipped layers pass on what the last of them gave
             output = own(*given, **named)
-            size = sum(part.nbytes for part in (output if isinstance(output, tuple) else (output,))
-                       if isinstance(part, torch.Tensor))
+            size = sum(
+                part.nbytes
+                for part in (output if isinstance(output, tuple) else (output,))
+                if isinstance(part, torch.Tensor)
+            )
             if self.known is not None and depth in self.depths and size <= self.room:
                 self.known[depth] = output
                 self.room -= size
             return output
+
         return forward

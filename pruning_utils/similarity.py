@@ -1,4 +1,5 @@
-"""How alike the hidden states before and after each run of layers are: every block and both token rules in one pass."""
+"""How alike the hidden states before and after each run of layers are: every block and both token
+rules in one pass."""
 
 from __future__ import annotations
 
@@ -12,29 +13,33 @@ from torch import nn
 from pruning_utils import models
 from pruning_utils.bars import tqdm
 
-# Where cos is this near 1 or -1, the fp32 Gram has lost the angle's digits; |u - v| or |u + v| still holds them.
+# Where cos is this near 1 or -1, the fp32 Gram has lost the angle's digits; |u - v| or |u + v|
+# still holds them.
 SMALL_ANGLE_COSINE = 0.999
 CHUNK_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Distances between the inputs of layers, and the influence of each layer; L is the number of layers.
+    """Distances between the inputs of layers, and the influence of each layer; L is the number of
+    layers.
 
-    Index i of a state is 0-based: i < L is the input of layer i, and L the raw output of the last layer, before the
-    final norm. All arrays are float64.
+    Index i of a state is 0-based: i < L is the input of layer i, and L the raw output of the last
+    layer, before the final norm. All arrays are float64.
 
     Attributes:
-        angular_distance: ``(L+1, L+1)``, symmetric with a zero diagonal, in [0, 1] (1 is opposite). Entry [i, j] is the
-            mean over samples of arccos(cos(h_i, h_j)) / pi at the last real token, the distance of Sec. 3.2 of
-            arXiv:2403.17887 for the block of layers i to j-1.
+        angular_distance: ``(L+1, L+1)``, symmetric with a zero diagonal, in [0, 1] (1 is opposite).
+            Entry [i, j] is the mean over samples of arccos(cos(h_i, h_j)) / pi at the last real
+            token, the distance of Sec. 3.2 of arXiv:2403.17887 for the block of layers i to j-1.
         angular_distance_all_tokens: The same, mean over all real tokens.
-        block_influence: ``(L,)``, mean over real tokens of 1 - cos(h_i, h_{i+1}), in [0, 2]; arXiv:2403.03853, Eq. (1).
-        block_influence_flattened: ``(L,)``, 1 minus one cosine over all tokens' states laid end to end, as in released
-            code of arXiv:2411.15558; a single token with a huge norm decides it.
+        block_influence: ``(L,)``, mean over real tokens of 1 - cos(h_i, h_{i+1}), in [0, 2];
+            arXiv:2403.03853, Eq. (1).
+        block_influence_flattened: ``(L,)``, 1 minus one cosine over all tokens' states laid end to
+            end, as in released code of arXiv:2411.15558; a single token with a huge norm decides
+            it.
         n_samples: Number of samples, and ``n_tokens`` of real tokens, that the means are over.
-        last_token_samples: ``(n_samples, L+1, L+1)`` float32: the distances at the last token before the mean, from
-            which intervals are drawn.
+        last_token_samples: ``(n_samples, L+1, L+1)`` float32: the distances at the last token
+            before the mean, from which intervals are drawn.
     """
 
     angular_distance: np.ndarray
@@ -46,58 +51,82 @@ class Similarity:
     last_token_samples: np.ndarray = field(repr=False)
 
 
-def measure_similarity(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *,
-                       batch_size: int = 8) -> Similarity:
-    """Measure angular distances of all blocks and block influence of all layers in one pass over the text.
+def measure_similarity(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    batch_size: int = 8,
+) -> Similarity:
+    """Measure angular distances of all blocks and block influence of all layers in one pass over
+    the text.
 
-    Per token, the L+1 states are scaled to unit length and multiplied with each other; angles and cosines go into
-    running sums, so that the states of only one micro-batch are alive at a time. Each layer runs once per micro-batch
-    and the language-model head never. Rows are moved to right padding first: a causal model's states at real tokens
-    then do not depend on the padding. Products are taken in float32, sums in float64.
+    Per token, the L+1 states are scaled to unit length and multiplied with each other; angles and
+    cosines go into running sums, so that the states of only one micro-batch are alive at a time.
+    Each layer runs once per micro-batch and the language-model head never. Rows are moved to right
+    padding first: a causal model's states at real tokens then do not depend on the padding.
+    Products are taken in float32, sums in float64.
 
     Args:
-        model: A causal language model, quantised if need be; it is left as it was, and can be trained.
+        model: A causal language model, quantised if need be; it is left as it was, and can be
+            trained.
         input_ids: Token ids of shape ``(n_samples, seq_len)``.
-        attention_mask: 1 at real tokens and 0 at padding, of the same shape; the real tokens of a row must be
-            consecutive. None: all are real.
+        attention_mask: 1 at real tokens and 0 at padding, of the same shape; the real tokens of a
+            row must be consecutive. None: all are real.
         batch_size: Samples in a micro-batch, at least 1.
 
     Returns:
         The :class:`Similarity`.
 
     Raises:
-        ValueError: If an argument is out of range, or a state is zero or not finite (the layer and sample are named).
+        ValueError: If an argument is out of range, or a state is zero or not finite (the layer and
+            sample are named).
     """
     models.check_input_ids(model, input_ids)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+    if (
+        isinstance(batch_size, bool)
+        or not isinstance(batch_size, int | np.integer)
+        or batch_size < 1
+    ):
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     rows, lengths = align_right_padded(input_ids, attention_mask)
     sums = _RunningSums(len(models.decoder_layers(model)))
     with _LayerStates(model) as states, torch.no_grad():
         for start in tqdm(range(0, len(rows), batch_size), desc="similarity", leave=False):
-            length = lengths[start:start + batch_size]
+            length = lengths[start : start + batch_size]
             # No name for the states: they must be gone before the next micro-batch begins.
-            sums.add(states.of(rows[start:start + batch_size, :int(length.max())].to(model.device)),
-                     length.to(model.device), first_sample=start)
+            sums.add(
+                states.of(rows[start : start + batch_size, : int(length.max())].to(model.device)),
+                length.to(model.device),
+                first_sample=start,
+            )
     return sums.result()
 
 
-def align_right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-                       ) -> tuple[torch.Tensor, torch.Tensor]:
+def align_right_padded(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Move the real tokens of each row to its left end.
 
     Returns:
-        The rows, of the shape of ``input_ids``, and the number of real tokens of each, of shape ``(n_samples,)``.
+        The rows, of the shape of ``input_ids``, and the number of real tokens of each, of shape
+        ``(n_samples,)``.
 
     Raises:
-        ValueError: If the mask has another shape, other values than 0 and 1, an empty row, or a gap within a row.
+        ValueError: If the mask has another shape, other values than 0 and 1, an empty row, or a gap
+            within a row.
     """
     n_samples, seq_len = input_ids.shape
     if attention_mask is None:
         return input_ids, torch.full((n_samples,), seq_len)
-    if attention_mask.shape != input_ids.shape or not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise ValueError(f"attention_mask must hold 0 and 1 in the shape {tuple(input_ids.shape)} of input_ids, got "
-                         f"shape {tuple(attention_mask.shape)}, values {attention_mask.unique().tolist()[:4]}")
+    if attention_mask.shape != input_ids.shape or not bool(
+        ((attention_mask == 0) | (attention_mask == 1)).all()
+    ):
+        raise ValueError(
+            f"attention_mask must hold 0 and 1 in the shape {tuple(input_ids.shape)} of input_ids, "
+            "got "
+            f"shape {tuple(attention_mask.shape)}, values {attention_mask.unique().tolist()[:4]}"
+        )
     mask = attention_mask.to("cpu", torch.long)
     lengths, starts = mask.sum(1), mask.argmax(1)
     ends = seq_len - mask.flip(1).argmax(1)
@@ -109,7 +138,8 @@ def align_right_padded(input_ids: torch.Tensor, attention_mask: torch.Tensor | N
 
 
 class _LayerStates:
-    """Collects the input of every decoder layer and the raw output of the last one while the backbone runs."""
+    """Collects the input of every decoder layer and the raw output of the last one while the
+    backbone runs."""
 
     def __init__(self, model: nn.Module):
         self.model, self.layers = model, models.decoder_layers(model)
@@ -117,9 +147,14 @@ class _LayerStates:
 
     def __enter__(self):
         self.modes = {module: module.training for module in self.model.modules()}
-        for module in self.modes:  # in evaluation mode, 4-bit layers on a CPU pack their weights and train no more
+        for module in (
+            self.modes
+        ):  # in evaluation mode, 4-bit layers on a CPU pack their weights and train no more
             module.training = bool(getattr(module, "support_avx512bf16_for_cpu", False))
-        self.hooks = [layer.register_forward_pre_hook(self._keep_input, with_kwargs=True) for layer in self.layers]
+        self.hooks = [
+            layer.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            for layer in self.layers
+        ]
         self.hooks.append(self.layers[-1].register_forward_hook(self._keep_output))
         return self
 
@@ -142,7 +177,10 @@ class _LayerStates:
         models.backbone(self.model)(input_ids=input_ids, use_cache=False)
         states, self.states = self.states, []
         if len(states) != len(self.layers) + 1:
-            raise ValueError(f"{type(self.model).__name__} ran {len(states) - 1} of its {len(self.layers)} layers once")
+            raise ValueError(
+                f"{type(self.model).__name__} ran {len(states) - 1} of its {len(self.layers)} "
+                "layers once"
+            )
         return states
 
 
@@ -157,30 +195,49 @@ class _RunningSums:
         self.n_tokens, self.last = 0, []
 
     def add(self, states: list[torch.Tensor], lengths: torch.Tensor, first_sample: int) -> None:
-        """Add one micro-batch: L+1 states of shape (batch, seq_len, hidden), and the real tokens of each row."""
+        """Add one micro-batch: L+1 states of shape (batch, seq_len, hidden), and the real tokens of
+        each row."""
         batch, seq_len, hidden = states[0].shape
         real = (torch.arange(seq_len, device=lengths.device) < lengths[:, None]).flatten()
-        rows = [state.flatten(0, 1) if bool(real.all()) else state.flatten(0, 1)[real] for state in states]
+        rows = [
+            state.flatten(0, 1) if bool(real.all()) else state.flatten(0, 1)[real]
+            for state in states
+        ]
         n_tokens = len(rows[0])
-        # A chunk's states fit the processor's cache: the pass is bound by memory, not by arithmetic.
-        chunk = rows[0].new_empty(min(n_tokens, CHUNK_TOKENS), self.n_states, hidden, dtype=torch.float32)
+        # A chunk's states fit the processor's cache: the pass is bound by memory, not by
+        # arithmetic.
+        chunk = rows[0].new_empty(
+            min(n_tokens, CHUNK_TOKENS), self.n_states, hidden, dtype=torch.float32
+        )
         for start in range(0, n_tokens, CHUNK_TOKENS):
-            by_token = chunk[:min(CHUNK_TOKENS, n_tokens - start)]
+            by_token = chunk[: min(CHUNK_TOKENS, n_tokens - start)]
             for index, row in enumerate(rows):
-                by_token[:, index] = row[start:start + CHUNK_TOKENS]
+                by_token[:, index] = row[start : start + CHUNK_TOKENS]
             angle, cosine, norm = _angles(by_token)
             if not bool(torch.isfinite(angle).all()):
-                index, token = (int(place) for place in (~torch.isfinite(norm) | (norm == 0)).T.nonzero()[0])
-                sample = first_sample + int(torch.searchsorted(lengths.cumsum(0), start + token, right=True))
-                raise ValueError(f"the input of layer {index} (where {self.n_states - 1} is the output of the last) is "
-                                 f"zero or not finite at a token of sample {sample}")
+                index, token = (
+                    int(place) for place in (~torch.isfinite(norm) | (norm == 0)).T.nonzero()[0]
+                )
+                sample = first_sample + int(
+                    torch.searchsorted(lengths.cumsum(0), start + token, right=True)
+                )
+                raise ValueError(
+                    f"the input of layer {index} (where {self.n_states - 1} is the output of the "
+                    "last) is "
+                    f"zero or not finite at a token of sample {sample}"
+                )
             self.angles += angle.sum(0, dtype=torch.float64).cpu().numpy()
             neighbours = cosine.diagonal(1, dim1=1, dim2=2).double()
             self.influence += (1 - neighbours).sum(0).cpu().numpy()
             self.inner += (neighbours * norm[:, 1:] * norm[:, :-1]).sum(0).cpu().numpy()
             self.squares += norm.square().sum(0).cpu().numpy()
         ends = lengths.cumsum(0) - 1
-        self.last.append(_angles(torch.stack([row[ends] for row in rows], dim=1).double())[0].float().cpu().numpy())
+        self.last.append(
+            _angles(torch.stack([row[ends] for row in rows], dim=1).double())[0]
+            .float()
+            .cpu()
+            .numpy()
+        )
         self.n_tokens += n_tokens
 
     def result(self) -> Similarity:
@@ -189,10 +246,14 @@ class _RunningSums:
         last, every = samples.mean(0, dtype=np.float64), self.angles / self.n_tokens
         return Similarity(
             # A product's two triangles may differ in the last bit.
-            angular_distance=(last + last.T) / 2, angular_distance_all_tokens=(every + every.T) / 2,
+            angular_distance=(last + last.T) / 2,
+            angular_distance_all_tokens=(every + every.T) / 2,
             block_influence=self.influence / self.n_tokens,
             block_influence_flattened=1 - self.inner / (lengths[1:] * lengths[:-1]),
-            n_samples=len(samples), n_tokens=self.n_tokens, last_token_samples=samples)
+            n_samples=len(samples),
+            n_tokens=self.n_tokens,
+            last_token_samples=samples,
+        )
 
 
 def _angles(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -202,12 +263,15 @@ def _angles(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         states: ``(tokens, L+1, hidden)``, float32 or float64.
 
     Returns:
-        Angles in [0, 1], symmetric and exactly 0 on the diagonal, and cosines, both of shape ``(tokens, L+1, L+1)``;
-        lengths in float64, ``(tokens, L+1)``. A zero or non-finite state gives NaN.
+        Angles in [0, 1], symmetric and exactly 0 on the diagonal, and cosines, both of shape
+        ``(tokens, L+1, L+1)``; lengths in float64, ``(tokens, L+1)``. A zero or non-finite state
+        gives NaN.
     """
     gram = torch.bmm(states, states.transpose(1, 2))
     norm = gram.diagonal(dim1=1, dim2=2).sqrt().double()
-    if not bool(((norm > 1e-15) & (norm < 1e15)).all()):  # squares near the ends of the float range lose digits
+    if not bool(
+        ((norm > 1e-15) & (norm < 1e15)).all()
+    ):  # squares near the ends of the float range lose digits
         scale = states.abs().amax(-1, keepdim=True)
         states = states / scale
         gram = torch.bmm(states, states.transpose(1, 2))
@@ -217,14 +281,18 @@ def _angles(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         lengths = norm
     inverse = (1 / lengths).to(gram.dtype)
     cosine = gram.mul_(inverse[:, :, None]).mul_(inverse[:, None, :])
-    cosine.diagonal(dim1=1, dim2=2).fill_(0)  # its angle is set below; 0 keeps it out of the repair of small angles
+    cosine.diagonal(dim1=1, dim2=2).fill_(
+        0
+    )  # its angle is set below; 0 keeps it out of the repair of small angles
     near = (cosine.abs() > SMALL_ANGLE_COSINE).nonzero(as_tuple=True)
     angle = cosine.clamp_(-1, 1).acos().mul_(1 / math.pi)
     angle.diagonal(dim1=1, dim2=2).fill_(0)
     for token, row, column in zip(*(index.split(4096) for index in near), strict=True):
         sign = cosine[token, row, column].sign()
-        chord = (states[token, row] * inverse[token, row, None] -
-                 states[token, column] * (sign * inverse[token, column])[:, None]).norm(dim=-1)
+        chord = (
+            states[token, row] * inverse[token, row, None]
+            - states[token, column] * (sign * inverse[token, column])[:, None]
+        ).norm(dim=-1)
         small = 2 / math.pi * (chord / 2).asin()
         angle[token, row, column] = torch.where(sign > 0, small, 1 - small)
         cosine[token, row, column] = sign * (1 - chord.square() / 2)

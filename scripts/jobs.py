@@ -56,7 +56,8 @@ class Job:
         return self.path.stem
 
     def kept_at(self, project: Path) -> Path:
-        """Where the executed copy is kept in the checkout: it replaces the notebook, or lies beside its results."""
+        """Where the executed copy is kept in the checkout: it replaces the notebook, or lies beside
+        its results."""
         if self.profile == COMMITTED and not set(self.changes) - notebook_files.UNRECORDED:
             return self.path
         return project / "results" / self.profile / "notebooks" / self.path.name
@@ -67,7 +68,9 @@ def notebook_paths(project: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted((project / "notebooks").glob("[0-9]*.ipynb"))}
 
 
-def plan(project: Path, profile: str, only: list[str], given: dict[str, str], recompute: bool) -> list[Job]:
+def plan(
+    project: Path, profile: str, only: list[str], given: dict[str, str], recompute: bool
+) -> list[Job]:
     """The notebooks to run, in order, each with its values.
 
     Args:
@@ -83,12 +86,19 @@ def plan(project: Path, profile: str, only: list[str], given: dict[str, str], re
     paths = notebook_paths(project)
     unknown = [start for start in only if not any(name.startswith(start) for name in paths)]
     if unknown or not paths:
-        raise Refused(f"no notebook {' or '.join(unknown)}; there are: {', '.join(paths) or 'none'}")
+        raise Refused(
+            f"no notebook {' or '.join(unknown)}; there are: {', '.join(paths) or 'none'}"
+        )
     chosen = [name for name in paths if not only or name.startswith(tuple(only))]
     if given and len(chosen) != 1:
-        raise Refused(f"-p sets parameters of one notebook, chosen are: {', '.join(chosen)}; name one with --only")
+        raise Refused(
+            f"-p sets parameters of one notebook, chosen are: {', '.join(chosen)}; name one with "
+            "--only"
+        )
     sections = read_profile(project / "profiles", profile, list(paths))
-    extra = {name: literal(text) for name, text in given.items()} | ({"recompute": True} if recompute else {})
+    extra = {name: literal(text) for name, text in given.items()} | (
+        {"recompute": True} if recompute else {}
+    )
     jobs, faults = [], []
     for name, path in paths.items():
         try:
@@ -96,7 +106,9 @@ def plan(project: Path, profile: str, only: list[str], given: dict[str, str], re
         except ValueError as error:
             raise Refused(str(error)) from error
         values = {**sections["all"], **sections[name], **(extra if name in chosen else {})}
-        faults += [fault for key in values if (fault := parameter_fault(name, key, values[key], defaults))]
+        faults += [
+            fault for key in values if (fault := parameter_fault(name, key, values[key], defaults))
+        ]
         if name in chosen:
             changes = {key: value for key, value in values.items() if value != defaults.get(key)}
             jobs.append(Job(path, profile, {**defaults, **values}, changes))
@@ -119,27 +131,40 @@ def read_profile(folder: Path, profile: str, notebooks: list[str]) -> dict[str, 
     except yaml.YAMLError as error:
         raise Refused(f"profile {profile} is no YAML: {error}") from error
     allowed = ["all", *notebooks]
-    if not isinstance(sections, dict) or not all(isinstance(values or {}, dict) for values in sections.values()):
-        raise Refused(f"profile {profile} must map sections to parameter values; sections are: {', '.join(allowed)}")
+    if not isinstance(sections, dict) or not all(
+        isinstance(values or {}, dict) for values in sections.values()
+    ):
+        raise Refused(
+            f"profile {profile} must map sections to parameter values; sections are: "
+            f"{', '.join(allowed)}"
+        )
     if unknown := [str(name) for name in sections if name not in allowed]:
-        raise Refused(f"profile {profile} has sections {', '.join(unknown)}; allowed are: {', '.join(allowed)}")
+        raise Refused(
+            f"profile {profile} has sections {', '.join(unknown)}; allowed are: "
+            f"{', '.join(allowed)}"
+        )
     return {name: sections.get(name) or {} for name in allowed}
 
 
 def parameter_fault(name: str, key: str, value: object, defaults: dict[str, object]) -> str:
-    """What is wrong with a value: the notebook lacks the parameter, or its default has another type; "" if nothing."""
+    """What is wrong with a value: the notebook lacks the parameter, or its default has another
+    type; "" if nothing."""
     if key not in defaults:
         return f"{name} has no parameter {key}; it has: {', '.join(defaults)}"
     default = defaults[key]
-    kinds = {float: (int, float), tuple: (list, tuple), list: (list, tuple)}.get(type(default), type(default))
+    kinds = {float: (int, float), tuple: (list, tuple), list: (list, tuple)}.get(
+        type(default), type(default)
+    )
     fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
     if fits or value is None or default is None:
         return ""
-    return f"{name}: {key} must be a {type(default).__name__} like its default {default!r}, got {value!r}"
+    kind = type(default).__name__
+    return f"{name}: {key} must be a {kind} like its default {default!r}, got {value!r}"
 
 
 def literal(text: str) -> object:
-    """A value of the command line: a Python literal such as ``3e-4`` or ``[1, 2]``, else what YAML makes of it."""
+    """A value of the command line: a Python literal such as ``3e-4`` or ``[1, 2]``, else what YAML
+    makes of it."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -155,5 +180,7 @@ def ready(waiting: Collection[Job], running: Collection[Job]) -> list[Job]:
 
 def chain_behind(name: str) -> list[str]:
     """The longest chain of notebooks that wait for this one, each for the one before it."""
-    chains = [[follower, *chain_behind(follower)] for follower, first in AFTER.items() if name in first]
+    chains = [
+        [follower, *chain_behind(follower)] for follower, first in AFTER.items() if name in first
+    ]
     return max(chains, key=len, default=[])

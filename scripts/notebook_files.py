@@ -1,4 +1,5 @@
-"""Notebook files: their parameters, executed copies that two machines agree on, and the summary numbers inside."""
+"""Notebook files: their parameters, executed copies that two machines agree on, and the summary
+numbers inside."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ from pruning_utils.results import SUMMARY_MIME
 INJECTED = "injected-parameters"
 UNRECORDED = {"recompute"}  # parameters that decide how a number is come by, not which
 KEPT_METADATA = {"tags", "jupyter", "slideshow", "editable"}
-METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"}}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
@@ -28,7 +31,9 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 def read_notebook(path: Path) -> NotebookNode:
     """A notebook without the cell of parameters that an earlier run may have put in."""
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if INJECTED not in cell.metadata.get("tags", [])]
+    notebook.cells = [
+        cell for cell in notebook.cells if INJECTED not in cell.metadata.get("tags", [])
+    ]
     return notebook
 
 
@@ -36,7 +41,8 @@ def parameters_of(notebook: NotebookNode, name: str) -> dict[str, object]:
     """Names and default values that the cell tagged ``parameters`` assigns.
 
     Raises:
-        ValueError: If there is not exactly one such cell, or it holds anything but assignments of plain literals.
+        ValueError: If there is not exactly one such cell, or it holds anything but assignments of
+            plain literals.
     """
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
@@ -45,20 +51,28 @@ def parameters_of(notebook: NotebookNode, name: str) -> dict[str, object]:
     for node in ast.parse(tagged[0].source).body:
         try:
             (target,) = node.targets if isinstance(node, ast.Assign) else [node.target]
-            values[target.id] = ast.literal_eval(node.value if not isinstance(node, ast.AugAssign) else node)
+            values[target.id] = ast.literal_eval(
+                node.value if not isinstance(node, ast.AugAssign) else node
+            )
         except (AttributeError, ValueError) as error:
-            raise ValueError(f"{name}: the parameters cell must assign plain literals, one name a line; this is none: "
-                             f"{ast.unparse(node)}") from error
+            raise ValueError(
+                f"{name}: the parameters cell must assign plain literals, one name a line; this is "
+                "none: "
+                f"{ast.unparse(node)}"
+            ) from error
     return values
 
 
 def source_digest(notebook: NotebookNode) -> str:
     """sha256 of what is written in a notebook; its outputs do not count."""
-    return records.digest(records.canonical([[cell.cell_type, cell.source] for cell in notebook.cells]))
+    return records.digest(
+        records.canonical([[cell.cell_type, cell.source] for cell in notebook.cells])
+    )
 
 
 def scrub(notebook: NotebookNode) -> None:
-    """Remove from an executed notebook, in place, what differs from run to run or from machine to machine.
+    """Remove from an executed notebook, in place, what differs from run to run or from machine to
+    machine.
 
     Raises:
         ValueError: If a code cell was not executed.
@@ -69,7 +83,9 @@ def scrub(notebook: NotebookNode) -> None:
         if INJECTED in cell.metadata.get("tags", []) and not _name_injected(cell):
             continue
         cells.append(cell)
-        cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key in KEPT_METADATA})
+        cell.metadata = nbformat.from_dict(
+            {key: value for key, value in cell.metadata.items() if key in KEPT_METADATA}
+        )
         if not cell.metadata.get("tags", True):
             del cell.metadata["tags"]
         if cell.cell_type != "code":
@@ -108,26 +124,48 @@ def machine_traces(notebook: NotebookNode, roots: list[Path]) -> list[str]:
 
     Args:
         notebook: An executed notebook.
-        roots: Folders to look for; this Python's, the home and the temporary folder are looked for anyway.
+        roots: Folders to look for; this Python's, the home and the temporary folder are looked for
+            anyway.
     """
-    folders = {str(form) for root in [*roots, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir())]
-               for form in (root.absolute(), root.resolve()) if len(form.parts) > 1}
-    named = re.compile("|".join(rf"(?<![\w.]){re.escape(folder)}(?![\w-])" for folder in sorted(folders, reverse=True)))
+    folders = {
+        str(form)
+        for root in [*roots, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir())]
+        for form in (root.absolute(), root.resolve())
+        if len(form.parts) > 1
+    }
+    named = re.compile(
+        "|".join(
+            rf"(?<![\w.]){re.escape(folder)}(?![\w-])" for folder in sorted(folders, reverse=True)
+        )
+    )
     found = []
     for number, cell in enumerate(notebook.cells, start=1):
         for output in cell.get("outputs", []):
-            shown = {kind: data for kind, data in output.get("data", {}).items() if not kind.startswith("image/")}
+            shown = {
+                kind: data
+                for kind, data in output.get("data", {}).items()
+                if not kind.startswith("image/")
+            }
             text = output.get("text", "") + json.dumps(shown)
-            found += [f"cell {number}: {text[max(0, match.start() - 40):match.end() + 40]!r}"
-                      for pattern in (named, ADDRESS) for match in pattern.finditer(text)]
+            found += [
+                f"cell {number}: {text[max(0, match.start() - 40) : match.end() + 40]!r}"
+                for pattern in (named, ADDRESS)
+                for match in pattern.finditer(text)
+            ]
     return found
 
 
 def summary_rows(notebook: NotebookNode) -> list[dict]:
-    """The numbers that an executed notebook shows by ``results.summary`` in its cells tagged ``summary``."""
-    return [row for cell in notebook.cells if "summary" in cell.metadata.get("tags", [])
-            for output in cell.get("outputs", []) if SUMMARY_MIME in output.get("data", {})
-            for row in output.data[SUMMARY_MIME]["rows"]]
+    """The numbers that an executed notebook shows by ``results.summary`` in its cells tagged
+    ``summary``."""
+    return [
+        row
+        for cell in notebook.cells
+        if "summary" in cell.metadata.get("tags", [])
+        for output in cell.get("outputs", [])
+        if SUMMARY_MIME in output.get("data", {})
+        for row in output.data[SUMMARY_MIME]["rows"]
+    ]
 
 
 def last_lines(traceback: list[str], limit: int = 12) -> str:

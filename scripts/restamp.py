@@ -1,9 +1,11 @@
-"""Stamp tables whose record names the modules they were computed with (the form before stamps), by proof.
+"""Stamp tables whose record names the modules they were computed with (the form before stamps), by
+proof.
 
-A table of that form holds digests of all modules that were imported when it was computed. At a commit at which those
-that its compute function reaches are unchanged, the definitions that it reaches are those that computed it, provided
-that all lie within the recorded modules or in those that kept results and computed nothing. Both are checked for each
-table; one that fails keeps its record and is named. Nothing is computed.
+A table of that form holds digests of all modules that were imported when it was computed. At a
+commit at which those that its compute function reaches are unchanged, the definitions that it
+reaches are those that computed it, provided that all lie within the recorded modules or in those
+that kept results and computed nothing. Both are checked for each table; one that fails keeps its
+record and is named. Nothing is computed.
 
     python scripts/restamp.py COMMIT
 """
@@ -27,7 +29,8 @@ from pathlib import Path
 
 from pruning_utils import definitions, records, runtime
 
-# These were left out of the recorded modules; what is reached of them is compared with the commit of the table.
+# These were left out of the recorded modules; what is reached of them is compared with the commit
+# of the table.
 NOT_RECORDED = {"", "records", "runtime"}
 # What computed a table, by the end of "<notebook>/<table>".
 ROOTS = {
@@ -43,8 +46,10 @@ ROOTS = {
     r"08_\w+/embedded-storage": "shape_study.measure_storage",
     r"(08|10)_\w+/embedded-costs": "cost_study.measure_cost",
     r"09_\w+/embedded-scores": "metric_study.score_metrics",
-    r"0[689]_\w+/embedded-(answers|healed|quantised|rates|seeds|sets|trained|unhealed|variants)":
-        "importance_study.SetStudy",
+    (
+        r"0[689]_\w+/embedded-"
+        r"(answers|healed|quantised|rates|seeds|sets|trained|unhealed|variants)"
+    ): "importance_study.SetStudy",
     r"11_\w+/embedded-(rounds|rates-rounds)": "iterative_study.IterativeStudy",
     r"11_\w+/embedded-samples": "choice_study.score_sample",
     r"12_\w+/embedded-release": "release.measure_release",
@@ -57,19 +62,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("commit", help="at which no recorded module that is reached had changed")
     commit = parser.parse_args().commit
-    faults = [fault for path in sorted((runtime.project_root() / "results").glob("*/*/run.json"))
-              for fault in restamp(path, commit)]
+    faults = [
+        fault
+        for path in sorted((runtime.project_root() / "results").glob("*/*/run.json"))
+        for fault in restamp(path, commit)
+    ]
     print("\n".join(faults) or "every table is stamped")
     return len(faults)
 
 
 @functools.cache
 def package_at(commit: str) -> definitions.Package:
-    """The package as it was at a commit, unpacked into a folder that lasts as long as this process."""
+    """The package as it was at a commit, unpacked into a folder that lasts as long as this
+    process."""
     folder = tempfile.mkdtemp(prefix="pruning_utils_restamp_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    archive = subprocess.run(["git", "-C", str(runtime.project_root()), "archive", commit, "pruning_utils"],
-                             capture_output=True, check=True).stdout
+    archive = subprocess.run(
+        ["git", "-C", str(runtime.project_root()), "archive", commit, "pruning_utils"],
+        capture_output=True,
+        check=True,
+    ).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
     return definitions.Package(Path(folder) / "pruning_utils")
@@ -82,31 +94,44 @@ def restamp(path: Path, commit: str) -> list[str]:
         if "modules" not in record:
             continue
         table = f"{path.parent.name}/{name}"
-        root = next(tuple(where.rsplit(".", 1)) for pattern, where in ROOTS.items() if re.fullmatch(pattern, table))
+        root = next(
+            tuple(where.rsplit(".", 1))
+            for pattern, where in ROOTS.items()
+            if re.fullmatch(pattern, table)
+        )
         package = package_at(commit)
         stamp = package.stamp_of([root])
         beyond = changed_reach(package, stamp, record)
         if beyond:
-            faults.append(f"{table}: changed, or of modules that it does not record: {', '.join(beyond)}")
+            faults.append(
+                f"{table}: changed, or of modules that it does not record: {', '.join(beyond)}"
+            )
             continue
         del record["modules"]
         record["code"] = stamp
-        record["restamped"] = {"proof": "all that is reached was recorded, and unchanged", "commit": commit}
+        record["restamped"] = {
+            "proof": "all that is reached was recorded, and unchanged",
+            "commit": commit,
+        }
     with runtime.atomic_path(path) as target:
         target.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     return faults
 
 
 def changed_reach(package: definitions.Package, stamp: dict, record: dict) -> list[str]:
-    """Definitions of a stamp that the record cannot vouch for: of modules that it does not name or that have changed
-    since; of those that it never names, definitions that were others at the commit that it was computed at."""
+    """Definitions of a stamp that the record cannot vouch for: of modules that it does not name or
+    that have changed since; of those that it never names, definitions that were others at the
+    commit that it was computed at."""
     beyond = []
     for where, digest in stamp["definitions"].items():
         module, _, name = where.rpartition(".")
         recorded = record["modules"].get(module.split(".")[0])
         if module in NOT_RECORDED:
             then = package_at(record["commit"])
-            unchanged = name in then._module(module).definitions and then.own_digest((module, name)) == digest
+            unchanged = (
+                name in then._module(module).definitions
+                and then.own_digest((module, name)) == digest
+            )
         else:
             unchanged = recorded == module_digest(package, module.split(".")[0])
         beyond += [] if unchanged else [where]
@@ -117,8 +142,15 @@ def changed_reach(package: definitions.Package, stamp: dict, record: dict) -> li
 def module_digest(package: definitions.Package, name: str) -> str:
     """The digest of a module, or of the task files, in the form before stamps."""
     if name == "tasks":
-        found = [path for path in (package.folder / name).rglob("*") if path.is_file() and path.suffix != ".pyc"]
-        files = {str(path.relative_to(package.folder)): records.digest(path.read_bytes()) for path in found}
+        found = [
+            path
+            for path in (package.folder / name).rglob("*")
+            if path.is_file() and path.suffix != ".pyc"
+        ]
+        files = {
+            str(path.relative_to(package.folder)): records.digest(path.read_bytes())
+            for path in found
+        }
         return records.digest(records.canonical(files))
     tree = ast.parse(package.sources[name][1])
     for node in ast.walk(tree):
@@ -133,7 +165,9 @@ def shape(node: object) -> str:
         return f"[{','.join(map(shape, node))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
-    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    fields = [
+        (name, value) for name, value in ast.iter_fields(node) if value is not None and value != []
+    ]
     return f"{type(node).__name__}({','.join(f'{name}={shape(value)}' for name, value in fields)})"
 
 

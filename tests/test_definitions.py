@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pruning_utils import definitions, depth_study, efficiency, importance, importance_study, selection
+from pruning_utils import (
+    definitions,
+    depth_study,
+    efficiency,
+    importance,
+    importance_study,
+    selection,
+)
 from pruning_utils.definitions import INSTALLED, Package
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +46,7 @@ class Study(Base):
 def unreached():
     return tools.triple(UNUSED)
 '''
-TOOLS = '''
+TOOLS = """
 SCALE = 10
 
 
@@ -53,7 +60,7 @@ def _one(x):
 
 def triple(x):
     return 3 * x
-'''
+"""
 ROOT_OF_MAIN = [("main", "Study")]
 
 
@@ -73,22 +80,34 @@ def digest(folder: Path, root=ROOT_OF_MAIN, **sources: str) -> str:
 def test_what_is_reached_as_worked_by_hand(tmp_path):
     stamp = package(tmp_path).stamp_of(ROOT_OF_MAIN)
     assert stamp["root"] == "main.Study"
-    assert set(stamp["definitions"]) == {"main.Study", "main.Base", "main.LIMIT", "tools.SCALE", "tools.double",
-                                         "tools._one"}
+    assert set(stamp["definitions"]) == {
+        "main.Study",
+        "main.Base",
+        "main.LIMIT",
+        "tools.SCALE",
+        "tools.double",
+        "tools._one",
+    }
 
 
-@pytest.mark.parametrize(("module", "before", "after"), [
-    ("main", '"""Doc."""', '"""Other words."""'),
-    ("main", "return np.abs(n) + LIMIT + scale",
-     "# why\n        return (np.abs( n )\n                + LIMIT + scale)"),
-    ("main", "n: int = 1) -> int", "n = 1)"),
-    ("main", "UNUSED = 4", "UNUSED = 5"),
-    ("tools", "return 3 * x", "return 4 * x"),
-    ("main", "import numpy as np", "import numpy"),
-    ("main", "from pkg import tools", "from . import tools"),
-    ("main", "from pkg import tools", "import pkg.tools as tools"),
-    ("main", "import SCALE as scale", "import SCALE as scale, triple"),
-])
+@pytest.mark.parametrize(
+    ("module", "before", "after"),
+    [
+        ("main", '"""Doc."""', '"""Other words."""'),
+        (
+            "main",
+            "return np.abs(n) + LIMIT + scale",
+            "# why\n        return (np.abs( n )\n                + LIMIT + scale)",
+        ),
+        ("main", "n: int = 1) -> int", "n = 1)"),
+        ("main", "UNUSED = 4", "UNUSED = 5"),
+        ("tools", "return 3 * x", "return 4 * x"),
+        ("main", "import numpy as np", "import numpy"),
+        ("main", "from pkg import tools", "from . import tools"),
+        ("main", "from pkg import tools", "import pkg.tools as tools"),
+        ("main", "import SCALE as scale", "import SCALE as scale, triple"),
+    ],
+)
 def test_words_layout_and_what_is_not_reached_do_not_count(tmp_path, module, before, after):
     sources = {"main": MAIN, "tools": TOOLS}
     changed = sources[module].replace(before, after)
@@ -101,33 +120,51 @@ def test_places_do_not_count(tmp_path):
     """The definitions of tools lie in two modules of a sub-package, in another order."""
     first, last = TOOLS.split("def _one", 1)
     body, triple = last.split("def triple", 1)
-    moved = {"main": MAIN.replace("from pkg import tools", "from pkg.deep import upper as tools").replace(
-                 "from pkg.tools import SCALE as scale", "from pkg.deep.lower import SCALE as scale"),
-             "tools": "", "deep____init__": "", "deep__lower": f"def _one{body}\n\nSCALE = 10\n",
-             "deep__upper": "from .lower import _one\n\n\ndef triple" + triple + first.replace("SCALE = 10", "")}
+    moved = {
+        "main": MAIN.replace(
+            "from pkg import tools", "from pkg.deep import upper as tools"
+        ).replace(
+            "from pkg.tools import SCALE as scale", "from pkg.deep.lower import SCALE as scale"
+        ),
+        "tools": "",
+        "deep____init__": "",
+        "deep__lower": f"def _one{body}\n\nSCALE = 10\n",
+        "deep__upper": "from .lower import _one\n\n\ndef triple"
+        + triple
+        + first.replace("SCALE = 10", ""),
+    }
     assert digest(tmp_path / "a") == digest(tmp_path / "b", **moved)
     then = package(tmp_path / "a").stamp_of(ROOT_OF_MAIN)
     assert package(tmp_path / "b", **moved).changes(then) == []
     elsewhere = {"main": "", "studies": MAIN}
-    assert package(tmp_path / "c", **elsewhere).changes(then) == [], "a root that has moved is found by its name"
+    assert package(tmp_path / "c", **elsewhere).changes(then) == [], (
+        "a root that has moved is found by its name"
+    )
 
 
-@pytest.mark.parametrize(("module", "before", "after", "named"), [
-    ("main", "n: int = 1", "n: int = 2", ["main.Study"]),
-    ("main", "LIMIT = 3", "LIMIT = 3.0", ["main.LIMIT"]),
-    ("main", "tools.double(point)", "tools.triple(point)", ["main.Base", "tools.triple"]),
-    ("main", "class Study(Base)", "class Study", ["main.Study"]),
-    ("tools", "SCALE = 10", "SCALE = 11", ["tools.SCALE"]),
-    ("tools", "    return x\n", "    return -x\n", ["tools._one"]),
-    ("tools", "def double", "@functools.cache\ndef double", ["tools.double"]),
-    ("main", "import numpy as np", "import cupy as np", ["main.Study"]),
-])
+@pytest.mark.parametrize(
+    ("module", "before", "after", "named"),
+    [
+        ("main", "n: int = 1", "n: int = 2", ["main.Study"]),
+        ("main", "LIMIT = 3", "LIMIT = 3.0", ["main.LIMIT"]),
+        ("main", "tools.double(point)", "tools.triple(point)", ["main.Base", "tools.triple"]),
+        ("main", "class Study(Base)", "class Study", ["main.Study"]),
+        ("tools", "SCALE = 10", "SCALE = 11", ["tools.SCALE"]),
+        ("tools", "    return x\n", "    return -x\n", ["tools._one"]),
+        ("tools", "def double", "@functools.cache\ndef double", ["tools.double"]),
+        ("main", "import numpy as np", "import cupy as np", ["main.Study"]),
+    ],
+)
 def test_what_changed_is_named(tmp_path, module, before, after, named):
     sources = {"main": MAIN, "tools": TOOLS}
     then = package(tmp_path / "a").stamp_of(ROOT_OF_MAIN)
-    changes = package(tmp_path / "b", **{module: sources[module].replace(before, after, 1)}).changes(then)
+    changes = package(
+        tmp_path / "b", **{module: sources[module].replace(before, after, 1)}
+    ).changes(then)
     assert set(named) <= set(changes)
-    assert set(changes) - set(named) <= {"main.Base", "tools.double", "tools._one"}, "and what is reached no more"
+    assert set(changes) - set(named) <= {"main.Base", "tools.double", "tools._one"}, (
+        "and what is reached no more"
+    )
 
 
 def test_two_definitions_of_one_name_are_not_taken_for_each_other(tmp_path):
@@ -136,22 +173,40 @@ def test_two_definitions_of_one_name_are_not_taken_for_each_other(tmp_path):
     steps = {"left": "def step(x):\n    return x\n", "right": "def step(x):\n    return 2 * x\n"}
     exchanged = {"left": steps["right"], "right": steps["left"]}
     assert digest(tmp_path / "a", [("main", "f")], main=source, **steps) != digest(
-        tmp_path / "b", [("main", "f")], main=source, **exchanged)
+        tmp_path / "b", [("main", "f")], main=source, **exchanged
+    )
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    ("from pkg import tools\ndef f(n):\n    return getattr(tools, n)(1)\n",
-     "module of the package as a value in line 3"),
-    ("from pkg import tools\ndef f(n):\n    return vars(tools)[n]\n", "module of the package as a value"),
-    ("from pkg import tools\ndef f():\n    tools.double = max\n", "replaces tools.double in line 3"),
-    ("from pkg.tools import *\ndef f():\n    return double(1)\n", r"imports \* from tools"),
-    ("def f(n):\n    return globals()[n]\n", "uses globals in line 2"),
-    ("def f(n):\n    return eval(n)\n", "uses eval"),
-    ("import importlib\ndef f(n):\n    return importlib.import_module(n)\n", "uses importlib.import_module"),
-    ("import sys\ndef f(n):\n    return sys.modules[n]\n", "uses sys.modules"),
-    ("import torch\ntorch.set_num_threads(1)\ndef f():\n    return 1\n", "statement in line 2 that is no definition"),
-    ("def g():\n    return 1\n", "no definition 'f'"),
-])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "from pkg import tools\ndef f(n):\n    return getattr(tools, n)(1)\n",
+            "module of the package as a value in line 3",
+        ),
+        (
+            "from pkg import tools\ndef f(n):\n    return vars(tools)[n]\n",
+            "module of the package as a value",
+        ),
+        (
+            "from pkg import tools\ndef f():\n    tools.double = max\n",
+            "replaces tools.double in line 3",
+        ),
+        ("from pkg.tools import *\ndef f():\n    return double(1)\n", r"imports \* from tools"),
+        ("def f(n):\n    return globals()[n]\n", "uses globals in line 2"),
+        ("def f(n):\n    return eval(n)\n", "uses eval"),
+        (
+            "import importlib\ndef f(n):\n    return importlib.import_module(n)\n",
+            "uses importlib.import_module",
+        ),
+        ("import sys\ndef f(n):\n    return sys.modules[n]\n", "uses sys.modules"),
+        (
+            "import torch\ntorch.set_num_threads(1)\ndef f():\n    return 1\n",
+            "statement in line 2 that is no definition",
+        ),
+        ("def g():\n    return 1\n", "no definition 'f'"),
+    ],
+)
 def test_code_whose_dependencies_cannot_be_read_is_refused(tmp_path, source, message):
     with pytest.raises(ValueError, match=message):
         made = package(tmp_path, main=source)
@@ -159,7 +214,12 @@ def test_code_whose_dependencies_cannot_be_read_is_refused(tmp_path, source, mes
 
 
 def test_files_that_a_definition_names_belong_to_it(tmp_path):
-    source = 'from pathlib import Path\nFILES = Path(__file__).with_name("tasks")\ndef f():\n    return FILES\n'
+    source = (
+        "from pathlib import Path\n"
+        'FILES = Path(__file__).with_name("tasks")\n'
+        "def f():\n"
+        "    return FILES\n"
+    )
     root = [("main", "f")]
 
     def with_files(name: str, yaml: str, code: str) -> str:
@@ -173,17 +233,30 @@ def test_files_that_a_definition_names_belong_to_it(tmp_path):
     assert with_files("b", "task: a\n", code) == first
     assert with_files("c", "task: b\n", code) != first
     assert with_files("d", "task: a\n", code.replace("(1)", "(2)")) != first
-    assert "tools.double" in package(tmp_path / "a", main=source, tasks__load=code).stamp_of(root)["definitions"]
+    assert (
+        "tools.double"
+        in package(tmp_path / "a", main=source, tasks__load=code).stamp_of(root)["definitions"]
+    )
 
 
-@pytest.mark.parametrize(("recorded", "said"), [
-    (None, "unstamped"), ("text", "damaged stamp"), ({}, "damaged stamp"),
-    ({"version": 1, "root": "main.f"}, "damaged stamp"), ({"version": 1, "root": "f", "digest": "a",
-                                                           "definitions": {}}, "damaged stamp"),
-    ({"version": 2, "root": "main.Study", "digest": "a", "definitions": {}},
-     "stamp of version 2, this package reads 1"),
-    ({"version": 1, "root": "main.gone", "digest": "a", "definitions": {}}, "main.gone is gone"),
-])
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [
+        (None, "unstamped"),
+        ("text", "damaged stamp"),
+        ({}, "damaged stamp"),
+        ({"version": 1, "root": "main.f"}, "damaged stamp"),
+        ({"version": 1, "root": "f", "digest": "a", "definitions": {}}, "damaged stamp"),
+        (
+            {"version": 2, "root": "main.Study", "digest": "a", "definitions": {}},
+            "stamp of version 2, this package reads 1",
+        ),
+        (
+            {"version": 1, "root": "main.gone", "digest": "a", "definitions": {}},
+            "main.gone is gone",
+        ),
+    ],
+)
 def test_stamps_that_cannot_be_read_are_never_fresh(tmp_path, recorded, said):
     assert package(tmp_path).changes(recorded) == [said]
 
@@ -192,14 +265,25 @@ def test_roots_of_compute_functions():
     roots = functools.partial(definitions.roots_of, package="pruning_utils")
     magnitude = ("importance", "magnitude")
     assert roots([importance.magnitude]) == [magnitude]
-    assert roots([functools.partial(functools.partial(importance.magnitude, norm=1))]) == [magnitude]
+    assert roots([functools.partial(functools.partial(importance.magnitude, norm=1))]) == [
+        magnitude
+    ]
     assert roots([functools.partial(map, importance.magnitude)]) == [magnitude]
     study = importance_study.SetStudy.__new__(importance_study.SetStudy)
-    assert roots([study]) == roots([study.__call__]) == roots([type(study)]) == [("importance_study", "SetStudy")]
-    assert roots([importance_study._load]) == [("importance_study", "_load")], "cached functions too"
+    assert (
+        roots([study])
+        == roots([study.__call__])
+        == roots([type(study)])
+        == [("importance_study", "SetStudy")]
+    )
+    assert roots([importance_study._load]) == [("importance_study", "_load")], (
+        "cached functions too"
+    )
     assert roots([lambda: [importance.magnitude(None), selection]]) == [magnitude]
     inner = importance.magnitude
-    assert roots([lambda: (lambda: inner)]) == [magnitude], "what a function from elsewhere encloses counts"
+    assert roots([lambda: lambda: inner]) == [magnitude], (
+        "what a function from elsewhere encloses counts"
+    )
     assert roots([print, 3, None, lambda: 1]) == []
 
 
@@ -219,12 +303,30 @@ def test_every_module_that_may_compute_can_be_read():
 def test_the_code_of_the_tables_is_reached():
     """Names that a trained and evaluated model surely depends on, and some that it does not."""
     reached = set(INSTALLED.stamp(depth_study.DepthStudy)["definitions"])
-    assert {"healing.heal", "healing._trainer", "models.load_model", "embedded.EMBEDDED_SHA256", "data.healing_windows",
-            "evaluation.evaluate_tasks", "tasks.questions.load", "surgery.drop_layers", "selection.best_block",
-            "runtime.resolve_dtype", "sharing.SharedLayers"} <= reached
-    assert not {where.partition(".")[0] for where in reached} & {"plots", "results", "records", "evidence", "release"}
-    assert {where.partition(".")[0] for where in INSTALLED.stamp(efficiency.machine_limits)["definitions"]} == {
-        "efficiency", "runtime"}
+    assert {
+        "healing.heal",
+        "healing._trainer",
+        "models.load_model",
+        "embedded.EMBEDDED_SHA256",
+        "data.healing_windows",
+        "evaluation.evaluate_tasks",
+        "tasks.questions.load",
+        "surgery.drop_layers",
+        "selection.best_block",
+        "runtime.resolve_dtype",
+        "sharing.SharedLayers",
+    } <= reached
+    assert not {where.partition(".")[0] for where in reached} & {
+        "plots",
+        "results",
+        "records",
+        "evidence",
+        "release",
+    }
+    assert {
+        where.partition(".")[0]
+        for where in INSTALLED.stamp(efficiency.machine_limits)["definitions"]
+    } == {"efficiency", "runtime"}
 
 
 def test_stamps_are_plain_and_alike_in_every_process():

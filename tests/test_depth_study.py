@@ -13,25 +13,59 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pruning_utils import data, depth_study, evaluation, healing, models, selection, similarity, surgery
+from pruning_utils import (
+    data,
+    depth_study,
+    evaluation,
+    healing,
+    models,
+    selection,
+    similarity,
+    surgery,
+)
 
 CHILDREN = Path(__file__).resolve().parent / "children"
 N_LAYERS = 5
-HEALING = {"method": "lora", "targets": "mlp", "rank": 2, "dropout": 0.0, "learning_rate": 1e-2, "warmup_steps": 0,
-           "steps": 4, "batch_size": 2}
-SETTINGS = {"revision": None, "seq_len": 16, "n_calibration": 3, "texts": {"xsum": 3}, "seed": 0, "limit": 3,
-            "tasks": {"piqa": 0, "boolq": 1}, "healing_settings": HEALING}
-DENSE, INFORMED, SIMPLE = ({"rule": rule, "n_dropped": n_dropped, "healed": False, "seed": 0}
-                           for rule, n_dropped in (("none", 0), ("similarity", 2), ("deepest", 2)))
+HEALING = {
+    "method": "lora",
+    "targets": "mlp",
+    "rank": 2,
+    "dropout": 0.0,
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+    "steps": 4,
+    "batch_size": 2,
+}
+SETTINGS = {
+    "revision": None,
+    "seq_len": 16,
+    "n_calibration": 3,
+    "texts": {"xsum": 3},
+    "seed": 0,
+    "limit": 3,
+    "tasks": {"piqa": 0, "boolq": 1},
+    "healing_settings": HEALING,
+}
+DENSE, INFORMED, SIMPLE = (
+    {"rule": rule, "n_dropped": n_dropped, "healed": False, "seed": 0}
+    for rule, n_dropped in (("none", 0), ("similarity", 2), ("deepest", 2))
+)
 
 
 def save_tiny_model(folder) -> str:
     """A random model of a few layers with the embedded model's tokenizer, as a local directory."""
     torch.manual_seed(0)
     _, tokenizer = models.load_model()
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=N_LAYERS,
-                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
-                         tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM(config).bfloat16()
     with torch.no_grad():
         for weight in model.parameters():
@@ -47,36 +81,63 @@ def tiny(tmp_path_factory):
 
 
 def study(tiny, folder, points, **settings):
-    return depth_study.DepthStudy(points, model=tiny, checkpoints=folder, **{**SETTINGS, **settings})
+    return depth_study.DepthStudy(
+        points, model=tiny, checkpoints=folder, **{**SETTINGS, **settings}
+    )
 
 
 def test_points_cover_both_rules_once():
     points = depth_study.depth_points(range(3), [0, 2], 7)
     assert [(point["rule"], point["n_dropped"]) for point in points if not point["healed"]] == [
-        ("none", 0), ("similarity", 1), ("deepest", 1), ("similarity", 2), ("deepest", 2)]
+        ("none", 0),
+        ("similarity", 1),
+        ("deepest", 1),
+        ("similarity", 2),
+        ("deepest", 2),
+    ]
     assert [(point["rule"], point["n_dropped"]) for point in points if point["healed"]] == [
-        ("none", 0), ("similarity", 2), ("deepest", 2)]
+        ("none", 0),
+        ("similarity", 2),
+        ("deepest", 2),
+    ]
     assert {point["seed"] for point in points} == {7}
     one_rule = depth_study.depth_points([0, 3], [3], 7, rules=["deepest"], healing_seeds=[1, 2])
     assert [tuple(point.values()) for point in one_rule] == [
-        ("none", 0, False, 7), ("deepest", 3, False, 7), ("deepest", 3, True, 1), ("deepest", 3, True, 2)]
+        ("none", 0, False, 7),
+        ("deepest", 3, False, 7),
+        ("deepest", 3, True, 1),
+        ("deepest", 3, True, 2),
+    ]
 
 
 def test_every_point_equals_the_steps_one_by_one(tiny, tmp_path):
-    """Shared weights and layers change nothing: each model is loaded anew here, and measured alone."""
+    """Shared weights and layers change nothing: each model is loaded anew here, and measured
+    alone."""
     points = [DENSE, INFORMED, SIMPLE, {**SIMPLE, "healed": True}]
     asked = study(tiny, tmp_path, points)
     found = [pd.DataFrame(asked(point)) for point in points]
     for point, rows in zip(points, found, strict=True):
         model, tokenizer = models.load_model(tiny)
-        distances = similarity.measure_similarity(model, data.calibration_windows(tokenizer, 3, 16)).angular_distance
-        block = {"none": (), "similarity": selection.best_block(distances, 2).layers, "deepest": (2, 3)}[point["rule"]]
+        distances = similarity.measure_similarity(
+            model, data.calibration_windows(tokenizer, 3, 16)
+        ).angular_distance
+        block = {
+            "none": (),
+            "similarity": selection.best_block(distances, 2).layers,
+            "deepest": (2, 3),
+        }[point["rule"]]
         if block:
             surgery.drop_layers(model, block)
         assert (rows["start"] == (block[0] if block else N_LAYERS)).all()
         if point["healed"]:
-            healed = healing.heal(model, tokenizer, data.healing_windows(tokenizer, 8, 16), merge=True,
-                                  eval_ids=data.evaluation_windows(tokenizer, 16, 16, split="validation"), **HEALING)
+            healed = healing.heal(
+                model,
+                tokenizer,
+                data.healing_windows(tokenizer, 8, 16),
+                merge=True,
+                eval_ids=data.evaluation_windows(tokenizer, 16, 16, split="validation"),
+                **HEALING,
+            )
             model = healed.model
             losses = rows[rows["dataset"] == "healing eval"]
             expected = healed.history[healed.history["split"] == "eval"]
@@ -87,15 +148,25 @@ def test_every_point_equals_the_steps_one_by_one(tiny, tmp_path):
         losses = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1)
         assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses.tolist()
         for task, shots in SETTINGS["tasks"].items():
-            expected = evaluation.evaluate_tasks(model, tokenizer, [task], limit=3, num_fewshot=shots).questions
-            own = rows[rows["dataset"] == task].rename(columns={"dataset": "task", "item": "question_id"})
-            pd.testing.assert_frame_equal(own[list(expected)].reset_index(drop=True), expected, check_dtype=False)
-    assert len({rows[rows["dataset"] == "xsum"]["nll"].mean() for rows in found}) == 4, "four different models"
+            expected = evaluation.evaluate_tasks(
+                model, tokenizer, [task], limit=3, num_fewshot=shots
+            ).questions
+            own = rows[rows["dataset"] == task].rename(
+                columns={"dataset": "task", "item": "question_id"}
+            )
+            pd.testing.assert_frame_equal(
+                own[list(expected)].reset_index(drop=True), expected, check_dtype=False
+            )
+    assert len({rows[rows["dataset"] == "xsum"]["nll"].mean() for rows in found}) == 4, (
+        "four different models"
+    )
 
 
 def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, monkeypatch):
     loads, trainings, own = [], [], (models.load_model, healing._mean_loss)
-    monkeypatch.setattr(models, "load_model", lambda *given, **named: loads.append(1) or own[0](*given, **named))
+    monkeypatch.setattr(
+        models, "load_model", lambda *given, **named: loads.append(1) or own[0](*given, **named)
+    )
     monkeypatch.setattr(healing, "_mean_loss", lambda *given: trainings.append(1) or own[1](*given))
     points = [DENSE, INFORMED, {**INFORMED, "healed": True}]
     asked = study(tiny, tmp_path, points, tasks={})
@@ -111,26 +182,42 @@ def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, mo
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("point, settings, message", [
-    ({"rule": "shallowest"}, {}, "rule must be one of none, similarity, deepest.*shallowest"),
-    ({"rule": "none"}, {}, "'none' at n_dropped 0 only"),
-    ({"n_dropped": 0}, {}, "'none' at n_dropped 0 only"),
-    ({"n_dropped": N_LAYERS}, {}, f"from 0 to {N_LAYERS - 1}.*got {N_LAYERS}"),
-    ({"n_dropped": -1}, {}, "got -1"),
-    ({"healed": True, "rank": 0}, {}, "rank must be a whole number from 1 .*got 0"),
-    ({"healed": True}, {"healing_settings": {**HEALING, "targets": ["k"]}}, "targets must be"),
-    ({"healed": True}, {"healing_settings": {**HEALING, "rate": 1}}, r"no settings \['rate'\]; it has method"),
-    ({"healed": True}, {"healing_source": "quac", "healing_settings": {**HEALING, "steps": 10**6}},
-     "2000000 is beyond the text quac/healing"),
-    ({}, {"tasks": {"trivia": 0}}, "unknown task 'trivia'"),
-    ({}, {"tasks": {"piqa": 17}}, r"num_fewshot must be in \[0, 16\], got 17"),
-    ({"num_fewshot": -1}, {}, "num_fewshot must be an integer of at least 0, got -1"),
-    ({}, {"limit": 0}, "limit must be an integer of at least 1, got 0"),
-    ({}, {"texts": {"xsum": 10**7}}, "n_samples 10000000 is beyond the text xsum/evaluation"),
-    ({}, {"texts": {"xkcd": 2}}, "no text 'xkcd'"),
-])
-def test_bad_points_are_refused_before_any_work(tiny, tmp_path, monkeypatch, point, settings, message):
-    work = ((similarity, "measure_similarity"), (evaluation, "token_losses"), (healing, "_trainable_copy"))
+@pytest.mark.parametrize(
+    "point, settings, message",
+    [
+        ({"rule": "shallowest"}, {}, "rule must be one of none, similarity, deepest.*shallowest"),
+        ({"rule": "none"}, {}, "'none' at n_dropped 0 only"),
+        ({"n_dropped": 0}, {}, "'none' at n_dropped 0 only"),
+        ({"n_dropped": N_LAYERS}, {}, f"from 0 to {N_LAYERS - 1}.*got {N_LAYERS}"),
+        ({"n_dropped": -1}, {}, "got -1"),
+        ({"healed": True, "rank": 0}, {}, "rank must be a whole number from 1 .*got 0"),
+        ({"healed": True}, {"healing_settings": {**HEALING, "targets": ["k"]}}, "targets must be"),
+        (
+            {"healed": True},
+            {"healing_settings": {**HEALING, "rate": 1}},
+            r"no settings \['rate'\]; it has method",
+        ),
+        (
+            {"healed": True},
+            {"healing_source": "quac", "healing_settings": {**HEALING, "steps": 10**6}},
+            "2000000 is beyond the text quac/healing",
+        ),
+        ({}, {"tasks": {"trivia": 0}}, "unknown task 'trivia'"),
+        ({}, {"tasks": {"piqa": 17}}, r"num_fewshot must be in \[0, 16\], got 17"),
+        ({"num_fewshot": -1}, {}, "num_fewshot must be an integer of at least 0, got -1"),
+        ({}, {"limit": 0}, "limit must be an integer of at least 1, got 0"),
+        ({}, {"texts": {"xsum": 10**7}}, "n_samples 10000000 is beyond the text xsum/evaluation"),
+        ({}, {"texts": {"xkcd": 2}}, "no text 'xkcd'"),
+    ],
+)
+def test_bad_points_are_refused_before_any_work(
+    tiny, tmp_path, monkeypatch, point, settings, message
+):
+    work = (
+        (similarity, "measure_similarity"),
+        (evaluation, "token_losses"),
+        (healing, "_trainable_copy"),
+    )
     for module, name in work:
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work began"))
     points = [DENSE, {**INFORMED, **point}]
@@ -144,27 +231,41 @@ def test_tasks_without_labels_are_refused(tiny, tmp_path, monkeypatch):
     class Generation:
         OUTPUT_TYPE = "generate_until"
 
-    monkeypatch.setattr(evaluation, "load_tasks", lambda names, **_: {names[0]: {"tasks": {"asdiv": Generation()}}})
-    with pytest.raises(ValueError, match="tasks must have choices of which one is right, but asdiv is of the kind gen"):
+    monkeypatch.setattr(
+        evaluation, "load_tasks", lambda names, **_: {names[0]: {"tasks": {"asdiv": Generation()}}}
+    )
+    with pytest.raises(
+        ValueError,
+        match="tasks must have choices of which one is right, but asdiv is of the kind gen",
+    ):
         study(tiny, tmp_path, [DENSE], tasks={"asdiv": 0})(DENSE)
 
 
-# --- interrupted sweeps ---------------------------------------------------------------------------------------------
-
+# --- interrupted sweeps ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_any_moment_ends_with_the_same_bytes(tiny, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    driver = subprocess.run([sys.executable, CHILDREN / "kill_depth_study.py", str(tmp_path), tiny], text=True,
-                            capture_output=True, env=environment, timeout=600)
+    driver = subprocess.run(
+        [sys.executable, CHILDREN / "kill_depth_study.py", str(tmp_path), tiny],
+        text=True,
+        capture_output=True,
+        env=environment,
+        timeout=600,
+    )
     assert driver.returncode == 0, driver.stderr[-3000:]
     kills, n_states = map(int, driver.stdout.split())
     assert kills >= 3 and n_states >= 3, "the kills hit the work at different places"
-    assert (tmp_path / "killed/depth.csv").read_bytes() == (tmp_path / "whole/depth.csv").read_bytes()
+    assert (tmp_path / "killed/depth.csv").read_bytes() == (
+        tmp_path / "whole/depth.csv"
+    ).read_bytes()
     assert not list((tmp_path / "killed").glob("*.points"))
     table = pd.read_csv(tmp_path / "whole/depth.csv")
-    assert table.groupby(["rule", "n_dropped", "healed"]).ngroups == 5 and np.isfinite(table["nll"]).all()
+    assert (
+        table.groupby(["rule", "n_dropped", "healed"]).ngroups == 5
+        and np.isfinite(table["nll"]).all()
+    )
     record = json.loads((tmp_path / "whole/run.json").read_text())["depth"]
     assert not re.search(r"seconds|bytes", " ".join(table.columns)) and record["seconds"] > 0
 
@@ -173,9 +274,18 @@ def test_a_sweep_with_another_setting_is_refused(tiny, tmp_path):
     from pruning_utils import results
 
     path = tmp_path / "depth.csv"
-    results.sweep([DENSE], study(tiny, tmp_path / "c", [DENSE], tasks={}), path=path, parameters=SETTINGS)
+    results.sweep(
+        [DENSE], study(tiny, tmp_path / "c", [DENSE], tasks={}), path=path, parameters=SETTINGS
+    )
     changed = {**SETTINGS, "seq_len": 8, "limit": 5}
-    with pytest.raises(ValueError, match="limit: 3 there, 5 asked.*seq_len: 16 there, 8 asked|"
-                                         "seq_len: 16 there, 8 asked.*limit: 3 there, 5 asked"):
-        results.sweep([DENSE], study(tiny, tmp_path / "c", [DENSE], **{**changed, "tasks": {}}), path=path,
-                      parameters=changed)
+    with pytest.raises(
+        ValueError,
+        match="limit: 3 there, 5 asked.*seq_len: 16 there, 8 asked|"
+        "seq_len: 16 there, 8 asked.*limit: 3 there, 5 asked",
+    ):
+        results.sweep(
+            [DENSE],
+            study(tiny, tmp_path / "c", [DENSE], **{**changed, "tasks": {}}),
+            path=path,
+            parameters=changed,
+        )

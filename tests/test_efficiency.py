@@ -14,14 +14,30 @@ def llama():
 
 def test_parameters_by_hand(llama):
     config, n_layers = llama.config, 8
-    width, inner, head = config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads
-    layer = 2 * width * width + 2 * width * config.num_key_value_heads * head + 3 * width * inner + 2 * width
+    width, inner, head = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.hidden_size // config.num_attention_heads,
+    )
+    layer = (
+        2 * width * width
+        + 2 * width * config.num_key_value_heads * head
+        + 3 * width * inner
+        + 2 * width
+    )
     other = config.vocab_size * width * (1 if config.tie_word_embeddings else 2) + width
     found = efficiency.stored_parameters(llama)
     buffers = sum(buffer.nbytes for buffer in llama.buffers())
-    assert found == {"layers": n_layers * layer, "other": other, "total": n_layers * layer + other,
-                     "bytes": 4 * (n_layers * layer + other) + buffers}
-    assert efficiency.stored_parameters(surgery.drop_layers(llama, [1, 2]))["total"] == 6 * layer + other
+    assert found == {
+        "layers": n_layers * layer,
+        "other": other,
+        "total": n_layers * layer + other,
+        "bytes": 4 * (n_layers * layer + other) + buffers,
+    }
+    assert (
+        efficiency.stored_parameters(surgery.drop_layers(llama, [1, 2]))["total"]
+        == 6 * layer + other
+    )
 
 
 def test_a_tied_head_counts_once_and_an_untied_one_twice():
@@ -37,16 +53,23 @@ def test_quantised_weights_are_counted_in_bytes_alone(llama):
     quantised = models.quantized_copy(llama.bfloat16())
     with pytest.raises(ValueError, match="count before quantising"):
         efficiency.stored_parameters(quantised)
-    linear = sum(module.weight.numel() for layer in models.decoder_layers(llama) for module in layer.modules()
-                 if isinstance(module, torch.nn.Linear))
+    linear = sum(
+        module.weight.numel()
+        for layer in models.decoder_layers(llama)
+        for module in layer.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
     left = efficiency.weight_bytes(llama) - 2 * linear  # all but the linear weights
     assert left + linear / 2 < efficiency.weight_bytes(quantised) < left + linear
 
 
 def test_flops_by_hand(llama):
-    """Two operations for each weight of a matrix and token; attention: two products of T x T x D a layer."""
+    """Two operations for each weight of a matrix and token; attention: two products of T x T x D a
+    layer."""
     batch, length, width = 3, 7, llama.config.hidden_size
-    weights = sum(module.weight.numel() for module in llama.modules() if isinstance(module, torch.nn.Linear))
+    weights = sum(
+        module.weight.numel() for module in llama.modules() if isinstance(module, torch.nn.Linear)
+    )
     products = 2 * batch * length * weights
     attention = 8 * 2 * 2 * batch * length * length * width
     found = efficiency.forward_flops(llama, batch_size=batch, n_tokens=length)
@@ -57,30 +80,43 @@ def test_flops_by_hand(llama):
 def test_generation_uses_the_cache_and_has_the_length_asked(llama):
     lengths = []
     models.backbone(llama).register_forward_pre_hook(
-        lambda _, given, named: lengths.append(tuple((given[0] if given else named["input_ids"]).shape)),
-        with_kwargs=True)
-    found = efficiency.generation_speed(llama, batch_size=2, prompt_tokens=5, new_tokens=4, warmups=1, repeats=2)
+        lambda _, given, named: lengths.append(
+            tuple((given[0] if given else named["input_ids"]).shape)
+        ),
+        with_kwargs=True,
+    )
+    found = efficiency.generation_speed(
+        llama, batch_size=2, prompt_tokens=5, new_tokens=4, warmups=1, repeats=2
+    )
     assert lengths == 3 * [(2, 5), (2, 1), (2, 1), (2, 1)]
     assert len(found) == 2 and (found > 0).all().all()
     whole = found["first_token_seconds"] + 3 * found["per_token_seconds"]
     assert (2 * 4 / whole).tolist() == pytest.approx(found["tokens_per_second"].tolist())
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-    ({"new_tokens": 1}, "new_tokens must be a whole number of at least 2, got 1"),
-    ({"repeats": True}, "repeats must be .* got True"),
-    ({"prompt_tokens": 60, "new_tokens": 5}, "at most the model's context of 64, got 65"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"new_tokens": 1}, "new_tokens must be a whole number of at least 2, got 1"),
+        ({"repeats": True}, "repeats must be .* got True"),
+        ({"prompt_tokens": 60, "new_tokens": 5}, "at most the model's context of 64, got 65"),
+    ],
+)
 def test_bad_numbers_are_refused_before_any_work(change, message, llama):
     llama.forward = lambda *_, **__: pytest.fail("work began")
     with pytest.raises(ValueError, match=message):
-        efficiency.generation_speed(llama, **{"batch_size": 1, "prompt_tokens": 3, "new_tokens": 2, **change})
+        efficiency.generation_speed(
+            llama, **{"batch_size": 1, "prompt_tokens": 3, "new_tokens": 2, **change}
+        )
 
 
 def test_limits_of_the_machine_are_rates():
     found = efficiency.machine_limits(dtype="float32", size=64, repeats=1)
-    assert set(found) == {"dtype", "flops_per_second", "bytes_per_second"} and found.pop("dtype") == "float32"
+    assert (
+        set(found) == {"dtype", "flops_per_second", "bytes_per_second"}
+        and found.pop("dtype") == "float32"
+    )
     assert min(found.values()) > 1e6
     with pytest.raises(ValueError, match="repeats must be a whole number of at least 1, got 0"):
         efficiency.machine_limits(repeats=0)

@@ -1,4 +1,5 @@
-"""Perplexity against the models' own losses, and benchmark scores against values worked out by hand."""
+"""Perplexity against the models' own losses, and benchmark scores against values worked out by
+hand."""
 
 import copy
 import logging
@@ -18,15 +19,37 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from pruning_utils import data, evaluation, models, sharing
 
 V = 96
-SHARED = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1,
-          "eos_token_id": 2, "attn_implementation": "eager"}
-# Models that do more to their logits, or to the states before them, than apply one matrix; and one that does not.
+SHARED = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+# Models that do more to their logits, or to the states before them, than apply one matrix; and one
+# that does not.
 PECULIAR = {
-    "llama": {}, "cohere2": {"logit_scale": 0.5}, "granite": {"logits_scaling": 2.0},
-    "gemma2": {"final_logit_softcapping": 2.0}, "gemma3_text": {"final_logit_softcapping": 2.0},
-    "minicpm3": {"dim_model_base": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": 8,
-                 "kv_lora_rank": 8, "num_key_value_heads": 4},
+    "llama": {},
+    "cohere2": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 2.0},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "gemma3_text": {"final_logit_softcapping": 2.0},
+    "minicpm3": {
+        "dim_model_base": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "num_key_value_heads": 4,
+    },
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "mixtral": {"num_local_experts": 2, "output_router_logits": True},
 }
@@ -55,26 +78,38 @@ def own_losses(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].mT, input_ids[:, 1:], reduction="none")
 
 
-# --- losses by token and perplexity -------------------------------------------------------------------------------
+# --- losses by token and perplexity ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *(f"peculiar {name}" for name in PECULIAR)])
 def test_losses_equal_the_models_own(name, monkeypatch):
-    model = ARCHITECTURES[name]() if name in ARCHITECTURES else tiny_model(name.removeprefix("peculiar "))
+    model = (
+        ARCHITECTURES[name]()
+        if name in ARCHITECTURES
+        else tiny_model(name.removeprefix("peculiar "))
+    )
     input_ids = windows()
     expected = own_losses(model, input_ids)
     with torch.no_grad():
         # Mixtures of experts add a loss for the use of their experts, unless told not to.
-        quiet = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
+        quiet = (
+            {"output_router_logits": False}
+            if getattr(model.config, "output_router_logits", False)
+            else {}
+        )
         reported = model(input_ids, labels=input_ids, **quiet).loss
     assert torch.allclose(expected.mean(), reported, atol=1e-5)
     assert expected.std() > 0.05, "the logits are too flat to tell scalings apart"
 
     runs, widths = [], []
     models.decoder_layers(model)[0].register_forward_hook(lambda *_: runs.append(1))
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, call: widths.append(call[0][..., 0].numel()))
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, call: widths.append(call[0][..., 0].numel())
+    )
     vocabulary = model.get_input_embeddings().num_embeddings
-    monkeypatch.setattr(sharing, "LOGITS_AT_ONCE", 5 * vocabulary)  # chunks of five tokens cross the ends of windows
+    monkeypatch.setattr(
+        sharing, "LOGITS_AT_ONCE", 5 * vocabulary
+    )  # chunks of five tokens cross the ends of windows
     losses = evaluation.token_losses(model, input_ids, batch_size=3)
     assert losses.dtype == torch.float32 and losses.shape == (3, 8)
     assert torch.allclose(losses, expected, atol=5e-5)
@@ -84,11 +119,16 @@ def test_losses_equal_the_models_own(name, monkeypatch):
 
 def test_scaling_and_capping_are_not_lost():
     """Without its own treatment of logits each of these would give other losses."""
-    for name, field, neutral in (("gemma2", "final_logit_softcapping", None), ("cohere2", "logit_scale", 1.0),
-                                 ("granite", "logits_scaling", 1.0)):
+    for name, field, neutral in (
+        ("gemma2", "final_logit_softcapping", None),
+        ("cohere2", "logit_scale", 1.0),
+        ("granite", "logits_scaling", 1.0),
+    ):
         with_it, without = tiny_model(name), tiny_model(name, **{field: neutral})
         without.load_state_dict(with_it.state_dict())
-        difference = evaluation.token_losses(with_it, windows()) - evaluation.token_losses(without, windows())
+        difference = evaluation.token_losses(with_it, windows()) - evaluation.token_losses(
+            without, windows()
+        )
         assert difference.abs().max() > 0.1, name
 
 
@@ -104,7 +144,9 @@ class OwnHead(LlamaForCausalLM):
 def test_unknown_head_falls_back_on_its_forward():
     torch.manual_seed(0)
     model = OwnHead(LlamaConfig(**SHARED)).eval()
-    assert torch.allclose(evaluation.token_losses(model, windows()), own_losses(model, windows()), atol=1e-5)
+    assert torch.allclose(
+        evaluation.token_losses(model, windows()), own_losses(model, windows()), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
@@ -112,8 +154,11 @@ def test_unknown_head_falls_back_on_its_forward():
 def test_batches_and_chunks_change_nothing(batch_size, tokens_at_once, monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(sharing, "LOGITS_AT_ONCE", tokens_at_once * V)
-    assert torch.allclose(evaluation.token_losses(model, windows(), batch_size=batch_size),
-                          own_losses(model, windows()), atol=2e-5)
+    assert torch.allclose(
+        evaluation.token_losses(model, windows(), batch_size=batch_size),
+        own_losses(model, windows()),
+        atol=2e-5,
+    )
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary():
@@ -136,14 +181,25 @@ def test_first_token_is_context_only():
     model, input_ids = tiny_model(), windows(1, 2)
     with torch.no_grad():
         expected = -model(input_ids[:, :1]).logits[0, 0].log_softmax(-1)[input_ids[0, 1]]
-    assert evaluation.token_losses(model, input_ids).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert evaluation.token_losses(model, input_ids).item() == pytest.approx(
+        expected.item(), abs=1e-5
+    )
 
 
-@pytest.mark.parametrize(("input_ids", "message"), [
-    (windows().float(), "integer"), (windows()[0], "shape"), (windows() > 5, "integers"), (windows()[:0], "shape"),
-    (windows()[:, :1], "2 tokens"), (windows() + V, rf"outside the vocabulary \[0, {V}\)"),
-    (windows() - 99, r"-\d+ is outside"), (windows(1, 65), "65 tokens .* 64"), ([[1, 2]], "list"),
-])
+@pytest.mark.parametrize(
+    ("input_ids", "message"),
+    [
+        (windows().float(), "integer"),
+        (windows()[0], "shape"),
+        (windows() > 5, "integers"),
+        (windows()[:0], "shape"),
+        (windows()[:, :1], "2 tokens"),
+        (windows() + V, rf"outside the vocabulary \[0, {V}\)"),
+        (windows() - 99, r"-\d+ is outside"),
+        (windows(1, 65), "65 tokens .* 64"),
+        ([[1, 2]], "list"),
+    ],
+)
 def test_bad_windows_are_refused(input_ids, message):
     with pytest.raises(ValueError, match=message):
         evaluation.perplexity(tiny_model(), input_ids)
@@ -161,7 +217,9 @@ def test_nan_losses_are_refused():
     with torch.no_grad():
         model.model.embed_tokens.weight[unused] = math.nan
     input_ids = windows()
-    input_ids[2, 6] = unused  # masked attention multiplies it by zero, which leaves NaN in the whole window
+    input_ids[2, 6] = (
+        unused  # masked attention multiplies it by zero, which leaves NaN in the whole window
+    )
     with pytest.raises(ValueError, match="8 of 24 are NaN, first in window 2"):
         evaluation.perplexity(model, input_ids)
 
@@ -177,7 +235,9 @@ def test_model_comes_back_as_it_was():
     evaluation.token_losses(model, windows())
     assert modes(model) == before
     assert [set(vars(module)) for module in model.modules()] == attributes
-    with pytest.raises(ValueError, match="positions"):  # an error on the way leaves nothing behind either
+    with pytest.raises(
+        ValueError, match="positions"
+    ):  # an error on the way leaves nothing behind either
         model.lm_head.register_forward_hook(lambda *call: call[2].repeat(1, 2, 1))
         evaluation.token_losses(model, windows())
     assert modes(model) == before
@@ -187,18 +247,24 @@ def test_model_comes_back_as_it_was():
 
 def test_dropout_is_off():
     model = tiny_model(attention_dropout=0.5).train()
-    assert torch.equal(evaluation.token_losses(model, windows()), evaluation.token_losses(model, windows()))
+    assert torch.equal(
+        evaluation.token_losses(model, windows()), evaluation.token_losses(model, windows())
+    )
 
 
 def test_adapters_count():
     peft = pytest.importorskip("peft")
     base = tiny_model()
     plain = evaluation.token_losses(base, windows())
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
     adapted = evaluation.token_losses(model, windows())
     assert torch.allclose(adapted, own_losses(model.eval(), windows()), atol=2e-5)
     assert (adapted - plain).abs().max() > 0.01
-    prompted = peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    prompted = peft.get_peft_model(
+        tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
     with pytest.raises(ValueError, match="12 positions where 8 tokens follow"):
         evaluation.token_losses(prompted, windows())
 
@@ -206,37 +272,46 @@ def test_adapters_count():
 def test_four_bit_model_can_be_trained_after_evaluation():
     peft = pytest.importorskip("peft")
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    quantized = models.quantized_copy(tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).bfloat16())
+    quantized = models.quantized_copy(
+        tiny_model(hidden_size=64, intermediate_size=128, head_dim=16).bfloat16()
+    )
     losses = evaluation.token_losses(quantized, windows())
     assert torch.allclose(losses, own_losses(quantized.train(), windows()), atol=0.02)
     model = peft.get_peft_model(quantized, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
     evaluation.token_losses(model, windows())
-    packed = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)
-              and getattr(module.weight.quant_state, "packing_format_for_cpu", False)]
+    packed = [
+        module
+        for module in model.modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+        and getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+    ]
     assert not packed
     model.train()(windows(), labels=windows()).loss.backward()
     gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_B" in name]
     assert len(gradients) == 4 and all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
-# --- benchmark questions --------------------------------------------------------------------------------------------
+# --- benchmark questions --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def embedded():
-    """The embedded model in float32, where batches change nothing but the last digits, and its tokenizer."""
+    """The embedded model in float32, where batches change nothing but the last digits, and its
+    tokenizer."""
     return models.load_model(dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def small(embedded):
-    """A random model with the vocabulary of the embedded one, for what does not depend on being right."""
+    """A random model with the vocabulary of the embedded one, for what does not depend on being
+    right."""
     return tiny_model(vocab_size=len(embedded[1]), max_position_embeddings=8192), embedded[1]
 
 
 @pytest.fixture
 def toy(monkeypatch):
-    """A language model of lm-eval whose log-likelihoods are given by a function of (prompt, continuation).
+    """A language model of lm-eval whose log-likelihoods are given by a function of (prompt,
+    continuation).
 
     Its tokens are characters. All requests are kept in ``requests``.
     """
@@ -279,13 +354,25 @@ def value(summary: pd.DataFrame, metric: str, column: str = "value") -> float:
 
 
 def test_scores_worked_by_hand(toy, monkeypatch):
-    table = {" ab": -2.0, " cdefgh": -3.0, " x": -4.0, " éé": -4.5, " yes, it is": -1.0, " no": -1.0 - math.log(3)}
+    table = {
+        " ab": -2.0,
+        " cdefgh": -3.0,
+        " x": -4.0,
+        " éé": -4.5,
+        " yes, it is": -1.0,
+        " no": -1.0 - math.log(3),
+    }
     toy.loglikelihood_of = lambda _, continuation: table[continuation]
-    with_questions(monkeypatch, ("q0", ("ab", "cdefgh"), 0), ("q1", ("x", "éé"), 1), ("q2", ("no", "yes, it is"), 1))
+    with_questions(
+        monkeypatch,
+        ("q0", ("ab", "cdefgh"), 0),
+        ("q1", ("x", "éé"), 1),
+        ("q2", ("no", "yes, it is"), 1),
+    )
     result = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa"])
     rows = result.questions.set_index("question_id").sort_index()
-    # q0: -2 beats -3; by character -2/2 = -1 loses to -3/6. q1: -4 beats -4.5; by character -4/1 loses to -4.5/2.
-    # q2: -1 beats -1 - ln 3, and by character -1/10 beats it all the more.
+    # q0: -2 beats -3; by character -2/2 = -1 loses to -3/6. q1: -4 beats -4.5; by character -4/1
+    # loses to -4.5/2. q2: -1 beats -1 - ln 3, and by character -1/10 beats it all the more.
     assert rows.correct.tolist() == [1, 0, 1]
     assert rows.correct_norm.tolist() == [0, 1, 1]
     # Differences of the log-likelihoods by character: -1/2, 4 - 4.5/2 and (1 + ln 3)/2 - 1/10.
@@ -302,19 +389,27 @@ def test_scores_worked_by_hand(toy, monkeypatch):
     assert summary.value.tolist() == pytest.approx([2 / 3, 2 / 3, np.mean(right), np.mean(losses)])
     # Two hits in three: sample variance 1/3, so the error is sqrt(1/3 / 3) = 1/3.
     assert summary.stderr.tolist() == pytest.approx(
-        [1 / 3, 1 / 3, np.std(right, ddof=1) / 3**0.5, np.std(losses, ddof=1) / 3**0.5])
+        [1 / 3, 1 / 3, np.std(right, ddof=1) / 3**0.5, np.std(losses, ddof=1) / 3**0.5]
+    )
 
 
 def test_balanced_accuracy_worked_by_hand(toy, monkeypatch):
-    # Right answers yes yes yes no no, of which "yes" to the first two and to the last: recalls 2/3 and 1/2.
+    # Right answers yes yes yes no no, of which "yes" to the first two and to the last: recalls 2/3
+    # and 1/2.
     says_yes = {"q0": True, "q1": True, "q2": False, "q3": False, "q4": True}
-    toy.loglikelihood_of = lambda prompt, answer: -1.0 - (says_yes[prompt[-11:-9]] != (answer == " yes"))
-    with_questions(monkeypatch, *((f"q{number}", ("no", "yes"), int(number < 3)) for number in range(5)))
+    toy.loglikelihood_of = lambda prompt, answer: (
+        -1.0 - (says_yes[prompt[-11:-9]] != (answer == " yes"))
+    )
+    with_questions(
+        monkeypatch, *((f"q{number}", ("no", "yes"), int(number < 3)) for number in range(5))
+    )
     summary, questions = evaluation.evaluate_tasks(nn.Identity(), None, ["boolq"])
     assert summary.metric.tolist() == ["acc", "p_right", "nll", "balanced_acc"]
-    # Labels are compared as they are, whatever their lengths: -1 against -2, or the other way round.
+    # Labels are compared as they are, whatever their lengths: -1 against -2, or the other way
+    # round.
     assert questions.set_index("question_id").p_right.sort_index().tolist() == pytest.approx(
-        [1 / (1 + math.exp(sign)) for sign in (-1, -1, 1, -1, 1)])
+        [1 / (1 + math.exp(sign)) for sign in (-1, -1, 1, -1, 1)]
+    )
     assert value(summary, "acc") == pytest.approx(3 / 5)
     assert value(summary, "balanced_acc") == pytest.approx((2 / 3 + 1 / 2) / 2)
     # Errors of the recalls: sqrt(1/3 / 3) = 1/3 and sqrt(1/2 / 2) = 1/2.
@@ -335,10 +430,16 @@ def test_log_likelihoods_must_be_finite(toy, broken):
 
 
 def test_smaller_limits_are_contained(toy):
-    tables = {limit: evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa", "siqa"], limit=limit).questions
-              for limit in (20, 40, None)}
+    tables = {
+        limit: evaluation.evaluate_tasks(
+            nn.Identity(), None, ["openbookqa", "siqa"], limit=limit
+        ).questions
+        for limit in (20, 40, None)
+    }
     for task, total in (("openbookqa", 500), ("siqa", 1935)):
-        few, more, every = (table[table.task == task].reset_index(drop=True) for table in tables.values())
+        few, more, every = (
+            table[table.task == task].reset_index(drop=True) for table in tables.values()
+        )
         assert (len(few), len(more), len(every)) == (20, 40, total)
         pd.testing.assert_frame_equal(few, more[:20])
         pd.testing.assert_frame_equal(more, every[:40])
@@ -349,15 +450,19 @@ def test_smaller_limits_are_contained(toy):
 
 
 def test_limit_beyond_the_benchmark_takes_all(toy):
-    assert len(evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"], limit=10**6).questions) == 500
+    assert (
+        len(evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"], limit=10**6).questions)
+        == 500
+    )
 
 
 def test_another_order_has_the_same_shots_and_questions(toy):
     solved, asked = [], []
     for shot_order in (0, 1, 2, 1):
         toy.requests.clear()
-        questions = evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"], num_fewshot=4, limit=5,
-                                              shot_order=shot_order).questions
+        questions = evaluation.evaluate_tasks(
+            nn.Identity(), None, ["openbookqa"], num_fewshot=4, limit=5, shot_order=shot_order
+        ).questions
         (shots,) = {tuple(prompt.split("\n\n")[:-1]) for prompt, _ in toy.requests}
         solved.append(shots)
         asked.append(questions.question_id.tolist())
@@ -368,7 +473,9 @@ def test_another_order_has_the_same_shots_and_questions(toy):
 @pytest.mark.parametrize("limit", [None, 30, 490])
 def test_shots_are_never_scored(toy, limit):
     shots = 3
-    questions = evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"], num_fewshot=shots, limit=limit).questions
+    questions = evaluation.evaluate_tasks(
+        nn.Identity(), None, ["openbookqa"], num_fewshot=shots, limit=limit
+    ).questions
     assert len(questions) == (30 if limit == 30 else 484)
     by_text = {}
     for question in data.load_questions("openbookqa"):
@@ -380,8 +487,11 @@ def test_shots_are_never_scored(toy, limit):
     assert len(solved) == shots
     shot_ids = set()
     for text in solved:
-        (shot,) = [question for question in data.load_questions("openbookqa")
-                   if text == f"{question.question} {question.choices[question.answer]}"]
+        (shot,) = [
+            question
+            for question in data.load_questions("openbookqa")
+            if text == f"{question.question} {question.choices[question.answer]}"
+        ]
         shot_ids.add(shot.question_id)
     assert len(shot_ids) == shots and not shot_ids & set(questions.question_id)
     without = evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"]).questions
@@ -390,8 +500,14 @@ def test_shots_are_never_scored(toy, limit):
         assert questions.question_id.tolist() == without.question_id[:30].tolist()
 
 
-COUNTS = {"mmlu": (2842, 4), "boolq": (3270, 2), "piqa": (1500, 2), "openbookqa": (500, 4), "commonsenseqa": (1221, 5),
-          "siqa": (1935, 3)}
+COUNTS = {
+    "mmlu": (2842, 4),
+    "boolq": (3270, 2),
+    "piqa": (1500, 2),
+    "openbookqa": (500, 4),
+    "commonsenseqa": (1221, 5),
+    "siqa": (1935, 3),
+}
 
 
 def test_questions_are_whole():
@@ -406,21 +522,40 @@ def test_questions_are_whole():
 
 
 POPLAR_CITY = (
-    "In the current year Poplar City paid $5000 interest and $20000 principal on its outstanding general obligation "
-    "bonds. The payment was made from a debt service fund using cash transferred earlier the same year from the "
-    "general fund. How should the city report the expenditures? General fund Debt service fund Permanent fund")
+    "In the current year Poplar City paid $5000 interest and $20000 principal on its outstanding "
+    "general obligation "
+    "bonds. The payment was made from a debt service fund using cash transferred earlier the same "
+    "year from the "
+    "general fund. How should the city report the expenditures? General fund Debt service fund "
+    "Permanent fund"
+)
 PROMPTS = {
     "piqa": ("Question: dresser\nAnswer:", " finish, woodgrain with  bobby pin"),
-    "openbookqa": ("A person wants to start saving money so that they can afford a nice vacation at the end of the "
-                   "year. After looking over their budget and expenses, they decide the best way to save money is to",
-                   " quit eating lunch out"),
-    "commonsenseqa": ("Question: A revolving door is convenient for two direction travel, but it also serves as a "
-                      "security measure at a what?\nAnswer:", " bank"),
-    "siqa": ("Q: Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need to do before "
-             "this?\nA:", " Find somewhere to go"),
+    "openbookqa": (
+        "A person wants to start saving money so that they can afford a nice vacation at the end "
+        "of the "
+        "year. After looking over their budget and expenses, they decide the best way to save "
+        "money is to",
+        " quit eating lunch out",
+    ),
+    "commonsenseqa": (
+        "Question: A revolving door is convenient for two direction travel, but it also serves as "
+        "a "
+        "security measure at a what?\nAnswer:",
+        " bank",
+    ),
+    "siqa": (
+        "Q: Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need "
+        "to do before "
+        "this?\nA:",
+        " Find somewhere to go",
+    ),
     "mmlu": (f"Question: {POPLAR_CITY}\nAnswer:", " $0 $25000 $0"),
-    "mmlu_letter": (f"The following are multiple choice questions (with answers).\n\n{POPLAR_CITY}\n"
-                    "A. $25000 $25000 $0\nB. $0 $25000 $20000\nC. $25000 $5000 $0\nD. $0 $25000 $0\nAnswer:", " D"),
+    "mmlu_letter": (
+        f"The following are multiple choice questions (with answers).\n\n{POPLAR_CITY}\n"
+        "A. $25000 $25000 $0\nB. $0 $25000 $20000\nC. $25000 $5000 $0\nD. $0 $25000 $0\nAnswer:",
+        " D",
+    ),
 }
 
 
@@ -439,9 +574,13 @@ def test_boolq_prompt(toy, monkeypatch):
     evaluation.evaluate_tasks(nn.Identity(), None, ["boolq"])
     (prompt, no), (again, yes) = toy.requests
     assert prompt == again and (no, yes) == (" no", " yes")
-    assert prompt.startswith("Ethanol fuel -- All biomass goes through at least some of these steps: it needs")
-    assert prompt.endswith(" concluded that producing ethanol from corn uses much less petroleum than producing "
-                           "gasoline.\nQuestion: does ethanol take more energy make that produces?\nAnswer:")
+    assert prompt.startswith(
+        "Ethanol fuel -- All biomass goes through at least some of these steps: it needs"
+    )
+    assert prompt.endswith(
+        " concluded that producing ethanol from corn uses much less petroleum than producing "
+        "gasoline.\nQuestion: does ethanol take more energy make that produces?\nAnswer:"
+    )
 
 
 def test_embedded_tasks_use_no_network(small, monkeypatch, tmp_path, capsys, caplog):
@@ -458,7 +597,11 @@ def test_embedded_tasks_use_no_network(small, monkeypatch, tmp_path, capsys, cap
     assert not list(tmp_path.iterdir())
     printed = capsys.readouterr()
     assert not printed.out
-    noise = [line for line in printed.err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    noise = [
+        line
+        for line in printed.err.replace("\r", "\n").splitlines()
+        if line.strip() and "%|" not in line
+    ]
     assert not noise
     assert not caplog.records
 
@@ -468,19 +611,33 @@ def test_nothing_else_is_changed(small):
     models.untie_head(model)
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
-    model.config.tie_word_embeddings = True  # a model whose configuration lags behind must not be tied again either
+    model.config.tie_word_embeddings = (
+        True  # a model whose configuration lags behind must not be tied again either
+    )
     model.model.layers[0].eval()
     tokenizer.padding_side, tokenizer.pad_token = "left", None
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")}
+    levels = {
+        name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")
+    }
 
     def state():
-        return (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), modes(model),
-                [set(vars(module)) for module in model.modules()], tokenizer.padding_side, tokenizer.pad_token,
-                tokenizer.truncation_side, len(tokenizer), tokenizer.backend_tokenizer.padding,
-                tokenizer.backend_tokenizer.truncation, torch.is_grad_enabled(),
-                model.lm_head.weight is model.model.embed_tokens.weight,
-                {name: logging.getLogger(name).level for name in levels})
+        return (
+            random.getstate(),
+            str(np.random.get_state()),
+            torch.get_rng_state().tolist(),
+            modes(model),
+            [set(vars(module)) for module in model.modules()],
+            tokenizer.padding_side,
+            tokenizer.pad_token,
+            tokenizer.truncation_side,
+            len(tokenizer),
+            tokenizer.backend_tokenizer.padding,
+            tokenizer.backend_tokenizer.truncation,
+            torch.is_grad_enabled(),
+            model.lm_head.weight is model.model.embed_tokens.weight,
+            {name: logging.getLogger(name).level for name in levels},
+        )
 
     before, weights = state(), copy.deepcopy(model.state_dict())
     evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=3)
@@ -489,8 +646,10 @@ def test_nothing_else_is_changed(small):
 
 
 def test_batch_size_changes_nothing(small):
-    tables = [evaluation.evaluate_tasks(*small, ["piqa", "boolq"], limit=5, batch_size=size).questions
-              for size in (1, 3, 16)]
+    tables = [
+        evaluation.evaluate_tasks(*small, ["piqa", "boolq"], limit=5, batch_size=size).questions
+        for size in (1, 3, 16)
+    ]
     for table in tables[1:]:
         pd.testing.assert_frame_equal(table, tables[0], rtol=1e-4)
 
@@ -499,17 +658,29 @@ def test_adapters_and_quantised_models_are_scored(small):
     peft = pytest.importorskip("peft")
     model, tokenizer = copy.deepcopy(small[0]), small[1]
     plain = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=4).questions
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
     changed = evaluation.evaluate_tasks(adapted, tokenizer, ["piqa"], limit=4).questions
     assert (changed.nll - plain.nll).abs().max() > 0.01
-    wide = tiny_model(vocab_size=len(tokenizer), hidden_size=64, head_dim=16, intermediate_size=128,
-                      max_position_embeddings=8192).bfloat16()
+    wide = tiny_model(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        head_dim=16,
+        intermediate_size=128,
+        max_position_embeddings=8192,
+    ).bfloat16()
     quantized = models.quantized_copy(wide)
     near = evaluation.evaluate_tasks(quantized, tokenizer, ["piqa"], limit=4).questions
     assert near.nll.tolist() == pytest.approx(
-        evaluation.evaluate_tasks(wide, tokenizer, ["piqa"], limit=4).questions.nll.tolist(), rel=0.5)
-    assert not any(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
-                   for module in quantized.modules() if hasattr(module, "weight"))
+        evaluation.evaluate_tasks(wide, tokenizer, ["piqa"], limit=4).questions.nll.tolist(),
+        rel=0.5,
+    )
+    assert not any(
+        getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
+        for module in quantized.modules()
+        if hasattr(module, "weight")
+    )
 
 
 def test_cut_prompts_are_reported(small, caplog):
@@ -519,21 +690,27 @@ def test_cut_prompts_are_reported(small, caplog):
     assert "4 prompts of boolq" in caplog.text and "16 tokens" in caplog.text
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"tasks": []}, "one or more of mmlu, boolq, piqa"), ({"tasks": "piqa"}, "must be a list"),
-    ({"limit": 0}, "limit must be an integer of at least 1, got 0"), ({"limit": -3}, "-3"), ({"limit": 0.5}, "0.5"),
-    ({"num_fewshot": -1}, "num_fewshot must be an integer of at least 0, got -1"),
-    ({"num_fewshot": 17}, r"num_fewshot must be in \[0, 16\], got 17"),
-    ({"shot_order": -1}, "shot_order must be an integer of at least 0, got -1"),
-    ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": []}, "one or more of mmlu, boolq, piqa"),
+        ({"tasks": "piqa"}, "must be a list"),
+        ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
+        ({"limit": -3}, "-3"),
+        ({"limit": 0.5}, "0.5"),
+        ({"num_fewshot": -1}, "num_fewshot must be an integer of at least 0, got -1"),
+        ({"num_fewshot": 17}, r"num_fewshot must be in \[0, 16\], got 17"),
+        ({"shot_order": -1}, "shot_order must be an integer of at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+    ],
+)
 def test_bad_requests_are_refused(arguments, message, monkeypatch):
     monkeypatch.setattr(sharing, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match=message):
         evaluation.evaluate_tasks(nn.Identity(), None, **{"tasks": ["piqa"], **arguments})
 
 
-# --- tasks that lm-eval brings ---------------------------------------------------------------------------------------
+# --- tasks that lm-eval brings --------------------------------------------------------------------
 
 OFFICIAL_TASK = string.Template("""
 task: $name
@@ -554,7 +731,8 @@ OFFICIAL_ROWS = """
 from datasets import Dataset
 
 def load(**_):
-    rows = [{"question": f"{n} plus one is", "choices": ["one", "two", "three"], "answer": n} for n in range(3)]
+    choices = ["one", "two", "three"]
+    rows = [{"question": f"{n} plus one is", "choices": choices, "answer": n} for n in range(3)]
     return {"test": Dataset.from_list(rows)}
 """
 OFFICIAL_TEXT = """
@@ -578,24 +756,37 @@ aggregate_metric_list: [{metric: acc, weight_by_size: true}]
 
 @pytest.fixture
 def official(monkeypatch, tmp_path):
-    """A stand-in for the tasks that lm-eval brings: two of a kind, a group of both, another kind, and one far away."""
+    """A stand-in for the tasks that lm-eval brings: two of a kind, a group of both, another kind,
+    and one far away."""
     from lm_eval.tasks import TaskManager
 
     (tmp_path / "rows.py").write_text(OFFICIAL_ROWS)
     for name in ("piqa", "other"):
-        (tmp_path / f"{name}.yaml").write_text(OFFICIAL_TASK.substitute(
-            name=name, source="custom_dataset: !function rows.load"))
-    (tmp_path / "far.yaml").write_text(OFFICIAL_TASK.substitute(name="far", source="dataset_path: nobody/nothing"))
+        (tmp_path / f"{name}.yaml").write_text(
+            OFFICIAL_TASK.substitute(name=name, source="custom_dataset: !function rows.load")
+        )
+    (tmp_path / "far.yaml").write_text(
+        OFFICIAL_TASK.substitute(name="far", source="dataset_path: nobody/nothing")
+    )
     (tmp_path / "sums.yaml").write_text(OFFICIAL_GROUP)
     (tmp_path / "text.yaml").write_text(OFFICIAL_TEXT)
-    brought, ours = TaskManager(include_path=tmp_path, include_defaults=False), evaluation._task_manager(True)
+    brought, ours = (
+        TaskManager(include_path=tmp_path, include_defaults=False),
+        evaluation._task_manager(True),
+    )
     monkeypatch.setattr(evaluation, "_task_manager", lambda embedded: ours if embedded else brought)
 
 
 def test_official_tasks_keep_their_prefix(toy, official):
-    toy.loglikelihood_of = lambda prompt, answer: {" one": -1.0, " two": -2.0, " three": -3.0}.get(answer, -9.0)
-    result = evaluation.evaluate_tasks(nn.Identity(), None, ["lm-eval:piqa", "piqa", "other"], limit=2)
-    assert result.questions.task.tolist() == 2 * ["lm-eval:piqa"] + 2 * ["piqa"] + 2 * ["lm-eval:other"]
+    toy.loglikelihood_of = lambda prompt, answer: {" one": -1.0, " two": -2.0, " three": -3.0}.get(
+        answer, -9.0
+    )
+    result = evaluation.evaluate_tasks(
+        nn.Identity(), None, ["lm-eval:piqa", "piqa", "other"], limit=2
+    )
+    assert result.questions.task.tolist() == 2 * ["lm-eval:piqa"] + 2 * ["piqa"] + 2 * [
+        "lm-eval:other"
+    ]
     theirs = result.questions[result.questions.task == "lm-eval:other"]
     assert theirs.question_id.tolist() == [0, 1] and theirs.correct.tolist() == [1, 0]
     total = math.exp(-1) + math.exp(-2) + math.exp(-3)
@@ -608,7 +799,9 @@ def test_official_tasks_keep_their_prefix(toy, official):
 
 
 def test_official_tasks_without_choices_have_no_questions(toy, official):
-    toy.loglikelihood_rolling = lambda requests: [-3.0 * len(request.args[0]) for request in requests]
+    toy.loglikelihood_rolling = lambda requests: [
+        -3.0 * len(request.args[0]) for request in requests
+    ]
     result = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "text"], limit=2)
     assert set(result.questions.task) == {"piqa"} and result.questions.correct.dtype == np.int64
     # Three nats a character, which is a byte here.
@@ -623,7 +816,10 @@ def test_official_groups_are_listed_whole(toy, official):
     toy.loglikelihood_of = lambda prompt, answer: -float(len(answer))
     summary = evaluation.evaluate_tasks(nn.Identity(), None, ["lm-eval:sums"]).summary
     assert summary[summary.metric == "acc"].set_index("task").n.to_dict() == {
-        "lm-eval:piqa": 3, "lm-eval:other": 3, "lm-eval:sums": 6}
+        "lm-eval:piqa": 3,
+        "lm-eval:other": 3,
+        "lm-eval:sums": 6,
+    }
 
 
 def test_unreachable_hub_is_one_clear_error(official, monkeypatch):
@@ -632,23 +828,31 @@ def test_unreachable_hub_is_one_clear_error(official, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     monkeypatch.setattr(sharing, "language_model", lambda *_: pytest.fail("work began"))
-    with pytest.raises(ValueError, match="task 'far' could not be read from the hub: Couldn't reach"):
+    with pytest.raises(
+        ValueError, match="task 'far' could not be read from the hub: Couldn't reach"
+    ):
         evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "far"])
 
 
-@pytest.mark.parametrize("name", ["nope", "lm-eval:nope", "lm-eval:mmlu_letter", "../piqa", None, 3])
+@pytest.mark.parametrize(
+    "name", ["nope", "lm-eval:nope", "lm-eval:mmlu_letter", "../piqa", None, 3]
+)
 def test_unknown_task_is_refused_before_any_work(official, monkeypatch, name):
     monkeypatch.setattr(sharing, "language_model", lambda *_: pytest.fail("work began"))
-    with pytest.raises(ValueError, match="unknown task .*mmlu, boolq, piqa, openbookqa, commonsenseqa, siqa"):
+    with pytest.raises(
+        ValueError, match="unknown task .*mmlu, boolq, piqa, openbookqa, commonsenseqa, siqa"
+    ):
         evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", name])
 
 
 def test_lm_eval_brings_its_own_tasks():
     brought = evaluation._task_manager(False).all_tasks
-    assert {"piqa", "arc_challenge", "hellaswag", "mmlu"} < set(brought) and "mmlu_letter" not in brought
+    assert {"piqa", "arc_challenge", "hellaswag", "mmlu"} < set(
+        brought
+    ) and "mmlu_letter" not in brought
 
 
-# --- the embedded model ----------------------------------------------------------------------------------------------
+# --- the embedded model ---------------------------------------------------------------------------
 
 
 def test_embedded_model_beats_chance_and_matches_plain_forward(embedded):
@@ -665,13 +869,19 @@ def test_embedded_model_beats_chance_and_matches_plain_forward(embedded):
             input_ids = torch.tensor(tokenizer(f"{prompt} {choice}").input_ids)
             with torch.no_grad():
                 logs = model(input_ids[None]).logits[0].log_softmax(-1)
-            totals.append(logs[n_prompt - 1:-1].gather(1, input_ids[n_prompt:, None]).sum().item())
+            totals.append(
+                logs[n_prompt - 1 : -1].gather(1, input_ids[n_prompt:, None]).sum().item()
+            )
             lengths.append(len(input_ids) - n_prompt)
         right, wrong = question.answer, 1 - question.answer
-        by_character = [total / len(choice) for total, choice in zip(totals, question.choices, strict=True)]
+        by_character = [
+            total / len(choice) for total, choice in zip(totals, question.choices, strict=True)
+        ]
         assert row.correct == (totals[right] > totals[wrong])
         assert row.correct_norm == (by_character[right] > by_character[wrong])
-        assert row.p_right == pytest.approx(1 / (1 + math.exp(by_character[wrong] - by_character[right])), rel=1e-5)
+        assert row.p_right == pytest.approx(
+            1 / (1 + math.exp(by_character[wrong] - by_character[right])), rel=1e-5
+        )
         assert row.nll == pytest.approx(-totals[right] / lengths[right], rel=1e-5)
 
 

@@ -11,7 +11,8 @@ TOKENS = {"evaluation_tokens": 40, "question_tokens": 20, "validation_tokens": 3
 
 @pytest.fixture
 def steady(monkeypatch):
-    """A clock by which a pass forwards takes 2 s, one forwards and backwards 6 s, and one token 1 s."""
+    """A clock by which a pass forwards takes 2 s, one forwards and backwards 6 s, and one token 1
+    s."""
     times = iter([6.0, 2.0, 1.0] * 4)
     measure = experiments._seconds
     monkeypatch.setattr(experiments, "_seconds", lambda run: measure(run) * 0 + next(times))
@@ -23,16 +24,26 @@ def foretold(model, **changed):
 
 
 def test_stages_as_worked_by_hand(steady, capfd):
-    """0.25 s a token forwards, 0.75 s in training, and three quarters of both once one of four layers is gone."""
+    """0.25 s a token forwards, 0.75 s in training, and three quarters of both once one of four
+    layers is gone."""
     model = ARCHITECTURES["llama"]()
     left = 1 - 1 / len(models.decoder_layers(model))
     found = foretold(model)
     measure = 0.25 * 60 + 24 * 1
-    assert found == pytest.approx({
-        "scan": 0.25 * 24, "measure": measure, "measure the pruned model": left * measure,
-        "heal": left * (0.75 * 3 * 2 * 8 + 0.25 * 30 * 9), "measure the healed model": left * (measure + 0.25 * 4 * 8)})
+    assert found == pytest.approx(
+        {
+            "scan": 0.25 * 24,
+            "measure": measure,
+            "measure the pruned model": left * measure,
+            "heal": left * (0.75 * 3 * 2 * 8 + 0.25 * 30 * 9),
+            "measure the healed model": left * (measure + 0.25 * 4 * 8),
+        }
+    )
     said = capfd.readouterr().err
-    assert f"about {sum(found.values()) / 60:.1f} minutes here (float32, " in said and "scan 6 s, measure 39 s" in said
+    assert (
+        f"about {sum(found.values()) / 60:.1f} minutes here (float32, " in said
+        and "scan 6 s, measure 39 s" in said
+    )
     assert foretold(model, steps=6)["heal"] > found["heal"]
 
 

@@ -1,4 +1,5 @@
-"""What healing trains and what it leaves alone, to the last bit, and that an interrupted run ends like any other."""
+"""What healing trains and what it leaves alone, to the last bit, and that an interrupted run ends
+like any other."""
 
 import copy
 import json
@@ -24,8 +25,15 @@ CHILDREN = Path(__file__).resolve().parent / "children"
 L, V, T = 4, 128, 16
 METHODS = ("lora", "qlora", "dora", "last_layers", "full")
 # Linear weights of a layer of the model below, (in, out), and what they add up to.
-LINEAR = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32), "gate_proj": (32, 48),
-          "up_proj": (32, 48), "down_proj": (48, 32)}
+LINEAR = {
+    "q_proj": (32, 32),
+    "k_proj": (32, 16),
+    "v_proj": (32, 16),
+    "o_proj": (32, 32),
+    "gate_proj": (32, 48),
+    "up_proj": (32, 48),
+    "down_proj": (48, 32),
+}
 
 
 class Tokenizer:
@@ -37,11 +45,22 @@ class Tokenizer:
 
 
 def llama(tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A random model; its rotary frequencies are float32 whatever its dtype, as those of a loaded one."""
+    """A random model; its rotary frequencies are float32 whatever its dtype, as those of a loaded
+    one."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=L, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, pad_token_id=0))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=L,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+            pad_token_id=0,
+        )
+    )
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model.eval()
@@ -49,8 +68,20 @@ def llama(tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCau
 
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=L, n_head=4, n_positions=64, embd_pdrop=0,
-                                      resid_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=V,
+            n_embd=32,
+            n_layer=L,
+            n_head=4,
+            n_positions=64,
+            embd_pdrop=0,
+            resid_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).eval()
 
 
 def windows(n: int = 6) -> torch.Tensor:
@@ -60,20 +91,34 @@ def windows(n: int = 6) -> torch.Tensor:
 
 def heal(model, train_ids=None, **settings) -> healing.HealedModel:
     """A short run: settings of the test over small defaults."""
-    small = {"method": "lora", "steps": 3, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, "rank": 4,
-             "last_k": 2}
-    return healing.heal(model, Tokenizer, windows() if train_ids is None else train_ids, **{**small, **settings})
+    small = {
+        "method": "lora",
+        "steps": 3,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "rank": 4,
+        "last_k": 2,
+    }
+    return healing.heal(
+        model, Tokenizer, windows() if train_ids is None else train_ids, **{**small, **settings}
+    )
 
 
 def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all weights and buffers, those that are not saved included."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
 def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(
-        tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items())
+        tensor.dtype == second[name].dtype and torch.equal(tensor, second[name])
+        for name, tensor in first.items()
+    )
 
 
 def changed(model, healed) -> set[str]:
@@ -84,14 +129,21 @@ def changed(model, healed) -> set[str]:
 
 def layer_names(*layers: int) -> set[str]:
     parts = [f"self_attn.{name}" if name[0] in "qkvo" else f"mlp.{name}" for name in LINEAR]
-    return {f"model.layers.{layer}.{part}.weight"
-            for layer in layers for part in [*parts, "input_layernorm", "post_attention_layernorm"]}
+    return {
+        f"model.layers.{layer}.{part}.weight"
+        for layer in layers
+        for part in [*parts, "input_layernorm", "post_attention_layernorm"]
+    }
 
 
-ALL_NAMES = layer_names(0, 1, 2, 3) | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+ALL_NAMES = layer_names(0, 1, 2, 3) | {
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+}
 
 
-# --- what is trained ------------------------------------------------------------------------------------------------
+# --- what is trained ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -99,13 +151,18 @@ ALL_NAMES = layer_names(0, 1, 2, 3) | {"model.embed_tokens.weight", "model.norm.
 def test_adapters_change_and_the_base_does_not(method, dtype):
     model = llama(dtype=dtype)
     healed = heal(model, method=method).model
-    base = {name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
-            for name, tensor in bits(healed).items() if ".lora_" not in name}
+    base = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+        for name, tensor in bits(healed).items()
+        if ".lora_" not in name
+    }
     assert same(base, bits(model))
     adapters = {name: tensor for name, tensor in bits(healed).items() if ".lora_" in name}
     assert len(adapters) == 7 * L * (3 if method == "dora" else 2)
     assert all(tensor.dtype == torch.float32 for tensor in adapters.values())
-    assert all(tensor.abs().max() > 0 for name, tensor in adapters.items() if "lora_B" in name), "B begins as zeros"
+    assert all(tensor.abs().max() > 0 for name, tensor in adapters.items() if "lora_B" in name), (
+        "B begins as zeros"
+    )
     assert healed.dtype == dtype and not healed.training
     assert not any(weight.requires_grad for weight in healed.parameters())
 
@@ -113,25 +170,39 @@ def test_adapters_change_and_the_base_does_not(method, dtype):
 def test_qlora_trains_adapters_over_the_unchanged_4_bit_copy():
     model = llama(dtype=torch.bfloat16)
     healed, reference = heal(model, method="qlora").model, models.quantized_copy(model)
-    stored = {name: module for name, module in reference.named_modules() if type(module).__name__ == "Linear4bit"}
+    stored = {
+        name: module
+        for name, module in reference.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
     assert len(stored) == 7 * L
     for name, module in stored.items():
         kept = healed.get_submodule(f"base_model.model.{name}.base_layer")
         assert torch.equal(kept.weight, module.weight)
         assert torch.equal(kept.weight.quant_state.absmax, module.weight.quant_state.absmax)
-        assert healed.get_submodule(f"base_model.model.{name}").lora_B["default"].weight.abs().max() > 0
+        assert (
+            healed.get_submodule(f"base_model.model.{name}").lora_B["default"].weight.abs().max()
+            > 0
+        )
     assert torch.equal(healed.get_output_embeddings().weight, model.lm_head.weight)
 
 
-@pytest.mark.parametrize(("tied", "settings", "expected"), [
-    (False, {}, {"lm_head.weight"} | layer_names(2, 3)),
-    (False, {"last_k": 1}, {"lm_head.weight"} | layer_names(3)),
-    (False, {"last_k": 0}, {"lm_head.weight"}),
-    (False, {"last_k": 4}, {"lm_head.weight"} | layer_names(0, 1, 2, 3)),
-    (False, {"train_norm": True}, {"lm_head.weight", "model.norm.weight"} | layer_names(2, 3)),
-    (True, {}, {"lm_head.weight"} | layer_names(2, 3)),
-    (True, {"untie": False}, {"lm_head.weight", "model.embed_tokens.weight"} | layer_names(2, 3)),
-])
+@pytest.mark.parametrize(
+    ("tied", "settings", "expected"),
+    [
+        (False, {}, {"lm_head.weight"} | layer_names(2, 3)),
+        (False, {"last_k": 1}, {"lm_head.weight"} | layer_names(3)),
+        (False, {"last_k": 0}, {"lm_head.weight"}),
+        (False, {"last_k": 4}, {"lm_head.weight"} | layer_names(0, 1, 2, 3)),
+        (False, {"train_norm": True}, {"lm_head.weight", "model.norm.weight"} | layer_names(2, 3)),
+        (True, {}, {"lm_head.weight"} | layer_names(2, 3)),
+        (
+            True,
+            {"untie": False},
+            {"lm_head.weight", "model.embed_tokens.weight"} | layer_names(2, 3),
+        ),
+    ],
+)
 def test_last_layers_trains_the_head_and_the_last_layers(tied, settings, expected):
     model = llama(tied)
     healed = heal(model, method="last_layers", **settings).model
@@ -150,18 +221,27 @@ def test_full_trains_everything(tied):
     assert (healed.lm_head.weight is healed.model.embed_tokens.weight) == tied
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-    ({"rank": 4}, 4 * sum(sum(shape) for shape in LINEAR.values()) * L),  # rank * (in + out) a linear weight
-    ({"rank": 1, "targets": ["q_proj", "down_proj"]}, (32 + 32 + 48 + 32) * L),
-    ({"rank": 2, "targets": "mlp"}, 2 * (80 + 80 + 80) * L),
-    ({"method": "qlora"}, 4 * 464 * L),
-    ({"method": "dora"}, (4 * 464 + 224) * L),  # and a magnitude for each output
-    ({"method": "last_layers", "last_k": 1}, V * 32 + 7680 + 2 * 32),
-    ({"method": "last_layers", "last_k": 0, "train_norm": True}, V * 32 + 32),
-    ({"method": "full"}, 2 * V * 32 + (7680 + 2 * 32) * L + 32),
-])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"rank": 4},
+            4 * sum(sum(shape) for shape in LINEAR.values()) * L,
+        ),  # rank * (in + out) a linear weight
+        ({"rank": 1, "targets": ["q_proj", "down_proj"]}, (32 + 32 + 48 + 32) * L),
+        ({"rank": 2, "targets": "mlp"}, 2 * (80 + 80 + 80) * L),
+        ({"method": "qlora"}, 4 * 464 * L),
+        ({"method": "dora"}, (4 * 464 + 224) * L),  # and a magnitude for each output
+        ({"method": "last_layers", "last_k": 1}, V * 32 + 7680 + 2 * 32),
+        ({"method": "last_layers", "last_k": 0, "train_norm": True}, V * 32 + 32),
+        ({"method": "full"}, 2 * V * 32 + (7680 + 2 * 32) * L + 32),
+    ],
+)
 def test_numbers_of_trained_parameters_by_hand(settings, expected):
-    assert sum(a * b for a, b in LINEAR.values()) == 7680 and sum(a + b for a, b in LINEAR.values()) == 464
+    assert (
+        sum(a * b for a, b in LINEAR.values()) == 7680
+        and sum(a + b for a, b in LINEAR.values()) == 464
+    )
     assert heal(llama(), steps=1, **settings).trainable_parameters == expected
 
 
@@ -171,20 +251,33 @@ def test_the_input_model_is_left_as_it_was(method, fails, monkeypatch):
     model = llama(tied=True, dtype=torch.bfloat16).train()
     model.model.layers[1].eval()
     model.model.layers[2].mlp.requires_grad_(False)
-    before, settings, modes = bits(model), model.config.to_dict(), [part.training for part in model.modules()]
+    before, settings, modes = (
+        bits(model),
+        model.config.to_dict(),
+        [part.training for part in model.modules()],
+    )
     flags, keys = [weight.requires_grad for weight in model.parameters()], set(vars(model))
     if fails:
         calls = []
-        monkeypatch.setattr(healing, "_mean_loss", lambda logits, ids: calls.append(1) or 1 / (len(calls) < 3) * (
-            logits.float().square().mean()))
+        monkeypatch.setattr(
+            healing,
+            "_mean_loss",
+            lambda logits, ids: (
+                calls.append(1) or 1 / (len(calls) < 3) * (logits.float().square().mean())
+            ),
+        )
         with pytest.raises(ZeroDivisionError):
             heal(model, method=method)
         assert len(calls) == 3
     else:
         heal(model, method=method, eval_ids=windows(3))
     assert same(bits(model), before) and model.lm_head.weight is model.model.embed_tokens.weight
-    assert [part.training for part in model.modules()] == modes and model.config.to_dict() == settings
-    assert [weight.requires_grad for weight in model.parameters()] == flags and set(vars(model)) == keys
+    assert [
+        part.training for part in model.modules()
+    ] == modes and model.config.to_dict() == settings
+    assert [weight.requires_grad for weight in model.parameters()] == flags and set(
+        vars(model)
+    ) == keys
     assert all(weight.grad is None for weight in model.parameters())
 
 
@@ -192,35 +285,60 @@ def test_the_input_model_is_left_as_it_was(method, fails, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_loss_falls_and_the_dtype_stays(method, dtype):
     model = llama(tied=True, dtype=dtype)
-    healed = heal(model, method=method, steps=16, learning_rate=3e-2, batch_size=4, eval_ids=windows(3), untie=False,
-                  merge=True)
+    healed = heal(
+        model,
+        method=method,
+        steps=16,
+        learning_rate=3e-2,
+        batch_size=4,
+        eval_ids=windows(3),
+        untie=False,
+        merge=True,
+    )
     losses = healed.history.query("split == 'eval'")["loss"].tolist()
     assert losses[0] == pytest.approx(math.log(V), abs=0.3) and losses[-1] < losses[0] - 0.2
     assert {weight.dtype for weight in healed.model.parameters()} == {dtype}
     own = float(evaluation.token_losses(healed.model, windows(3)).double().mean())
     # The merged weights of qlora are not the 4-bit ones that were trained over.
-    assert own == pytest.approx(losses[-1], abs=0.1 if method == "qlora" else 1e-5 if dtype == torch.float32 else 5e-3)
+    assert own == pytest.approx(
+        losses[-1], abs=0.1 if method == "qlora" else 1e-5 if dtype == torch.float32 else 5e-3
+    )
     named = dict(model.named_buffers())
-    assert named and same({name: tensor for name, tensor in healed.model.named_buffers()}, named), "rotary frequencies"
+    assert named and same({name: tensor for name, tensor in healed.model.named_buffers()}, named), (
+        "rotary frequencies"
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "last_layers", "full"])
 def test_updates_below_the_resolution_of_bfloat16_add_up(method, monkeypatch):
     model, seen = llama(dtype=torch.bfloat16), []
     finished = healing._finished
-    monkeypatch.setattr(healing, "_finished", lambda trained, *given: seen.append(
-        {weight.dtype for weight in trained.parameters() if weight.requires_grad}) or finished(trained, *given))
+    monkeypatch.setattr(
+        healing,
+        "_finished",
+        lambda trained, *given: (
+            seen.append({weight.dtype for weight in trained.parameters() if weight.requires_grad})
+            or finished(trained, *given)
+        ),
+    )
     healed = heal(model, method=method, steps=16, learning_rate=1e-5, batch_size=6).model
     assert seen == [{torch.float32}], "dtypes of what was trained, at the end of training"
     if method in ("last_layers", "full"):
         before, after = model.lm_head.weight, healed.lm_head.weight
-        coarse = before.abs() > 2**-7  # there, a step of 1e-5 is less than half of bfloat16's distance of 2**-14
-        assert torch.equal(before[coarse], (before[coarse] + 1e-5 * torch.ones(())).to(torch.bfloat16))
+        coarse = (
+            before.abs() > 2**-7
+        )  # there, a step of 1e-5 is less than half of bfloat16's distance of 2**-14
+        assert torch.equal(
+            before[coarse], (before[coarse] + 1e-5 * torch.ones(())).to(torch.bfloat16)
+        )
         assert float((before != after)[coarse].float().mean()) > 0.2
 
 
 def test_evaluations_on_the_way_do_not_change_what_is_trained():
-    for method in ("qlora", "lora"):  # 4-bit weights that were repacked for inference would pass no gradient
+    for method in (
+        "qlora",
+        "lora",
+    ):  # 4-bit weights that were repacked for inference would pass no gradient
         model = llama(dtype=torch.bfloat16)
         settings = {"method": method, "steps": 8, "dropout": 0.2}
         alone, evaluated = heal(model, **settings), heal(model, eval_ids=windows(3), **settings)
@@ -231,15 +349,21 @@ def test_evaluations_on_the_way_do_not_change_what_is_trained():
         pd.testing.assert_frame_equal(train, alone.history)
 
 
-# --- the model that comes back --------------------------------------------------------------------------------------
+# --- the model that comes back --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("factory", "method"), [(llama, "lora"), (llama, "dora"), (gpt2, "lora"), (gpt2, "dora")])
+@pytest.mark.parametrize(
+    ("factory", "method"), [(llama, "lora"), (llama, "dora"), (gpt2, "lora"), (gpt2, "dora")]
+)
 def test_merged_adapters_compute_what_unmerged_ones_do(factory, method):
     model, input_ids = factory(), windows(3)
-    unmerged, merged = (heal(model, method=method, merge=merge, steps=6).model for merge in (False, True))
+    unmerged, merged = (
+        heal(model, method=method, merge=merge, steps=6).model for merge in (False, True)
+    )
     with torch.no_grad():
-        before, apart, together = (network(input_ids).logits for network in (model, unmerged, merged))
+        before, apart, together = (
+            network(input_ids).logits for network in (model, unmerged, merged)
+        )
     assert (before - apart).abs().max() > 0.05
     torch.testing.assert_close(together, apart, rtol=0, atol=2e-6)
     assert type(merged) is type(model) and bits(merged).keys() == bits(model).keys()
@@ -253,11 +377,16 @@ def test_qlora_merges_into_the_16_or_32_bit_weights(dtype):
     assert not any("bitsandbytes" in type(module).__module__ for module in merged.modules())
     for layer in range(L):
         for name in LINEAR:
-            part = f"model.layers.{layer}." + (f"self_attn.{name}" if name[0] in "qkvo" else f"mlp.{name}")
+            part = f"model.layers.{layer}." + (
+                f"self_attn.{name}" if name[0] in "qkvo" else f"mlp.{name}"
+            )
             adapted = unmerged.get_submodule(f"base_model.model.{part}")
             product = adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight
             expected = (model.get_submodule(part).weight.float() + 6 / 4 * product).to(dtype)
-            assert torch.equal(merged.get_submodule(part).weight, expected) and product.abs().max() > 1e-3
+            assert (
+                torch.equal(merged.get_submodule(part).weight, expected)
+                and product.abs().max() > 1e-3
+            )
     others = changed(model, merged)
     assert len(others) == 7 * L and all("proj" in name for name in others)
 
@@ -268,8 +397,12 @@ def test_the_returned_model_is_a_plain_one(method):
     healed = heal(model, method=method, merge=True).model
     assert type(healed) is LlamaForCausalLM and not hasattr(healed, "peft_config")
     assert "forward" not in vars(healed) and not getattr(healed, "is_quantized", False)
-    expected = model.config.to_dict() | ({"tie_word_embeddings": False} if method == "last_layers" else {})
-    assert healed.config.to_dict() == expected and healed.generation_config == model.generation_config
+    expected = model.config.to_dict() | (
+        {"tie_word_embeddings": False} if method == "last_layers" else {}
+    )
+    assert (
+        healed.config.to_dict() == expected and healed.generation_config == model.generation_config
+    )
     assert not healed.training and not any(module.training for module in healed.modules())
     assert same(bits(copy.deepcopy(healed)), bits(healed))
     again = heal(healed, method="last_layers", untie=False)
@@ -289,7 +422,9 @@ def test_other_architectures(name):
     healed = heal(model, steps=2, eval_ids=input_ids, merge=True)
     losses = healed.history.query("split == 'eval'")["loss"].tolist()
     for loss, network in ((losses[0], model), (losses[-1], healed.model)):
-        assert loss == pytest.approx(float(evaluation.token_losses(network, input_ids).double().mean()), abs=1e-4)
+        assert loss == pytest.approx(
+            float(evaluation.token_losses(network, input_ids).double().mean()), abs=1e-4
+        )
     assert losses[0] != losses[-1]
 
 
@@ -305,12 +440,20 @@ def test_nothing_around_the_run_changes(tmp_path, monkeypatch):
     assert dict(os.environ) == environment and not list(tmp_path.iterdir())
 
 
-# --- history --------------------------------------------------------------------------------------------------------
+# --- history --------------------------------------------------------------------------------------
 
 
 def test_the_history_by_hand():
     model = llama()
-    healed = heal(model, steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=2, eval_ids=windows(5), dropout=0.0)
+    healed = heal(
+        model,
+        steps=6,
+        batch_size=4,
+        learning_rate=1e-3,
+        warmup_steps=2,
+        eval_ids=windows(5),
+        dropout=0.0,
+    )
     history = healed.history
     assert history.columns.tolist() == ["step", "tokens", "split", "loss", "learning_rate"]
     assert history["step"].tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
@@ -320,35 +463,63 @@ def test_the_history_by_hand():
     train, held_out = (history[history["split"] == split] for split in ("train", "eval"))
     # Linear from 0 over two steps, then half a cosine over the other four.
     cosine = [(1 + math.cos(math.pi * part / 4)) / 2 for part in range(4)]
-    assert train["learning_rate"].tolist() == pytest.approx([0, 5e-4, *(1e-3 * value for value in cosine)], rel=1e-12)
+    assert train["learning_rate"].tolist() == pytest.approx(
+        [0, 5e-4, *(1e-3 * value for value in cosine)], rel=1e-12
+    )
     assert held_out["learning_rate"].isna().all()
-    own = [float(evaluation.token_losses(network, windows(5)).double().mean()) for network in (model, healed.model)]
+    own = [
+        float(evaluation.token_losses(network, windows(5)).double().mean())
+        for network in (model, healed.model)
+    ]
     assert held_out["loss"].iloc[[0, -1]].tolist() == pytest.approx(own, abs=1e-5)
     assert held_out["loss"].iloc[1] == held_out["loss"].iloc[0], "the first step has rate 0"
     first = windows()[torch.randperm(6, generator=torch.Generator().manual_seed(0))[:4]]
-    assert train["loss"].iloc[0] == pytest.approx(float(evaluation.token_losses(model, first).mean()), abs=1e-5)
-    assert len({round(loss, 4) for loss in train["loss"]}) == 6 and not (train["loss"].round(4) == train["loss"]).any()
+    assert train["loss"].iloc[0] == pytest.approx(
+        float(evaluation.token_losses(model, first).mean()), abs=1e-5
+    )
+    assert (
+        len({round(loss, 4) for loss in train["loss"]}) == 6
+        and not (train["loss"].round(4) == train["loss"]).any()
+    )
 
 
 def test_evaluations_come_eight_times_and_saves_four_times(tmp_path, monkeypatch):
     saves, digests = [], healing._file_digests
-    monkeypatch.setattr(healing, "_file_digests", lambda folder: saves.append(folder.name) or digests(folder))
-    history = heal(llama(), method="last_layers", last_k=0, steps=21, eval_ids=windows(2),
-                   output_dir=tmp_path / "run").history
+    monkeypatch.setattr(
+        healing, "_file_digests", lambda folder: saves.append(folder.name) or digests(folder)
+    )
+    history = heal(
+        llama(),
+        method="last_layers",
+        last_k=0,
+        steps=21,
+        eval_ids=windows(2),
+        output_dir=tmp_path / "run",
+    ).history
     evaluated = history.query("split == 'eval'")["step"].tolist()
     assert evaluated == [0, 3, 6, 8, 11, 14, 16, 19, 21]  # ceil(21 / 8 * k)
     assert saves == [f"checkpoint-{step}" for step in (6, 11, 16, 21)]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint-16", "checkpoint-21", "settings.json", "tokenizer.json"]
+        "checkpoint-16",
+        "checkpoint-21",
+        "settings.json",
+        "tokenizer.json",
+    ]
     without = heal(llama(), method="last_layers", last_k=0, steps=21).history
-    assert without["split"].tolist() == ["train"] * 21 and without["step"].tolist() == list(range(1, 22))
+    assert without["split"].tolist() == ["train"] * 21 and without["step"].tolist() == list(
+        range(1, 22)
+    )
 
 
 def test_each_pass_takes_every_window_once_in_a_new_order_and_batches_are_full(monkeypatch):
     def batches(**settings) -> list[list[int]]:
         seen, mean_loss = [], healing._mean_loss
         with monkeypatch.context() as patch:
-            patch.setattr(healing, "_mean_loss", lambda logits, ids: seen.append(ids.clone()) or mean_loss(logits, ids))
+            patch.setattr(
+                healing,
+                "_mean_loss",
+                lambda logits, ids: seen.append(ids.clone()) or mean_loss(logits, ids),
+            )
             heal(llama(), method="last_layers", last_k=0, **settings)
         known = windows().tolist()
         return [[known.index(row) for row in batch.tolist()] for batch in seen]
@@ -357,27 +528,44 @@ def test_each_pass_takes_every_window_once_in_a_new_order_and_batches_are_full(m
     assert [len(batch) for batch in found] == [4] * 5
     rows = sum(found, [])
     passes = [rows[:6], rows[6:12], rows[12:18]]
-    assert all(sorted(order) == list(range(6)) for order in passes) and passes[0] != passes[1] != passes[2]
+    assert (
+        all(sorted(order) == list(range(6)) for order in passes)
+        and passes[0] != passes[1] != passes[2]
+    )
     assert batches(steps=5, batch_size=4) == found != batches(steps=5, batch_size=4, seed=1)
     assert len(batches(steps=1, batch_size=8)[0]) == 8, "more than there are windows"
 
 
 def test_accumulated_batches_train_the_same(monkeypatch):
     model = llama()
-    settings = {"method": "full", "steps": 4, "batch_size": 6, "learning_rate": 1e-3, "eval_ids": windows(5)}
+    settings = {
+        "method": "full",
+        "steps": 4,
+        "batch_size": 6,
+        "learning_rate": 1e-3,
+        "eval_ids": windows(5),
+    }
     whole = heal(model, **settings)
     for tokens, parts in ((2 * T, 3), (T, 6), (T - 1, 6), (5 * T, 2)):
         calls, mean_loss = [], healing._mean_loss
         with monkeypatch.context() as patch:
             patch.setattr(healing, "MICRO_BATCH_TOKENS", tokens)
-            patch.setattr(healing, "_mean_loss", lambda logits, ids, mean_loss=mean_loss, calls=calls: (
-                calls.append(torch.is_grad_enabled()) or mean_loss(logits, ids)))
+            patch.setattr(
+                healing,
+                "_mean_loss",
+                lambda logits, ids, mean_loss=mean_loss, calls=calls: (
+                    calls.append(torch.is_grad_enabled()) or mean_loss(logits, ids)
+                ),
+            )
             accumulated = heal(model, **settings)
         assert sum(calls) == 4 * parts
-        # AdamW divides by the gradient's own size, so that of a weight with hardly any gradient the rounding of float32
-        # decides: weights are compared as one vector, by how far apart training has led them as a share of its way.
-        before, once, often = (torch.cat([weight.flatten() for weight in part.parameters()]) for part in (
-            model, whole.model, accumulated.model))
+        # AdamW divides by the gradient's own size, so that of a weight with hardly any gradient the
+        # rounding of float32 decides: weights are compared as one vector, by how far apart training
+        # has led them as a share of its way.
+        before, once, often = (
+            torch.cat([weight.flatten() for weight in part.parameters()])
+            for part in (model, whole.model, accumulated.model)
+        )
         assert (often - once).norm() < 1e-2 * (once - before).norm()
         assert np.allclose(whole.history["loss"], accumulated.history["loss"], rtol=1e-5, atol=0)
 
@@ -385,7 +573,11 @@ def test_accumulated_batches_train_the_same(monkeypatch):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_activations_computed_again_train_the_same(method, monkeypatch):
     model = llama()
-    kept, parts, part = heal(model, method=method, dropout=0.1), [], transformers.models.llama.modeling_llama.LlamaMLP
+    kept, parts, part = (
+        heal(model, method=method, dropout=0.1),
+        [],
+        transformers.models.llama.modeling_llama.LlamaMLP,
+    )
     monkeypatch.setattr(healing, "LARGE", 0)
     forward = part.forward
     monkeypatch.setattr(part, "forward", lambda *given: parts.append(1) or forward(*given))
@@ -406,43 +598,65 @@ def test_the_loss_in_parts_equals_the_loss_at_once(at_once, dtype, monkeypatch):
     loss = healing._mean_loss(logits, windows(3))
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-9)
+    torch.testing.assert_close(
+        gradient, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-9
+    )
     assert (gradient[:, -1] == 0).all()
 
 
 @pytest.mark.parametrize("with_evaluation", [False, True])
 def test_a_loss_that_is_not_finite_ends_the_run(with_evaluation, tmp_path):
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d of 8"):
-        heal(llama(), method="full", steps=8, learning_rate=1e30, eval_ids=windows(2) if with_evaluation else None,
-             output_dir=tmp_path / "run")
+        heal(
+            llama(),
+            method="full",
+            steps=8,
+            learning_rate=1e30,
+            eval_ids=windows(2) if with_evaluation else None,
+            output_dir=tmp_path / "run",
+        )
     assert not list(tmp_path.glob("run/checkpoint-8"))
 
 
-# --- interrupted runs -----------------------------------------------------------------------------------------------
-
+# --- interrupted runs -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_runs_killed_at_any_moment_end_with_the_same_bits(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    driver = subprocess.run([sys.executable, CHILDREN / "kill_healing.py", str(tmp_path), "lora", "last_layers"],
-                            text=True, capture_output=True, env=environment, timeout=300)
+    driver = subprocess.run(
+        [sys.executable, CHILDREN / "kill_healing.py", str(tmp_path), "lora", "last_layers"],
+        text=True,
+        capture_output=True,
+        env=environment,
+        timeout=300,
+    )
     assert driver.returncode == 0, driver.stderr
     for method in ("lora", "last_layers"):
         (alone, history), (resumed, resumed_history) = (
-            pd.read_pickle(tmp_path / method / name) for name in ("alone", "resumed"))
+            pd.read_pickle(tmp_path / method / name) for name in ("alone", "resumed")
+        )
         assert history["step"].max() == 12 and len(history) == 12 + 9
         assert same(alone, resumed)
         pd.testing.assert_frame_equal(history, resumed_history, check_exact=True)
     # Nothing was printed, by the way, but the progress bar.
     assert driver.stdout == ""
-    assert [line for line in re.split(r"[\r\n]+", driver.stderr) if line.strip() and "healing: " not in line] == []
+    assert [
+        line
+        for line in re.split(r"[\r\n]+", driver.stderr)
+        if line.strip() and "healing: " not in line
+    ] == []
 
 
 @pytest.fixture(scope="module")
 def finished_once(tmp_path_factory):
     """Settings and result of a finished run of eight steps that no test changes."""
-    settings = {"steps": 8, "eval_ids": windows(3), "dropout": 0.1, "output_dir": tmp_path_factory.mktemp("run")}
+    settings = {
+        "steps": 8,
+        "eval_ids": windows(3),
+        "dropout": 0.1,
+        "output_dir": tmp_path_factory.mktemp("run"),
+    }
     return settings, heal(llama(), **settings)
 
 
@@ -450,15 +664,20 @@ def finished_once(tmp_path_factory):
 def finished(finished_once, tmp_path):
     """The same run in a folder of its own."""
     settings, expected = finished_once
-    return settings | {"output_dir": shutil.copytree(settings["output_dir"], tmp_path / "run")}, expected
+    return settings | {
+        "output_dir": shutil.copytree(settings["output_dir"], tmp_path / "run")
+    }, expected
 
 
 def steps_again(monkeypatch, settings, **others) -> tuple[int, healing.HealedModel]:
     """How many steps a call trains, and what it returns."""
     calls, mean_loss = [], healing._mean_loss
     with monkeypatch.context() as patch:
-        patch.setattr(healing, "_mean_loss", lambda logits, ids: calls.append(torch.is_grad_enabled()) or mean_loss(
-            logits, ids))
+        patch.setattr(
+            healing,
+            "_mean_loss",
+            lambda logits, ids: calls.append(torch.is_grad_enabled()) or mean_loss(logits, ids),
+        )
         healed = heal(llama(), **{**settings, **others})
     return sum(calls), healed
 
@@ -466,29 +685,43 @@ def steps_again(monkeypatch, settings, **others) -> tuple[int, healing.HealedMod
 def test_a_finished_run_is_loaded_without_any_pass(finished, monkeypatch):
     settings, expected = finished
     forward = LlamaForCausalLM.forward
-    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *given, **named: pytest.fail("a forward pass"))
+    monkeypatch.setattr(
+        LlamaForCausalLM, "forward", lambda *given, **named: pytest.fail("a forward pass")
+    )
     again = heal(llama(), **settings)
-    merged = heal(llama(), merge=True, **settings)  # how the result is handed over is no setting of the training
+    merged = heal(
+        llama(), merge=True, **settings
+    )  # how the result is handed over is no setting of the training
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     assert same(bits(again.model), bits(expected.model)) and again.history.equals(expected.history)
     assert again.trainable_parameters == expected.trainable_parameters and not again.model.training
     with torch.no_grad():
-        torch.testing.assert_close(merged.model(windows()).logits, expected.model(windows()).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            merged.model(windows()).logits, expected.model(windows()).logits, rtol=0, atol=1e-6
+        )
 
 
 def test_saving_asks_no_hub_about_the_models_name(tmp_path, monkeypatch):
     import peft.utils.save_and_load
 
-    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked a hub"))
+    monkeypatch.setattr(
+        peft.utils.save_and_load,
+        "check_file_exists_on_hf_hub",
+        lambda *_: pytest.fail("asked a hub"),
+    )
     model = llama()
     model.name_or_path = model.config._name_or_path = "owner/name"
     heal(model, output_dir=tmp_path / "run")
     saved = json.loads((tmp_path / "run/checkpoint-3/adapter_config.json").read_text())
-    assert not saved["base_model_name_or_path"], "no checkpoint of that name holds the pruned weights"
+    assert not saved["base_model_name_or_path"], (
+        "no checkpoint of that name holds the pruned weights"
+    )
     assert model.name_or_path == "owner/name"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "other bytes", "file missing", "no seal", "half a seal"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "emptied", "other bytes", "file missing", "no seal", "half a seal"]
+)
 def test_a_damaged_checkpoint_is_left_for_the_one_before(finished, damage, monkeypatch):
     settings, expected = finished
     last = settings["output_dir"] / "checkpoint-8"
@@ -516,78 +749,125 @@ def test_without_any_whole_checkpoint_the_run_begins_anew(finished, monkeypatch)
     for seal in settings["output_dir"].glob("*/complete.json"):
         seal.unlink()
     steps, again = steps_again(monkeypatch, settings)
-    assert steps == 8 and same(bits(again.model), bits(expected.model)) and again.history.equals(expected.history)
+    assert (
+        steps == 8
+        and same(bits(again.model), bits(expected.model))
+        and again.history.equals(expected.history)
+    )
 
 
-@pytest.mark.parametrize(("key", "value", "there", "asked"), [
-    ("learning_rate", 2e-2, "0.01", "0.02"), ("steps", 9, "8", "9"), ("rank", 2, "4", "2"), ("seed", 1, "0", "1"),
-    ("alpha", 8.0, "4", r"8\.0"), ("method", "dora", "'lora'", "'dora'"), ("batch_size", 3, "2", "3"),
-    ("targets", ["q_proj"], "'all'", r"\['q_proj'\]"), ("dropout", 0.2, r"0\.1", r"0\.2"),
-    ("eval_ids", None, "'[0-9a-f]{64}'", "None"), ("eval_ids", windows(2), "'[0-9a-f]{64}'", "'[0-9a-f]{64}'"),
-    ("train_ids", windows(5), "'[0-9a-f]{64}'", "'[0-9a-f]{64}'"),
-    ("train_ids", windows().flip(0), "'[0-9a-f]{64}'", "'[0-9a-f]{64}'"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "there", "asked"),
+    [
+        ("learning_rate", 2e-2, "0.01", "0.02"),
+        ("steps", 9, "8", "9"),
+        ("rank", 2, "4", "2"),
+        ("seed", 1, "0", "1"),
+        ("alpha", 8.0, "4", r"8\.0"),
+        ("method", "dora", "'lora'", "'dora'"),
+        ("batch_size", 3, "2", "3"),
+        ("targets", ["q_proj"], "'all'", r"\['q_proj'\]"),
+        ("dropout", 0.2, r"0\.1", r"0\.2"),
+        ("eval_ids", None, "'[0-9a-f]{64}'", "None"),
+        ("eval_ids", windows(2), "'[0-9a-f]{64}'", "'[0-9a-f]{64}'"),
+        ("train_ids", windows(5), "'[0-9a-f]{64}'", "'[0-9a-f]{64}'"),
+        ("train_ids", windows().flip(0), "'[0-9a-f]{64}'", "'[0-9a-f]{64}'"),
+    ],
+)
 def test_a_changed_setting_is_refused_with_both_values(finished_once, key, value, there, asked):
     settings, _ = finished_once
     before = {path: path.stat().st_mtime_ns for path in settings["output_dir"].rglob("*")}
-    with pytest.raises(ValueError, match=rf"other settings: (.*; )?{key} {there} there, {asked} asked.*; choose "):
+    with pytest.raises(
+        ValueError, match=rf"other settings: (.*; )?{key} {there} there, {asked} asked.*; choose "
+    ):
         heal(llama(), **{**settings, key: value})
     assert {path: path.stat().st_mtime_ns for path in settings["output_dir"].rglob("*")} == before
 
 
-def test_other_weights_are_refused_and_the_same_ones_in_another_object_are_not(finished, monkeypatch):
+def test_other_weights_are_refused_and_the_same_ones_in_another_object_are_not(
+    finished, monkeypatch
+):
     settings, _ = finished
     other = llama()
     other.model.layers[1].mlp.up_proj.weight.data[5, 7] += 1e-6  # one number among 39,200
     for model in (other, llama(dtype=torch.bfloat16), llama(tied=True)):
-        with pytest.raises(ValueError, match="other settings: model '[0-9a-f]{64}' there, '[0-9a-f]{64}' asked; "):
+        with pytest.raises(
+            ValueError, match="other settings: model '[0-9a-f]{64}' there, '[0-9a-f]{64}' asked; "
+        ):
             heal(model, **settings)
-    assert steps_again(monkeypatch, settings, output_dir=str(settings["output_dir"]), targets="all")[0] == 0
+    assert (
+        steps_again(monkeypatch, settings, output_dir=str(settings["output_dir"]), targets="all")[0]
+        == 0
+    )
 
 
 def test_settings_in_lists_and_tuples_are_the_same(tmp_path):
     settings = {"steps": 1, "output_dir": tmp_path / "run"}
     heal(llama(), targets=("q_proj", "up_proj"), **settings)
     heal(llama(), targets=["q_proj", "up_proj"], **settings)
-    assert json.loads((tmp_path / "run/settings.json").read_text())["targets"] == ["q_proj", "up_proj"]
+    assert json.loads((tmp_path / "run/settings.json").read_text())["targets"] == [
+        "q_proj",
+        "up_proj",
+    ]
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=f"output_dir {tmp_path} is not empty, and holds no healing run"):
+    with pytest.raises(
+        ValueError, match=f"output_dir {tmp_path} is not empty, and holds no healing run"
+    ):
         heal(llama(), output_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "thesis.tex").unlink()
-    (tmp_path / ".settings.json.k3j2.json").write_text("")  # left by a run killed while it wrote its settings
+    (tmp_path / ".settings.json.k3j2.json").write_text(
+        ""
+    )  # left by a run killed while it wrote its settings
     assert len(heal(llama(), steps=1, output_dir=tmp_path).history) == 1
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 REFUSED = [
-    ({"method": "prefix"}, "method must be one of lora, qlora, dora, last_layers, full, got 'prefix'"),
+    (
+        {"method": "prefix"},
+        "method must be one of lora, qlora, dora, last_layers, full, got 'prefix'",
+    ),
     ({"steps": 0}, "steps must be a whole number from 1 to .*, got 0"),
-    ({"steps": 2.0}, "steps must be .* got 2.0"), ({"steps": True}, "steps must be .* got True"),
+    ({"steps": 2.0}, "steps must be .* got 2.0"),
+    ({"steps": True}, "steps must be .* got True"),
     ({"batch_size": 0}, "batch_size must be a whole number from 1"),
-    ({"rank": 0}, "rank must be a whole number from 1"), ({"rank": -3}, "rank must be .* got -3"),
+    ({"rank": 0}, "rank must be a whole number from 1"),
+    ({"rank": -3}, "rank must be .* got -3"),
     ({"warmup_steps": 4}, "warmup_steps must be a whole number from 0 to 3, got 4"),
-    ({"warmup_steps": -1}, "warmup_steps must be"), ({"seed": -1}, "seed must be a whole number from 0 to 4294967295"),
+    ({"warmup_steps": -1}, "warmup_steps must be"),
+    ({"seed": -1}, "seed must be a whole number from 0 to 4294967295"),
     ({"method": "last_layers", "last_k": 5}, "last_k must be a whole number from 0 to 4, got 5"),
-    ({"last_k": -1}, "last_k must be"), ({"last_k": 1.5}, "last_k must be"),
-    ({"dropout": 1}, r"dropout must be in \[0, 1\), got 1"), ({"dropout": 1.0}, r"dropout .* got 1.0"),
-    ({"dropout": -0.1}, "dropout must be in"), ({"dropout": math.nan}, "dropout .* got nan"),
-    ({"learning_rate": 0}, "learning_rate must be above 0, got 0"), ({"learning_rate": -1e-4}, "learning_rate must be"),
+    ({"last_k": -1}, "last_k must be"),
+    ({"last_k": 1.5}, "last_k must be"),
+    ({"dropout": 1}, r"dropout must be in \[0, 1\), got 1"),
+    ({"dropout": 1.0}, r"dropout .* got 1.0"),
+    ({"dropout": -0.1}, "dropout must be in"),
+    ({"dropout": math.nan}, "dropout .* got nan"),
+    ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
+    ({"learning_rate": -1e-4}, "learning_rate must be"),
     ({"learning_rate": math.nan}, "learning_rate must be above 0, got nan"),
     ({"learning_rate": math.inf}, "learning_rate must be above 0, got inf"),
     ({"learning_rate": "3e-4"}, "learning_rate must be above 0, got '3e-4'"),
-    ({"alpha": 0}, "alpha must be above 0, got 0"), ({"alpha": math.nan}, "alpha must be above 0"),
-    ({"targets": "attention"}, "targets must be 'all', 'mlp' or a list of names among .*'down_proj'.*, got 'attent"),
+    ({"alpha": 0}, "alpha must be above 0, got 0"),
+    ({"alpha": math.nan}, "alpha must be above 0"),
+    (
+        {"targets": "attention"},
+        "targets must be 'all', 'mlp' or a list of names among .*'down_proj'.*, got 'attent",
+    ),
     ({"targets": ["q_proj", "query"]}, r"targets must be .*'q_proj'.*, got \['q_proj', 'query'\]"),
-    ({"targets": ["lm_head"]}, "targets must be"), ({"targets": []}, r"targets must be .* got \[\]"),
-    ({"targets": None}, "targets must be .* got None"), ({"targets": ""}, "targets must be"),
+    ({"targets": ["lm_head"]}, "targets must be"),
+    ({"targets": []}, r"targets must be .* got \[\]"),
+    ({"targets": None}, "targets must be .* got None"),
+    ({"targets": ""}, "targets must be"),
     ({"train_ids": torch.tensor([[1, V]])}, rf"token id {V} is outside the vocabulary \[0, {V}\)"),
     ({"train_ids": torch.tensor([[-1, 3]])}, "token id -1 is outside"),
-    ({"train_ids": torch.ones(2, 4)}, "integer tensor"), ({"train_ids": torch.tensor([1, 2])}, r"got \(2,\)"),
+    ({"train_ids": torch.ones(2, 4)}, "integer tensor"),
+    ({"train_ids": torch.tensor([1, 2])}, r"got \(2,\)"),
     ({"train_ids": torch.zeros(0, 4, dtype=torch.long)}, r"got \(0, 4\)"),
     ({"train_ids": torch.ones(2, 65, dtype=torch.long)}, "longer than the model's context of 64"),
     ({"train_ids": torch.tensor([[1], [2]])}, "windows must hold at least 2 tokens, got 1"),
@@ -596,7 +876,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=[str(settings)[:40] for settings, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("settings", "message"), REFUSED, ids=[str(settings)[:40] for settings, _ in REFUSED]
+)
 def test_wrong_arguments_are_refused_before_any_work(settings, message, tmp_path, monkeypatch):
     monkeypatch.setattr(healing, "_trainable_copy", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match=message):
@@ -622,18 +904,33 @@ def test_what_a_copy_cannot_do_is_refused_and_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- names of linear modules ----------------------------------------------------------------------------------------
+# --- names of linear modules ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "path", "attention", "mlp"), [
-    ("llama", "model.layers", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
-     ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
-    ("gpt2", "transformer.h", ["attn.c_attn", "attn.c_proj"], ["mlp.c_fc", "mlp.c_proj"]),
-    ("opt", "model.decoder.layers",
-     ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj"], ["fc1", "fc2"]),
-    ("gpt_neox", "gpt_neox.layers", ["attention.query_key_value", "attention.dense"],
-     ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]),
-])
+@pytest.mark.parametrize(
+    ("name", "path", "attention", "mlp"),
+    [
+        (
+            "llama",
+            "model.layers",
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+        ),
+        ("gpt2", "transformer.h", ["attn.c_attn", "attn.c_proj"], ["mlp.c_fc", "mlp.c_proj"]),
+        (
+            "opt",
+            "model.decoder.layers",
+            ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj"],
+            ["fc1", "fc2"],
+        ),
+        (
+            "gpt_neox",
+            "gpt_neox.layers",
+            ["attention.query_key_value", "attention.dense"],
+            ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+        ),
+    ],
+)
 def test_adapter_targets_by_hand(name, path, attention, mlp):
     model = ARCHITECTURES[name]()
     n_layers = len(models.decoder_layers(model))
@@ -657,4 +954,6 @@ def test_no_adapter_lands_outside_the_decoder_layers():
     model.model.more = torch.nn.ModuleDict({"down_proj": torch.nn.Linear(4, 4)})
     healed = heal(model, steps=1).model
     names = [name for name, _ in healed.named_parameters() if ".lora_" in name]
-    assert len(names) == 2 * 7 * 8 and all(name.startswith("base_model.model.model.layers.") for name in names)
+    assert len(names) == 2 * 7 * 8 and all(
+        name.startswith("base_model.model.model.layers.") for name in names
+    )

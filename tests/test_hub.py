@@ -43,11 +43,19 @@ def test_behind_a_proxy_nothing_is_tried(silent, monkeypatch):
 def test_models_tasks_and_texts_are_refused_without_retries(silent, monkeypatch):
     asked = []
     connect = socket.create_connection
-    monkeypatch.setattr(socket, "create_connection", lambda *given, **named: asked.append(given) or connect(
-        *given, **named))
-    with pytest.raises(ValueError, match="'owner/name' cannot be loaded: there is no such directory in .* on the hub"):
+    monkeypatch.setattr(
+        socket,
+        "create_connection",
+        lambda *given, **named: asked.append(given) or connect(*given, **named),
+    )
+    with pytest.raises(
+        ValueError,
+        match="'owner/name' cannot be loaded: there is no such directory in .* on the hub",
+    ):
         models.load_model("owner/name")
     assert len(asked) == 1, "one connection, where the libraries would retry each file five times"
-    with pytest.raises(ValueError, match="lm-eval's task 'arc_easy' could not be read from the hub"):
+    with pytest.raises(
+        ValueError, match="lm-eval's task 'arc_easy' could not be read from the hub"
+    ):
         evaluation.load_tasks(["arc_easy"])
     assert len(asked) == 2

@@ -1,4 +1,5 @@
-"""Scores of layers against plain reference code, layer calls against their floor, and the published orders."""
+"""Scores of layers against plain reference code, layer calls against their floor, and the published
+orders."""
 
 import copy
 import functools
@@ -12,7 +13,20 @@ from architectures import ARCHITECTURES
 from pruning_utils import evaluation, importance, models, runtime, selection, surgery
 
 N_LAYERS = 8
-DENSE = ("llama", "gpt2", "bloom", "gptj", "opt", "gemma2", "olmo2", "qwen3_moe", "mamba", "falcon", "phi", "mpt")
+DENSE = (
+    "llama",
+    "gpt2",
+    "bloom",
+    "gptj",
+    "opt",
+    "gemma2",
+    "olmo2",
+    "qwen3_moe",
+    "mamba",
+    "falcon",
+    "phi",
+    "mpt",
+)
 
 
 def windows(n_samples: int = 4, seq_len: int = 8) -> torch.Tensor:
@@ -28,7 +42,7 @@ def model(request):
     return ARCHITECTURES[request.param]()
 
 
-# --- magnitude ------------------------------------------------------------------------------------------------------
+# --- magnitude ------------------------------------------------------------------------------------
 
 
 def test_magnitude_by_hand():
@@ -42,21 +56,29 @@ def test_magnitude_by_hand():
 
 
 def test_magnitude_counts_every_tensor_of_a_layer(model):
-    expected = [sum(weight.double().abs().sum().item() for weight in layer.parameters())
-                for layer in models.decoder_layers(model)]
+    expected = [
+        sum(weight.double().abs().sum().item() for weight in layer.parameters())
+        for layer in models.decoder_layers(model)
+    ]
     assert importance.magnitude(model) == pytest.approx(expected, rel=1e-5)
     assert importance.magnitude(model.bfloat16()) == pytest.approx(expected, rel=1e-2)
 
 
-# --- Taylor ---------------------------------------------------------------------------------------------------------
+# --- Taylor ---------------------------------------------------------------------------------------
 
 
 def taylor_reference(model, ids) -> list[float]:
     """Gradients of transformers' own loss, all kept, then the products."""
     model = copy.deepcopy(model).eval().requires_grad_()
     model(ids, labels=ids).loss.backward()
-    return [sum((weight.grad * weight).abs().sum().item() for weight in layer.parameters() if weight.grad is not None)
-            for layer in models.decoder_layers(model)]
+    return [
+        sum(
+            (weight.grad * weight).abs().sum().item()
+            for weight in layer.parameters()
+            if weight.grad is not None
+        )
+        for layer in models.decoder_layers(model)
+    ]
 
 
 def test_taylor_equals_the_plain_way_whatever_the_batch(model):
@@ -66,7 +88,9 @@ def test_taylor_equals_the_plain_way_whatever_the_batch(model):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     grads = [weight.requires_grad for weight in model.parameters()]
     for batch_size in (None, 1, 2, 5, 64):
-        assert importance.taylor(model, ids, batch_size=batch_size) == pytest.approx(expected, rel=1e-3), batch_size
+        assert importance.taylor(model, ids, batch_size=batch_size) == pytest.approx(
+            expected, rel=1e-3
+        ), batch_size
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert [weight.requires_grad for weight in model.parameters()] == grads and not model.training
     assert all(weight.grad is None for weight in model.parameters())
@@ -78,12 +102,16 @@ def test_gradients_that_were_there_neither_count_nor_go():
     model(ids, labels=ids).loss.backward()
     before = [weight.grad.clone() for weight in model.parameters()]
     assert importance.taylor(model, ids) == pytest.approx(expected)
-    assert all(torch.equal(weight.grad, there) for weight, there in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(weight.grad, there)
+        for weight, there in zip(model.parameters(), before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_taylor_keeps_the_gradients_of_one_layer(batch_size):
-    """A layer's gradients are reduced, and gone, before the layer two below it begins its backward pass."""
+    """A layer's gradients are reduced, and gone, before the layer two below it begins its backward
+    pass."""
     model, events, alive = ARCHITECTURES["llama"](), [], []
 
     def seen(number: int, weight: torch.Tensor) -> None:
@@ -91,12 +119,16 @@ def test_taylor_keeps_the_gradients_of_one_layer(batch_size):
         alive.append(sum(other.grad is not None for other in model.parameters()))
 
     for number, layer in enumerate(models.decoder_layers(model)):
-        layer.self_attn.register_forward_pre_hook(lambda *_, number=number: events.append(("run", number)))
-        for weight in layer.parameters():  # first a hook of ours, that sees the gradient, then that of the scores
+        layer.self_attn.register_forward_pre_hook(
+            lambda *_, number=number: events.append(("run", number))
+        )
+        for weight in (
+            layer.parameters()
+        ):  # first a hook of ours, that sees the gradient, then that of the scores
             weight.register_post_accumulate_grad_hook(functools.partial(seen, number))
     importance.taylor(model, windows(), batch_size=batch_size)
     assert set(alive) == {1}, "each gradient is gone before the next one comes"
-    backward = events[events.index(("run", N_LAYERS - 1)) + 4 // batch_size:]
+    backward = events[events.index(("run", N_LAYERS - 1)) + 4 // batch_size :]
     for number in range(2, N_LAYERS):
         last = max(place for place, event in enumerate(backward) if event == ("gradient", number))
         assert last < backward.index(("run", number - 2))
@@ -104,7 +136,7 @@ def test_taylor_keeps_the_gradients_of_one_layer(batch_size):
     assert len(alive) == n_weights, "micro-batches are added before they are looked at"
 
 
-# --- perplexity without a layer -------------------------------------------------------------------------------------
+# --- perplexity without a layer -------------------------------------------------------------------
 
 
 def test_one_sweep_equals_removal_layer_by_layer(model):
@@ -119,8 +151,10 @@ def test_one_sweep_equals_removal_layer_by_layer(model):
 def test_blocks_are_skipped_in_one_sweep(block_size):
     for name in ("llama", "bloom"):
         model, ids = ARCHITECTURES[name](), windows()
-        expected = [evaluation.perplexity(without(model, range(start, start + block_size)), ids)
-                    for start in range(N_LAYERS - block_size + 1)]
+        expected = [
+            evaluation.perplexity(without(model, range(start, start + block_size)), ids)
+            for start in range(N_LAYERS - block_size + 1)
+        ]
         found = importance.perplexity_without_block(model, ids, block_size=block_size)
         assert found == pytest.approx(expected, rel=1e-4)
 
@@ -130,7 +164,9 @@ def test_each_layer_runs_once_for_each_batch_on_as_few_rows_as_there_are_streams
     model, calls = ARCHITECTURES["llama"](), []
     for layer in models.decoder_layers(model):
         layer.self_attn.register_forward_pre_hook(
-            lambda module, given, named: calls.append(named["hidden_states"].shape[0]), with_kwargs=True)
+            lambda module, given, named: calls.append(named["hidden_states"].shape[0]),
+            with_kwargs=True,
+        )
     importance.perplexity_without_block(model, windows(6), block_size=block_size, batch_size=3)
     left = N_LAYERS - block_size
     assert len(calls) == 2 * N_LAYERS
@@ -140,7 +176,11 @@ def test_each_layer_runs_once_for_each_batch_on_as_few_rows_as_there_are_streams
 
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch, caplog):
     model, ids = ARCHITECTURES["llama"](), windows(6)
-    expected, own, sizes = importance.perplexity_without_layer(model, ids), evaluation.token_losses, []
+    expected, own, sizes = (
+        importance.perplexity_without_layer(model, ids),
+        evaluation.token_losses,
+        [],
+    )
 
     def scarce(model, rows, *, batch_size):
         sizes.append(len(rows) // (N_LAYERS + 1))
@@ -150,25 +190,49 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch, ca
 
     monkeypatch.setattr(evaluation, "token_losses", scarce)
     with caplog.at_level(logging.WARNING):
-        assert importance.perplexity_without_layer(model, ids, batch_size=5) == pytest.approx(expected, rel=1e-6)
+        assert importance.perplexity_without_layer(model, ids, batch_size=5) == pytest.approx(
+            expected, rel=1e-6
+        )
     assert sizes == [5, 2, 2, 2] and "5 samples does not fit" in caplog.text
-    monkeypatch.setattr(evaluation, "token_losses", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a fault")))
+    monkeypatch.setattr(
+        evaluation, "token_losses", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a fault"))
+    )
     with pytest.raises(RuntimeError, match="a fault"):
         importance.perplexity_without_layer(model, ids)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda model: importance.magnitude(model, norm=3), "norm must be 1 or 2, got 3"),
-    (lambda model: importance.taylor(model, windows()[:, :1]), "at least 2 tokens, got 1"),
-    (lambda model: importance.taylor(model, windows(), batch_size=0), "batch_size must be a whole number .* got 0"),
-    (lambda model: importance.taylor(model, [[1, 2], [3]]), "input_ids must be an integer tensor .* got list"),
-    (lambda model: importance.perplexity_without_layer(model, windows() + 900), "outside the vocabulary"),
-    (lambda model: importance.perplexity_without_block(model, windows(), block_size=N_LAYERS), "from 1 to 7, got 8"),
-    (lambda model: importance.perplexity_without_layer(model, windows(), batch_size=True), "batch_size .* got True"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda model: importance.magnitude(model, norm=3), "norm must be 1 or 2, got 3"),
+        (lambda model: importance.taylor(model, windows()[:, :1]), "at least 2 tokens, got 1"),
+        (
+            lambda model: importance.taylor(model, windows(), batch_size=0),
+            "batch_size must be a whole number .* got 0",
+        ),
+        (
+            lambda model: importance.taylor(model, [[1, 2], [3]]),
+            "input_ids must be an integer tensor .* got list",
+        ),
+        (
+            lambda model: importance.perplexity_without_layer(model, windows() + 900),
+            "outside the vocabulary",
+        ),
+        (
+            lambda model: importance.perplexity_without_block(
+                model, windows(), block_size=N_LAYERS
+            ),
+            "from 1 to 7, got 8",
+        ),
+        (
+            lambda model: importance.perplexity_without_layer(model, windows(), batch_size=True),
+            "batch_size .* got True",
+        ),
+    ],
+)
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(ARCHITECTURES["llama"]())
@@ -188,7 +252,9 @@ def test_a_four_bit_model_is_scanned_and_can_be_trained_afterwards():
 def test_quantised_weights_have_no_scores_and_the_error_says_what_to_load():
     model = models.quantized_copy(ARCHITECTURES["llama"]())
     for call in (importance.magnitude, lambda model: importance.taylor(model, windows())):
-        with pytest.raises(ValueError, match=r"quantised: load it with quantize=None \(bfloat16 or float32\)"):
+        with pytest.raises(
+            ValueError, match=r"quantised: load it with quantize=None \(bfloat16 or float32\)"
+        ):
             call(model)
 
 
@@ -200,20 +266,32 @@ def test_weights_that_are_not_finite_are_named():
         importance.magnitude(model)
 
 
-# --- published scores -----------------------------------------------------------------------------------------------
+# --- published scores -----------------------------------------------------------------------------
 
 REFERENCE = runtime.project_root() / "reference"
 
 
 def test_published_scores_give_the_published_orders_and_removed_sets():
-    """Twenty rankings of eight models, with and without the "+" rule (first four and last two stay)."""
-    scores, published = (pd.read_csv(REFERENCE / f"shortened_block_{kind}.csv") for kind in ("scores", "orders"))
-    by_model = {names: group.sort_values("block")["score"] for names, group in scores.groupby(["model", "method"])}
-    assert len(by_model) == 20 and published["kind"].value_counts().to_dict() == {"removed": 100, "order": 40}
+    """Twenty rankings of eight models, with and without the "+" rule (first four and last two
+    stay)."""
+    scores, published = (
+        pd.read_csv(REFERENCE / f"shortened_block_{kind}.csv") for kind in ("scores", "orders")
+    )
+    by_model = {
+        names: group.sort_values("block")["score"]
+        for names, group in scores.groupby(["model", "method"])
+    }
+    assert len(by_model) == 20 and published["kind"].value_counts().to_dict() == {
+        "removed": 100,
+        "order": 40,
+    }
     for row in published.itertuples():
         kept = {"keep_first": 4, "keep_last": 2} if row.protected else {}
         own = by_model[row.model, row.method]
         assert len(own) == row.n_layers
-        found = selection.least_important(own, row.n_removed, **kept) if row.kind == "removed" else \
-            selection.removal_order(own, **kept)
+        found = (
+            selection.least_important(own, row.n_removed, **kept)
+            if row.kind == "removed"
+            else selection.removal_order(own, **kept)
+        )
         assert " ".join(map(str, found)) == row.blocks, row

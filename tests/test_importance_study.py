@@ -1,4 +1,5 @@
-"""Scores by criterion, the sets they lead to, and models without such sets against the steps one by one."""
+"""Scores by criterion, the sets they lead to, and models without such sets against the steps one by
+one."""
 
 import numpy as np
 import pandas as pd
@@ -6,7 +7,16 @@ import pytest
 import torch
 from test_depth_study import HEALING, N_LAYERS, SETTINGS, save_tiny_model
 
-from pruning_utils import data, evaluation, healing, importance, importance_study, models, selection, surgery
+from pruning_utils import (
+    data,
+    evaluation,
+    healing,
+    importance,
+    importance_study,
+    models,
+    selection,
+    surgery,
+)
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +26,9 @@ def tiny(tmp_path_factory):
 
 def study(tiny, folder, points, **settings):
     given = {name: value for name, value in SETTINGS.items() if name != "n_calibration"}
-    return importance_study.SetStudy(points, model=tiny, checkpoints=folder, **{**given, "tasks": {}, **settings})
+    return importance_study.SetStudy(
+        points, model=tiny, checkpoints=folder, **{**given, "tasks": {}, **settings}
+    )
 
 
 def point(layers: str, recipe: str = "", **more) -> dict:
@@ -24,13 +36,23 @@ def point(layers: str, recipe: str = "", **more) -> dict:
 
 
 def test_scores_are_those_of_each_criterion(tiny):
-    found = pd.DataFrame(importance_study.score_layers({"source": "xsum", "n_samples": 3, "seed": 1}, model=tiny,
-                                                       revision=None, dtype="float32", seq_len=16))
+    found = pd.DataFrame(
+        importance_study.score_layers(
+            {"source": "xsum", "n_samples": 3, "seed": 1},
+            model=tiny,
+            revision=None,
+            dtype="float32",
+            seq_len=16,
+        )
+    )
     model, tokenizer = models.load_model(tiny, dtype="float32")
     windows = data.calibration_windows(tokenizer, 3, 16, seed=1)
-    expected = {"magnitude": importance.magnitude(model), "magnitude L2": importance.magnitude(model, norm=2),
-                "taylor": importance.taylor(model, windows),
-                "perplexity": importance.perplexity_without_layer(model, windows)}
+    expected = {
+        "magnitude": importance.magnitude(model),
+        "magnitude L2": importance.magnitude(model, norm=2),
+        "taylor": importance.taylor(model, windows),
+        "perplexity": importance.perplexity_without_layer(model, windows),
+    }
     assert list(found["criterion"].unique()) == list(expected) == list(importance_study.CRITERIA)
     for criterion, group in found.groupby("criterion"):
         assert group["layer"].tolist() == list(range(N_LAYERS))
@@ -38,10 +60,17 @@ def test_scores_are_those_of_each_criterion(tiny):
 
 
 def test_sets_with_and_without_protection():
-    scores = pd.DataFrame({"criterion": "taylor", "layer": np.arange(10), "score": [0, 9, 8, 1, 7, 3, 2, 6, 0, 5]})
+    scores = pd.DataFrame(
+        {"criterion": "taylor", "layer": np.arange(10), "score": [0, 9, 8, 1, 7, 3, 2, 6, 0, 5]}
+    )
     found = importance_study.removed_sets(scores.sample(frac=1, random_state=0), [2, 4])
     found = found.set_index(["rule", "n_dropped"])["layers"].to_dict()
-    assert found == {("taylor", 2): "0 8", ("taylor", 4): "0 3 6 8", ("taylor+", 2): "5 6", ("taylor+", 4): "4 5 6 7"}
+    assert found == {
+        ("taylor", 2): "0 8",
+        ("taylor", 4): "0 3 6 8",
+        ("taylor+", 2): "5 6",
+        ("taylor+", 4): "4 5 6 7",
+    }
     assert selection.least_important(scores["score"], 4, keep_first=4, keep_last=2) == (4, 5, 6, 7)
 
 
@@ -54,44 +83,78 @@ def step_by_step(tiny, layers: str, *stages: dict):
     for stage in stages:
         settings = HEALING | stage
         count = settings["steps"] * settings["batch_size"]
-        found = healing.heal(model, tokenizer, windows[:count], merge=True, eval_ids=data.evaluation_windows(
-            tokenizer, 16, 16, split="validation"), **settings)
+        found = healing.heal(
+            model,
+            tokenizer,
+            windows[:count],
+            merge=True,
+            eval_ids=data.evaluation_windows(tokenizer, 16, 16, split="validation"),
+            **settings,
+        )
         model, windows = found.model, windows[count:]
         losses += found.history.query("split == 'eval'")["loss"].tolist()
     return model, tokenizer, losses
 
 
-@pytest.mark.parametrize("layers, recipe, stages", [
-    ("", "", []), ("1 3", "", []), ("1 3", "lora 0.01 4", [{}]), ("1 3", "full 0.001 2", [
-        {"method": "full", "learning_rate": 1e-3, "steps": 2}]),
-    ("0", "last_layers 0.001 1 + lora 0.02 3", [{"method": "last_layers", "learning_rate": 1e-3, "steps": 1},
-                                                {"learning_rate": 0.02, "steps": 3}]),
-])
+@pytest.mark.parametrize(
+    "layers, recipe, stages",
+    [
+        ("", "", []),
+        ("1 3", "", []),
+        ("1 3", "lora 0.01 4", [{}]),
+        ("1 3", "full 0.001 2", [{"method": "full", "learning_rate": 1e-3, "steps": 2}]),
+        (
+            "0",
+            "last_layers 0.001 1 + lora 0.02 3",
+            [
+                {"method": "last_layers", "learning_rate": 1e-3, "steps": 1},
+                {"learning_rate": 0.02, "steps": 3},
+            ],
+        ),
+    ],
+)
 def test_a_point_equals_the_steps_one_by_one(layers, recipe, stages, tiny, tmp_path):
     model, tokenizer, validation = step_by_step(tiny, layers, *stages)
-    losses = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+    losses = (
+        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+    )
     questions = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=3).questions
     asked = point(layers, recipe)
-    first, again = (pd.DataFrame(study(tiny, tmp_path, [asked], tasks={"piqa": 0}, texts={"xsum": 3, "quac:8": 2})(
-        asked)) for _ in range(2))
-    short = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 2, 8, source="quac")).mean(1).tolist()
+    first, again = (
+        pd.DataFrame(
+            study(tiny, tmp_path, [asked], tasks={"piqa": 0}, texts={"xsum": 3, "quac:8": 2})(asked)
+        )
+        for _ in range(2)
+    )
+    short = (
+        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 2, 8, source="quac"))
+        .mean(1)
+        .tolist()
+    )
     assert first[first["dataset"] == "quac:8"]["nll"].tolist() == short
     assert first[first["dataset"] == "xsum"]["nll"].tolist() == losses
     assert first[first["dataset"] == "piqa"]["p_right"].tolist() == questions["p_right"].tolist()
     assert first[first["dataset"] == "healing eval"]["nll"].tolist() == validation
     pd.testing.assert_frame_equal(first, again)
     tokens = first[first["dataset"] == "healing eval"]["item"]
-    assert not stages or (tokens.is_monotonic_increasing and tokens.max() == 2 * 16 * sum(
-        stage.get("steps", 4) for stage in stages))
+    assert not stages or (
+        tokens.is_monotonic_increasing
+        and tokens.max() == 2 * 16 * sum(stage.get("steps", 4) for stage in stages)
+    )
 
 
 def test_equal_models_are_trained_once_and_only_what_is_needed_is_kept(tiny, tmp_path, monkeypatch):
     asked = point("1 3", "full 0.001 2 + lora 0.01 1")
     rows = pd.DataFrame(study(tiny, tmp_path, [asked])(asked))
-    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["history.csv", "model.safetensors", "training"]
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == [
+        "history.csv",
+        "model.safetensors",
+        "training",
+    ]
     kept = [path for path in tmp_path.iterdir() if (path / "model.safetensors").is_file()][0]
     assert sum(path.stat().st_size for path in kept.iterdir()) < 1.1 * sum(
-        weight.nbytes for weight in models.load_model(tiny)[0].parameters()), "the weights alone"
+        weight.nbytes for weight in models.load_model(tiny)[0].parameters()
+    ), "the weights alone"
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
     again = study(tiny, tmp_path, [asked])({**asked, "rule": "magnitude"})
     pd.testing.assert_frame_equal(rows, pd.DataFrame(again))
@@ -102,39 +165,58 @@ def test_weights_are_quantised_after_training(precision, tiny, tmp_path):
     asked = point("1 3", "lora 0.01 4", precision=precision)
     rows = pd.DataFrame(study(tiny, tmp_path / "study", [asked])(asked))
     model, tokenizer, _ = step_by_step(tiny, "1 3", {})
-    plain = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+    plain = (
+        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+    )
     surgery.save(model, tokenizer, tmp_path / "model")
     model, _ = models.load_model(str(tmp_path / "model"), quantize=precision, dtype=model.dtype)
-    losses = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+    losses = (
+        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+    )
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses != plain
 
 
-def test_weights_are_stored_in_bfloat16_and_computed_with_in_the_precision_of_the_study(tiny, tmp_path):
+def test_weights_are_stored_in_bfloat16_and_computed_with_in_the_precision_of_the_study(
+    tiny, tmp_path
+):
     asked = point("1 3", "lora 0.01 4", precision="bfloat16")
     rows = pd.DataFrame(study(tiny, tmp_path / "study", [asked], dtype="float32")(asked))
     model, tokenizer, _ = step_by_step(tiny, "1 3", {})
     assert model.dtype == torch.float32
     for weight in model.parameters():
         weight.data = weight.data.bfloat16().float()
-    losses = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+    losses = (
+        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+    )
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses
 
 
-@pytest.mark.parametrize("layers", ["3 1", "1 1", "-1", f"{N_LAYERS}", " ".join(map(str, range(N_LAYERS)))])
+@pytest.mark.parametrize(
+    "layers", ["3 1", "1 1", "-1", f"{N_LAYERS}", " ".join(map(str, range(N_LAYERS)))]
+)
 def test_bad_sets_are_refused_before_any_work(layers, tiny, tmp_path):
     asked = study(tiny, tmp_path, [point("1"), point(layers)])
-    with pytest.raises(ValueError, match=f"layers must be ascending numbers from 0 to {N_LAYERS - 1}.*got '{layers}'"):
+    with pytest.raises(
+        ValueError,
+        match=f"layers must be ascending numbers from 0 to {N_LAYERS - 1}.*got '{layers}'",
+    ):
         asked(point("1"))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"recipe": "lora 0.01"}, "recipe must be stages such as 'lora 0.003 72', joined by ' \\+ ', got 'lora 0.01'"),
-    ({"recipe": "lora x 3"}, "recipe must be stages .* got 'lora x 3'"),
-    ({"recipe": "lora 0.01 3 + lora 0.01 2"}, "has 5 steps, but there is text for 4"),
-    ({"recipe": "sgd 0.01 3"}, "method must be one of lora.*got 'sgd'"),
-    ({"recipe": "lora -1 3"}, "learning_rate must be above 0, got -1"),
-    ({"precision": "int4"}, "precision must be one of bfloat16, int8, nf4, got 'int4'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"recipe": "lora 0.01"},
+            "recipe must be stages such as 'lora 0.003 72', joined by ' \\+ ', got 'lora 0.01'",
+        ),
+        ({"recipe": "lora x 3"}, "recipe must be stages .* got 'lora x 3'"),
+        ({"recipe": "lora 0.01 3 + lora 0.01 2"}, "has 5 steps, but there is text for 4"),
+        ({"recipe": "sgd 0.01 3"}, "method must be one of lora.*got 'sgd'"),
+        ({"recipe": "lora -1 3"}, "learning_rate must be above 0, got -1"),
+        ({"precision": "int4"}, "precision must be one of bfloat16, int8, nf4, got 'int4'"),
+    ],
+)
 def test_bad_points_are_refused_before_any_work(change, message, tiny, tmp_path):
     asked = study(tiny, tmp_path, [point("1"), {**point("1"), **change}])
     with pytest.raises(ValueError, match=message):

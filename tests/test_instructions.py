@@ -22,7 +22,10 @@ def write(folder, rows) -> str:
 def test_embedded_pairs_are_chats_without_evaluation_text(source, at_least, tokenizer):
     texts = instructions.instruction_texts(tokenizer, source)
     assert len(texts) >= at_least and len(set(texts)) == len(texts)
-    assert all(text.count("<|im_start|>user\n") == text.count("<|im_start|>assistant\n") == 1 for text in texts)
+    assert all(
+        text.count("<|im_start|>user\n") == text.count("<|im_start|>assistant\n") == 1
+        for text in texts
+    )
     assert not any(text.endswith("assistant\n<|im_end|>\n") for text in texts), "an empty answer"
     known = data.evaluation_texts()
     assert not data.overlaps(texts, known).any()
@@ -40,61 +43,88 @@ def test_a_file_of_ones_own(tokenizer, tmp_path):
     found = instructions.instruction_texts(tokenizer, write(tmp_path, rows))
     assert [text.split("<|im_start|>user\n")[1] for text in found] == [
         "Add.\n1 and 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n",
-        "Greet.<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"]
+        "Greet.<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n",
+    ]
 
 
 def test_empty_fields_are_no_words(tokenizer, tmp_path):
-    rows = [{"instruction": "Greet.", "input": None, "output": "Hi"},
-            {"instruction": "Greet.", "input": "", "output": None}]
+    rows = [
+        {"instruction": "Greet.", "input": None, "output": "Hi"},
+        {"instruction": "Greet.", "input": "", "output": None},
+    ]
     (text,) = instructions.instruction_texts(tokenizer, write(tmp_path, rows))
     assert "None" not in text and "Greet.<|im_end|>" in text
-    assert instructions._pair({"question": "Q", "answer": []}, ("question",), "answer", "x") == ("Q", "")
+    assert instructions._pair({"question": "Q", "answer": []}, ("question",), "answer", "x") == (
+        "Q",
+        "",
+    )
 
 
 def test_contaminated_rows_are_left_out(tokenizer, tmp_path):
     question = max(data.load_questions("siqa"), key=lambda given: len(given.passage))
-    rows = [{"instruction": question.passage, "input": question.question, "output": "x"},
-            {"instruction": "Greet.", "input": "", "output": "Hi"}]
+    rows = [
+        {"instruction": question.passage, "input": question.question, "output": "x"},
+        {"instruction": "Greet.", "input": "", "output": "Hi"},
+    ]
     (kept,) = instructions.instruction_texts(tokenizer, write(tmp_path, rows))
     assert "Greet." in kept
 
 
-@pytest.mark.parametrize("row, expected", [
-    ({"question": "Q", "choices": ["x", "y"], "answer": 1}, ("Q\nA. x\nB. y", "B. y")),
-    ({"question": "Q", "choices": ["x", "y"], "answer": 0}, ("Q\nA. x\nB. y", "A. x"))])
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"question": "Q", "choices": ["x", "y"], "answer": 1}, ("Q\nA. x\nB. y", "B. y")),
+        ({"question": "Q", "choices": ["x", "y"], "answer": 0}, ("Q\nA. x\nB. y", "A. x")),
+    ],
+)
 def test_rows_of_mmlu(row, expected):
     *_, prompt, answer = instructions.HUB["mmlu-train"]
     assert instructions._pair(row, prompt, answer, "mmlu-train") == expected
 
 
 def test_windows_are_drawn_by_seed(tokenizer):
-    first, same, other = (instructions.instruction_windows(tokenizer, 4, 32, source="fiqa", seed=seed)
-                          for seed in (0, 0, 1))
+    first, same, other = (
+        instructions.instruction_windows(tokenizer, 4, 32, source="fiqa", seed=seed)
+        for seed in (0, 0, 1)
+    )
     assert first.shape == (4, 32) and first.equal(same) and not first.equal(other)
 
 
 def test_hub_sets_are_read_from_where_they_are_said_to_be(tokenizer, monkeypatch):
     import datasets
+
     asked = []
 
     def load(*where, split):
         asked.append((*where, split))
         return [{"instruction": "Name one.", "context": "", "response": "One.", "category": "x"}]
+
     monkeypatch.setattr(datasets, "load_dataset", load)
     (text,) = instructions.instruction_texts(tokenizer, "dolly")
-    assert asked == [("databricks/databricks-dolly-15k", None, "train")] and text.endswith("One.<|im_end|>\n")
+    assert asked == [("databricks/databricks-dolly-15k", None, "train")] and text.endswith(
+        "One.<|im_end|>\n"
+    )
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([{"instruction": "x", "output": "y"}], "own.jsonl must have the fields instruction, input, output; input is"),
-    ([{"text": "x"}], "instruction, input, output is missing in one that has text")])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (
+            [{"instruction": "x", "output": "y"}],
+            "own.jsonl must have the fields instruction, input, output; input is",
+        ),
+        ([{"text": "x"}], "instruction, input, output is missing in one that has text"),
+    ],
+)
 def test_a_file_without_the_fields_is_refused(rows, message, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=message):
         instructions.instruction_texts(tokenizer, write(tmp_path, rows))
 
 
 def test_what_cannot_be_read_is_refused(tokenizer, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="source must be one of fiqa, .* or a .jsonl file, got 'alpaca'"):
+    with pytest.raises(
+        ValueError, match="source must be one of fiqa, .* or a .jsonl file, got 'alpaca'"
+    ):
         instructions.instruction_texts(tokenizer, "alpaca")
     with pytest.raises(ValueError, match="missing.jsonl could not be read"):
         instructions.instruction_texts(tokenizer, str(tmp_path / "missing.jsonl"))

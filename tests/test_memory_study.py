@@ -20,20 +20,32 @@ def point(layers: str = "", width: str = "", **given) -> dict:
     return {"layers": layers, "width": width, "batch_size": 1, "prompt_tokens": 4, **given}
 
 
-@pytest.mark.parametrize("layers, width, own_process", [("", "", False), ("1 3", "", True), ("", "15 1", False)])
+@pytest.mark.parametrize(
+    "layers, width, own_process", [("", "", False), ("1 3", "", True), ("", "15 1", False)]
+)
 def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny):
-    found = memory_study.measure_memory(point(layers, width), model=tiny, own_process=own_process, **RUN)
+    found = memory_study.measure_memory(
+        point(layers, width), model=tiny, own_process=own_process, **RUN
+    )
     network, _ = models.load_model(tiny, dtype="float32")
-    network = shape_study.narrowed(network, width) if width else surgery.drop_layers(network, map(int, layers.split()))
+    network = (
+        shape_study.narrowed(network, width)
+        if width
+        else surgery.drop_layers(network, map(int, layers.split()))
+    )
     assert found["weights"] == efficiency.weight_bytes(network)
 
 
 def test_more_texts_take_more_memory(tiny):
-    measure = functools.partial(memory_study.generation_memory, tiny, dtype="float32", prompt_tokens=4, new_tokens=2)
+    measure = functools.partial(
+        memory_study.generation_memory, tiny, dtype="float32", prompt_tokens=4, new_tokens=2
+    )
     with shape_study.fresh_processes() as alone:
         small, large = alone.map(functools.partial(_of_a_batch, measure), (1, 512))
     vocabulary = models.load_model(tiny)[0].config.vocab_size
-    assert large["generated"] - small["generated"] > 4 * 511 * vocabulary  # each text has a number for every token
+    assert (
+        large["generated"] - small["generated"] > 4 * 511 * vocabulary
+    )  # each text has a number for every token
 
 
 def _of_a_batch(measure, batch_size: int) -> dict:
@@ -52,9 +64,13 @@ def test_the_memory_of_the_asking_process_does_not_count():
 
 def test_the_table_is_kept(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
-    asked = dict(profile="smoke", notebook="07_depth_against_width", model=tiny, own_process=False, **RUN)
+    asked = dict(
+        profile="smoke", notebook="07_depth_against_width", model=tiny, own_process=False, **RUN
+    )
     first, path = memory_study.memory_table([point("1")], **asked)
-    monkeypatch.setattr(memory_study.efficiency, "generation_speed", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        memory_study.efficiency, "generation_speed", lambda *_, **__: pytest.fail("measured again")
+    )
     again, _ = memory_study.memory_table([point("1")], **asked)
     assert first.equals(again) and path.parent.is_relative_to(tmp_path)
     assert results.read_record(path)["parameters"]["new_tokens"] == RUN["new_tokens"]

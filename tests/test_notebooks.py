@@ -1,4 +1,5 @@
-"""The collection as a reader finds it: notebooks run, results are fresh, figures show them, the README's code works."""
+"""The collection as a reader finds it: notebooks run, results are fresh, figures show them, the
+README's code works."""
 
 import hashlib
 import os
@@ -17,7 +18,9 @@ from PIL import Image
 from pruning_utils import records, results, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLES = sorted(path for path in (ROOT / "results").glob("*/*/*.csv") if ".measured" not in path.name)
+TABLES = sorted(
+    path for path in (ROOT / "results").glob("*/*/*.csv") if ".measured" not in path.name
+)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 SHARED_TABLES = (("02", "03", "04", "05"), ("06", "07", "08"), ("09", "10", "11", "12"))
 FIGURES = sorted((ROOT / "figures").rglob("*.png"))
@@ -25,15 +28,26 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 
 def run(*command, cwd=ROOT, **variables):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PRUNING_UTILS_OUTPUT")}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment | variables, text=True,
-                          capture_output=True, check=False)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PRUNING_UTILS_OUTPUT")
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=environment | variables,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def with_its_group(name: str):
-    """A notebook with those that read the same tables, which one worker runs one after the other."""
+    """A notebook with those that read the same tables, which one worker runs one after the
+    other."""
     first = next((group[0] for group in SHARED_TABLES if name[:2] in group), name[:2])
     return pytest.param(name, marks=pytest.mark.xdist_group(f"smoke {first}"))
 
@@ -56,18 +70,25 @@ def test_smoke_notebook_gives_the_recorded_numbers(name, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
 def test_figures_redraw_from_committed_results_without_a_model(name, tmp_path):
-    """With an empty cache and no embedded weights to be had, nothing but the tables can be the source."""
+    """With an empty cache and no embedded weights to be had, nothing but the tables can be the
+    source."""
     before = {path: path.read_bytes() for path in FIGURES if path.name.startswith(name)}
     assert before
     run("scripts/run_notebooks.py", "--figures", "--only", name, PRUNING_UTILS_CACHE=str(tmp_path))
     assert not any(tmp_path.iterdir()), "no model was unpacked"
-    assert {path.name for path in before if path.read_bytes() != before[path]} == set(), "redrawn to the byte"
+    assert {path.name for path in before if path.read_bytes() != before[path]} == set(), (
+        "redrawn to the byte"
+    )
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}-{path.stem}")
+@pytest.mark.parametrize(
+    "path", TABLES, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}-{path.stem}"
+)
 def test_results_are_fresh(path):
     if records.awaiting(path) is None:
-        assert results.stale(path) == [], "computed by other code than this: run the notebook with --recompute"
+        assert results.stale(path) == [], (
+            "computed by other code than this: run the notebook with --recompute"
+        )
     assert results.read_record(path)["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -77,15 +98,21 @@ AWAITING = set((ROOT / "tests" / "awaiting.txt").read_text().split())
 
 def test_the_list_of_tables_that_await_recomputation_only_shrinks():
     listed = pd.read_csv(ROOT / "results" / "awaiting.csv", dtype=str, keep_default_na=False)
-    names = {"/".join(row) for row in zip(listed["profile"], listed["notebook"], listed["table"], strict=True)}
+    names = {
+        "/".join(row)
+        for row in zip(listed["profile"], listed["notebook"], listed["table"], strict=True)
+    }
     assert len(names) == len(listed) and names <= AWAITING and listed["reason"].str.len().min() > 20
     for row in listed.to_dict("records"):
         path = ROOT / "results" / row["profile"] / row["notebook"] / f"{row['table']}.csv"
         found = results.read_record(path)["parameters"].get(row["parameter"], row["made_with"])
         assert found == row["made_with"], "recomputed: take it off the list"
         assert results.stale(path), "fresh: take it off the list"
-    waiting = set(listed["notebook"]) | ({"03_depth_and_next_token_loss"} if (
-        "02_depth_and_question_answering" in set(listed["notebook"])) else set())
+    waiting = set(listed["notebook"]) | (
+        {"03_depth_and_next_token_loss"}
+        if ("02_depth_and_question_answering" in set(listed["notebook"]))
+        else set()
+    )
     for path in NOTEBOOKS:
         first = nbformat.read(path, as_version=4).cells[0].source
         assert ("await recomputation" in first) == (path.stem in waiting), path.stem
@@ -93,9 +120,19 @@ def test_the_list_of_tables_that_await_recomputation_only_shrinks():
 
 def test_there_are_results_and_figures():
     assert {path.parts[-2] for path in TABLES} >= {
-        "00_quickstart", "01_layer_similarity", "02_depth_and_question_answering", "04_simple_against_similarity",
-        "05_robustness", "06_block_importance", "07_depth_against_width", "08_lora_against_continued_pretraining",
-        "09_seven_metrics", "10_how_to_heal", "11_one_shot_or_iterative", "12_the_recommended_model"}
+        "00_quickstart",
+        "01_layer_similarity",
+        "02_depth_and_question_answering",
+        "04_simple_against_similarity",
+        "05_robustness",
+        "06_block_importance",
+        "07_depth_against_width",
+        "08_lora_against_continued_pretraining",
+        "09_seven_metrics",
+        "10_how_to_heal",
+        "11_one_shot_or_iterative",
+        "12_the_recommended_model",
+    }
     assert {path.stem.split("_")[0] for path in FIGURES} >= {f"{number:02}" for number in range(13)}
 
 
@@ -122,7 +159,11 @@ def test_readme_names_what_is_there():
     readme = (ROOT / "README.md").read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if not link.startswith("http")]
     assert [link for link in links if not (ROOT / link).exists()] == []
-    missing = [path.stem for path in (ROOT / "notebooks").glob("*.ipynb") if f"notebooks/{path.name}" not in readme]
+    missing = [
+        path.stem
+        for path in (ROOT / "notebooks").glob("*.ipynb")
+        if f"notebooks/{path.name}" not in readme
+    ]
     missing += [path.name for path in FIGURES if f"figures/{path.name}" not in readme]
     assert missing == [], "README maps every notebook and figure"
 

@@ -1,4 +1,5 @@
-"""The repository as a whole: pins, imports, shape of the package, text of the files, committed notebooks, commands."""
+"""The repository as a whole: pins, imports, shape of the package, text of the files, committed
+notebooks, commands."""
 
 import ast
 import fnmatch
@@ -19,32 +20,91 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pruning_utils"
 MODULES = sorted(PACKAGE.glob("*.py"))
 
-# Imports run one way along the steps of the work. Every module may use `runtime` and `bars`; no step builds on how
-# results are kept (`results` and the two modules under it) or on how they are drawn.
-ORDER = ("runtime", "bars", "hub", "embedded", "models", "data", "similarity", "selection", "surgery", "healing",
-         "sharing", "evaluation", "importance", "width", "efficiency", "evidence", "experiments",
-         "definitions", "pages", "records",
-         "saved_points", "results", "depth_study", "importance_study", "shape_study", "memory_study",
-         "metric_study", "instructions", "recipe_study", "rate_study", "choice_study", "iterative_study", "cost_study",
-         "release", "plots", "depth_plots")
+# Imports run one way along the steps of the work. Every module may use `runtime` and `bars`; no
+# step builds on how results are kept (`results` and the two modules under it) or on how they are
+# drawn.
+ORDER = (
+    "runtime",
+    "bars",
+    "hub",
+    "embedded",
+    "models",
+    "data",
+    "similarity",
+    "selection",
+    "surgery",
+    "healing",
+    "sharing",
+    "evaluation",
+    "importance",
+    "width",
+    "efficiency",
+    "evidence",
+    "experiments",
+    "definitions",
+    "pages",
+    "records",
+    "saved_points",
+    "results",
+    "depth_study",
+    "importance_study",
+    "shape_study",
+    "memory_study",
+    "metric_study",
+    "instructions",
+    "recipe_study",
+    "rate_study",
+    "choice_study",
+    "iterative_study",
+    "cost_study",
+    "release",
+    "plots",
+    "depth_plots",
+)
 
-# The steps of the work, what the papers' reader looks for: thin by the number of their statements, so that packing
-# lines does not help. Where a rule of lines and readability disagree, readability wins: there is none.
-CORE = ("runtime", "models", "data", "similarity", "importance", "selection", "surgery", "healing", "evaluation",
-        "efficiency", "results", "plots")
+# The steps of the work, what the papers' reader looks for: thin by the number of their statements,
+# so that packing lines does not help. Where a rule of lines and readability disagree, readability
+# wins: there is none.
+CORE = (
+    "runtime",
+    "models",
+    "data",
+    "similarity",
+    "importance",
+    "selection",
+    "surgery",
+    "healing",
+    "evaluation",
+    "efficiency",
+    "results",
+    "plots",
+)
 MAX_CORE_STATEMENTS = 1650
 
-OPTIONAL = {"vllm"}  # used where it is installed; it brings a torch of its own, so that nothing here may ask for it
+OPTIONAL = {
+    "vllm"
+}  # used where it is installed; it brings a torch of its own, so that nothing here may ask for it
 
 # Written so that no pattern matches its own text.
 MACHINE_PATH = re.compile(r"(?<![\w.~+/])/(?:(?:work|root|opt)/|(?:home|Users|tmp)/\w)")
-REGISTRY_HOST = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs|deb\.debian\.org")
+REGISTRY_HOST = re.compile(
+    r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs|deb\.debian\.org"
+)
 TRUSTED_CODE = re.compile(r"trust_remote_code[\"']?\s*[=:]\s*[Tt]rue")
 
 
 def files_of_repository() -> list[str]:
     """Files that are tracked, or would be after `git add .`; none outside a git checkout."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -63,7 +123,8 @@ def project() -> dict:
 
 
 def pins(requirements: list[str]) -> dict[str, str]:
-    """Versions by normalised name; a requirement that is not of the form name==version is refused."""
+    """Versions by normalised name; a requirement that is not of the form name==version is
+    refused."""
     found = {}
     for requirement in requirements:
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", requirement)
@@ -73,12 +134,13 @@ def pins(requirements: list[str]) -> dict[str, str]:
 
 
 def installed_by_make() -> dict[str, str]:
-    """Pins of what the Makefile installs: the dependencies and the extras `notebooks` and `test`."""
+    """Pins of what the Makefile installs: the dependencies and the extras `notebooks` and
+    `test`."""
     extras = project()["project"]["optional-dependencies"]
     return pins(project()["project"]["dependencies"] + extras["notebooks"] + extras["test"])
 
 
-# --- one source of pins -------------------------------------------------------------------------------------------
+# --- one source of pins ---------------------------------------------------------------------------
 
 
 def test_environment_repeats_pins():
@@ -86,12 +148,18 @@ def test_environment_repeats_pins():
     (from_pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
     assert pins(from_pip) == installed_by_make()
     oldest = project()["project"]["requires-python"].removeprefix(">=")
-    assert f"python={oldest}" in dependencies, "results are computed with the oldest supported Python"
+    assert f"python={oldest}" in dependencies, (
+        "results are computed with the oldest supported Python"
+    )
 
 
 def test_environment_gives_reasons():
     lines = (ROOT / "environment.yml").read_text().partition("dependencies:")[2].splitlines()
-    bare = [line.strip() for line in lines if re.match(r" +- (?!pip:)", line) and not re.search(r"  # .{15,}", line)]
+    bare = [
+        line.strip()
+        for line in lines
+        if re.match(r" +- (?!pip:)", line) and not re.search(r"  # .{15,}", line)
+    ]
     assert not bare, "dependencies without a reason beside them"
 
 
@@ -101,19 +169,28 @@ def test_extras_are_pinned():
 
 
 def test_environment_holds_pinned_versions():
-    wrong = {name: importlib.metadata.version(name) for name, version in installed_by_make().items()
-             if importlib.metadata.version(name).split("+")[0] != version}
+    wrong = {
+        name: importlib.metadata.version(name)
+        for name, version in installed_by_make().items()
+        if importlib.metadata.version(name).split("+")[0] != version
+    }
     assert not wrong, f"installed versions differ from pyproject.toml: {wrong}"
 
 
 def test_embedded_packages_have_hashes():
-    text = re.sub(r"^#.*\n", "", (ROOT / "requirements-embedded.txt").read_text(), flags=re.MULTILINE)
+    text = re.sub(
+        r"^#.*\n", "", (ROOT / "requirements-embedded.txt").read_text(), flags=re.MULTILINE
+    )
     requirements = text.replace("\\\n", " ").strip().splitlines()
     assert len(requirements) == 2
     for requirement in requirements:
-        assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+( +--hash=sha256:[0-9a-f]{64})+", requirement), requirement
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+( +--hash=sha256:[0-9a-f]{64})+", requirement), (
+            requirement
+        )
     names = {requirement.partition("==")[0] for requirement in requirements}
-    assert not names & installed_by_make().keys(), "an embedded package is installed without dependencies, never with"
+    assert not names & installed_by_make().keys(), (
+        "an embedded package is installed without dependencies, never with"
+    )
 
 
 def test_versions_agree():
@@ -125,25 +202,36 @@ def test_versions_agree():
 
 def test_citation_names_three_papers():
     references = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
-    found = {entry["url"].rpartition("/")[2]: [author["family-names"] for author in entry["authors"]]
-             for entry in references}
+    found = {
+        entry["url"].rpartition("/")[2]: [author["family-names"] for author in entry["authors"]]
+        for entry in references
+    }
     assert {number: (names[0], len(names)) for number, names in found.items()} == {
-        "2403.17887": ("Gromov", 5), "2402.02834": ("Kim", 7), "2411.15558": ("Lu", 9)}
+        "2403.17887": ("Gromov", 5),
+        "2402.02834": ("Kim", 7),
+        "2411.15558": ("Lu", 9),
+    }
 
 
 @in_checkout
 def test_package_data_covers_every_file():
-    installed = {path for pattern in ("*.py", *project()["tool"]["setuptools"]["package-data"]["pruning_utils"])
-                 for path in PACKAGE.glob(pattern)}
-    missed = [name for name in FILES if name.startswith("pruning_utils/") and ROOT / name not in installed]
+    installed = {
+        path
+        for pattern in ("*.py", *project()["tool"]["setuptools"]["package-data"]["pruning_utils"])
+        for path in PACKAGE.glob(pattern)
+    }
+    missed = [
+        name for name in FILES if name.startswith("pruning_utils/") and ROOT / name not in installed
+    ]
     assert not missed, "files that an installed package would lack"
 
 
-# --- imports ------------------------------------------------------------------------------------------------------
+# --- imports --------------------------------------------------------------------------------------
 
 
 def third_party_imports(tree: ast.AST) -> set[str]:
-    """Top-level names that a module imports, without the standard library and the package itself."""
+    """Top-level names that a module imports, without the standard library and the package
+    itself."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -158,7 +246,11 @@ def sibling_imports(tree: ast.AST) -> set[str]:
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pruning_utils.")}
+            names |= {
+                alias.name.split(".")[1]
+                for alias in node.names
+                if alias.name.startswith("pruning_utils.")
+            }
         elif isinstance(node, ast.ImportFrom):
             module = f"pruning_utils.{node.module or ''}".rstrip(".") if node.level else node.module
             if module == "pruning_utils":
@@ -170,17 +262,29 @@ def sibling_imports(tree: ast.AST) -> set[str]:
 
 def misdirected_imports(name: str, tree: ast.AST) -> set[str]:
     """Imports of a module that go against the order of the steps."""
-    return sibling_imports(tree) - set(ORDER[:ORDER.index(name)])
+    return sibling_imports(tree) - set(ORDER[: ORDER.index(name)])
 
 
 def test_sibling_imports_are_found_in_any_spelling():
-    spellings = ("import pruning_utils.plots", "from pruning_utils import plots", "from pruning_utils.plots import a",
-                 "from . import plots", "from .plots import a", "def f():\n    from pruning_utils import plots as p")
+    spellings = (
+        "import pruning_utils.plots",
+        "from pruning_utils import plots",
+        "from pruning_utils.plots import a",
+        "from . import plots",
+        "from .plots import a",
+        "def f():\n    from pruning_utils import plots as p",
+    )
     for spelling in spellings:
         assert sibling_imports(ast.parse(spelling)) == {"plots"}, spelling
-    assert misdirected_imports("data", ast.parse("from pruning_utils import models, surgery")) == {"surgery"}
-    assert misdirected_imports("healing", ast.parse("from pruning_utils import results, runtime")) == {"results"}
-    assert not misdirected_imports("results", ast.parse("from pruning_utils import records, efficiency"))
+    assert misdirected_imports("data", ast.parse("from pruning_utils import models, surgery")) == {
+        "surgery"
+    }
+    assert misdirected_imports(
+        "healing", ast.parse("from pruning_utils import results, runtime")
+    ) == {"results"}
+    assert not misdirected_imports(
+        "results", ast.parse("from pruning_utils import records, efficiency")
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -189,31 +293,46 @@ def test_imports_follow_the_order_of_the_steps(path):
     if path.stem == "__init__":
         assert not sibling_imports(tree), "importing the package imports none of its modules"
     else:
-        assert path.stem in ORDER, "a module that is no step of the work: give it its place in ORDER"
+        assert path.stem in ORDER, (
+            "a module that is no step of the work: give it its place in ORDER"
+        )
         assert not misdirected_imports(path.stem, tree)
 
 
 def test_third_party_imports_are_declared():
     distributions = importlib.metadata.packages_distributions()
-    tooling = [path for folder in ("scripts", "tests", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
-    for paths, allowed in ((MODULES, pins(project()["project"]["dependencies"])), (tooling, installed_by_make())):
+    tooling = [
+        path
+        for folder in ("scripts", "tests", "benchmarks")
+        for path in sorted((ROOT / folder).glob("*.py"))
+    ]
+    for paths, allowed in (
+        (MODULES, pins(project()["project"]["dependencies"])),
+        (tooling, installed_by_make()),
+    ):
         for path in paths:
             ours = {module.stem for module in tooling} | OPTIONAL
             for name in third_party_imports(ast.parse(path.read_text())) - ours:
-                owners = {re.sub(r"[-_.]+", "-", owner).lower() for owner in distributions.get(name, [])}
-                assert owners & allowed.keys(), f"{path.relative_to(ROOT)} imports {name}, which nothing declares"
-
-
+                owners = {
+                    re.sub(r"[-_.]+", "-", owner).lower() for owner in distributions.get(name, [])
+                }
+                assert owners & allowed.keys(), (
+                    f"{path.relative_to(ROOT)} imports {name}, which nothing declares"
+                )
 
 
 def test_modules_import_without_network_or_embedded_packages():
-    names = ["pruning_utils"] + [f"pruning_utils.{path.stem}" for path in MODULES if path.stem != "__init__"]
+    names = ["pruning_utils"] + [
+        f"pruning_utils.{path.stem}" for path in MODULES if path.stem != "__init__"
+    ]
     child = ROOT / "tests" / "children" / "import_without_network.py"
-    finished = subprocess.run([sys.executable, child, *names], cwd=ROOT, capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, child, *names], cwd=ROOT, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
 
 
-# --- shape of the package -----------------------------------------------------------------------------------------
+# --- shape of the package -------------------------------------------------------------------------
 
 
 def shape_faults(source: str) -> list[str]:
@@ -223,15 +342,30 @@ def shape_faults(source: str) -> list[str]:
     if not ast.get_docstring(tree):
         faults.append("module: no docstring")
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    public = [node for node in tree.body if isinstance(node, (*functions, ast.ClassDef)) and node.name[0] != "_"]
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, (*functions, ast.ClassDef)) and node.name[0] != "_"
+    ]
     for node in list(public):
         if isinstance(node, ast.ClassDef):
-            public += [inner for inner in node.body if isinstance(inner, functions) and inner.name[0] != "_"]
+            public += [
+                inner
+                for inner in node.body
+                if isinstance(inner, functions) and inner.name[0] != "_"
+            ]
     return faults + [f"{node.name}: no docstring" for node in public if not ast.get_docstring(node)]
 
 
 def test_shape_faults_are_found():
-    source = 'class A:\n    """Doc."""\n    def b(self): ...\n    def _c(self): ...\ndef _f(): ...\ndef g(): ...\n'
+    source = """
+class A:
+    '''Doc.'''
+    def b(self): ...
+    def _c(self): ...
+def _f(): ...
+def g(): ...
+"""
     assert shape_faults(source) == ["module: no docstring", "g: no docstring", "b: no docstring"]
 
 
@@ -244,16 +378,23 @@ def test_module_shape(path):
 def statements(source: str) -> int:
     """Statements of a source at any depth, without docstrings."""
     found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
-    texts = [node for node in found if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    texts = [
+        node
+        for node in found
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
     return len(found) - len(texts)
 
 
 def test_core_stays_thin():
     assert statements('"""Doc."""\nif a: b = 1; c = 2\n') == 3
-    assert sum(statements((PACKAGE / f"{name}.py").read_text()) for name in CORE) <= MAX_CORE_STATEMENTS
+    assert (
+        sum(statements((PACKAGE / f"{name}.py").read_text()) for name in CORE)
+        <= MAX_CORE_STATEMENTS
+    )
 
 
-# --- text of the repository ---------------------------------------------------------------------------------------
+# --- text of the repository -----------------------------------------------------------------------
 
 
 def text_faults(text: str) -> list[str]:
@@ -264,11 +405,24 @@ def text_faults(text: str) -> list[str]:
 
 def test_text_faults_are_found():
     sep = "/"  # keeps this file free of what it looks for
-    faulty = (f'open("{sep}root{sep}a.csv")', f"see {sep}home{sep}ada", f"DIR={sep}work{sep}a", f"({sep}tmp{sep}x)",
-              "trust_remote_code" + "=True", '"trust_remote_code"' + ": true", "https://" + "pypi" + ".org/simple")
+    faulty = (
+        f'open("{sep}root{sep}a.csv")',
+        f"see {sep}home{sep}ada",
+        f"DIR={sep}work{sep}a",
+        f"({sep}tmp{sep}x)",
+        "trust_remote_code" + "=True",
+        '"trust_remote_code"' + ": true",
+        "https://" + "pypi" + ".org/simple",
+    )
     for phrase in faulty:
         assert text_faults(phrase), phrase
-    for phrase in ("pages/home/ada", "~/work/repo", "a/root/b", "trust_remote_code=False", "the tmp/ folder"):
+    for phrase in (
+        "pages/home/ada",
+        "~/work/repo",
+        "a/root/b",
+        "trust_remote_code=False",
+        "the tmp/ folder",
+    ):
         assert not text_faults(phrase), phrase
 
 
@@ -277,17 +431,22 @@ def test_files_name_no_machine_and_trust_no_code():
     faults = {}
     for name in FILES:
         content = (ROOT / name).read_bytes()
-        if b"\0" not in content and (found := text_faults(content.decode("utf-8", errors="replace"))):
+        if b"\0" not in content and (
+            found := text_faults(content.decode("utf-8", errors="replace"))
+        ):
             faults[name] = found
     assert not faults
 
 
-# --- executed notebooks -------------------------------------------------------------------------------------------
+# --- executed notebooks ---------------------------------------------------------------------------
 
 
 def output_faults(notebook: dict) -> list[str]:
-    """Traces of a run that failed, printed to stderr, or was not made from top to bottom in one go."""
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["source"].strip()]
+    """Traces of a run that failed, printed to stderr, or was not made from top to bottom in one
+    go."""
+    cells = [
+        cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["source"].strip()
+    ]
     counts = [cell["execution_count"] for cell in cells]
     faults = [] if counts == list(range(1, len(cells) + 1)) else [f"execution counts {counts}"]
     for number, cell in enumerate(cells, start=1):
@@ -303,7 +462,11 @@ def source_faults(notebook: dict) -> list[str]:
     """What a notebook's cells do against the common anatomy."""
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
-    faults = [f"{tags.count(tag)} cells tagged {tag}" for tag in ("parameters", "summary") if tags.count(tag) != 1]
+    faults = [
+        f"{tags.count(tag)} cells tagged {tag}"
+        for tag in ("parameters", "summary")
+        if tags.count(tag) != 1
+    ]
     for number, cell in enumerate(cells, start=1):
         if re.search(r"^\s*(async\s+def|def|class)\s", cell["source"], flags=re.MULTILINE):
             faults.append(f"code cell {number}: defines what belongs in the package")
@@ -311,8 +474,12 @@ def source_faults(notebook: dict) -> list[str]:
 
 
 def made_notebook(*sources: str) -> nbformat.NotebookNode:
-    """A notebook as a clean run leaves it, its first cell tagged `parameters` and its last `summary`."""
-    cells = [nbformat.v4.new_code_cell(source, execution_count=count) for count, source in enumerate(sources, start=1)]
+    """A notebook as a clean run leaves it, its first cell tagged `parameters` and its last
+    `summary`."""
+    cells = [
+        nbformat.v4.new_code_cell(source, execution_count=count)
+        for count, source in enumerate(sources, start=1)
+    ]
     cells[0].metadata["tags"], cells[-1].metadata["tags"] = ["parameters"], ["summary"]
     return nbformat.v4.new_notebook(cells=cells)
 
@@ -321,13 +488,21 @@ def test_notebook_faults_are_found():
     clean = made_notebook("n = 1", "n + 1", "{'n': n}")
     assert not output_faults(clean) and not source_faults(clean)
     clean.cells[1]["execution_count"] = 7
-    clean.cells[2].outputs = [nbformat.v4.new_output("stream", name="stderr", text="warning"),
-                              nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])]
-    assert output_faults(clean) == ["execution counts [1, 7, 3]", "code cell 3: stderr",
-                                    "code cell 3: error ValueError"]
+    clean.cells[2].outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="warning"),
+        nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[]),
+    ]
+    assert output_faults(clean) == [
+        "execution counts [1, 7, 3]",
+        "code cell 3: stderr",
+        "code cell 3: error ValueError",
+    ]
     defining = made_notebook("n = 1", "def f():\n    return 1")
     del defining.cells[0].metadata["tags"]
-    assert source_faults(defining) == ["0 cells tagged parameters", "code cell 2: defines what belongs in the package"]
+    assert source_faults(defining) == [
+        "0 cells tagged parameters",
+        "code cell 2: defines what belongs in the package",
+    ]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -342,24 +517,37 @@ def test_notebook_keeps_the_anatomy(name):
     assert not source_faults(nbformat.read(ROOT / name, as_version=4))
 
 
-# --- commands -----------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
 def run_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run make beside a copy of the Makefile, without what a make that runs these tests has exported."""
+    """Run make beside a copy of the Makefile, without what a make that runs these tests has
+    exported."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     for name in ("Makefile", "pyproject.toml", "requirements-embedded.txt"):
         shutil.copyfile(ROOT / name, folder / name)
-    return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 @needs_make
 def test_make_alone_lists_the_targets(tmp_path):
     listed = [line.split()[0] for line in run_make(tmp_path).stdout.splitlines()[1:]]
-    assert listed == ["help", "setup", "quickstart", "test", "check", "reproduce", "figures", "regress", "lab",
-                      "clean"]
+    assert listed == [
+        "help",
+        "setup",
+        "quickstart",
+        "test",
+        "check",
+        "reproduce",
+        "figures",
+        "regress",
+        "lab",
+        "clean",
+    ]
 
 
 @needs_make
@@ -373,17 +561,23 @@ def test_make_installs_once(tmp_path):
     pytest_itself = ".venv/bin/python -m pytest -n 3 --dist loadgroup --durations 10"
     assert run_make(tmp_path, "--dry-run", "test", "CORES=3").stdout.strip() == pytest_itself
     assert run_make(tmp_path, "--dry-run", "check", "CORES=3", "ARGS=-x").stdout.strip() == (
-        f"{pytest_itself} -m 'not slow' -x")
+        f"{pytest_itself} -m 'not slow' -x"
+    )
     os.utime(stamp, (0, 0))
-    assert "pip install" in run_make(tmp_path, "--dry-run", "test").stdout, "a pin changed after the install"
+    assert "pip install" in run_make(tmp_path, "--dry-run", "test").stdout, (
+        "a pin changed after the install"
+    )
 
 
 @needs_make
-@pytest.mark.parametrize(("fake", "message"), [
-    ('case "$2" in *version_info*) exit 1;; *platform*) echo 3.9.18;; esac', "is 3.9.18"),
-    ('case "$2" in *ensurepip*) exit 1;; esac', "lacks venv or ensurepip"),
-    ("exit 127", "does not run"),
-])
+@pytest.mark.parametrize(
+    ("fake", "message"),
+    [
+        ('case "$2" in *version_info*) exit 1;; *platform*) echo 3.9.18;; esac', "is 3.9.18"),
+        ('case "$2" in *ensurepip*) exit 1;; esac', "lacks venv or ensurepip"),
+        ("exit 127", "does not run"),
+    ],
+)
 def test_make_refuses_an_unfit_python(tmp_path, fake, message):
     python = tmp_path / "fake-python"
     python.write_text(f"#!/bin/sh\n{fake}\n")
@@ -396,7 +590,11 @@ def test_make_refuses_an_unfit_python(tmp_path, fake, message):
 
 @needs_make
 def test_make_flags_take_one_value(tmp_path):
-    assert run_make(tmp_path, "--dry-run", "reproduce", "ACCEPT=1").stdout.rstrip().endswith("--reproduce --accept")
+    assert (
+        run_make(tmp_path, "--dry-run", "reproduce", "ACCEPT=1")
+        .stdout.rstrip()
+        .endswith("--reproduce --accept")
+    )
     assert run_make(tmp_path, "--dry-run", "reproduce").stdout.rstrip().endswith("--reproduce")
     refused = run_make(tmp_path, "--dry-run", "reproduce", "ACCEPT=no")
     assert refused.returncode != 0 and "ACCEPT takes the value 1" in refused.stderr

@@ -13,9 +13,16 @@ from test_depth_study import N_LAYERS, save_tiny_model
 from pruning_utils import models, release, surgery
 
 SCORES = pd.DataFrame({"pruned": [4.5, 0.25]}, index=["loss on XSum", "accuracy"])
-CARD = {"base": "some/model", "layers": [1, 3], "n_layers": 6, "parameters": 1234567, "scores": SCORES,
-        "recipe": "the head and the last three layers, rate 0.003", "text": "32 thousand tokens of passages",
-        "record": {"seed": 0, "versions": {"torch": "2"}}}
+CARD = {
+    "base": "some/model",
+    "layers": [1, 3],
+    "n_layers": 6,
+    "parameters": 1234567,
+    "scores": SCORES,
+    "recipe": "the head and the last three layers, rate 0.003",
+    "text": "32 thousand tokens of passages",
+    "record": {"seed": 0, "versions": {"torch": "2"}},
+}
 TOKENS = torch.arange(8)[None]
 
 
@@ -32,8 +39,12 @@ def pruned(tiny):
 
 def test_the_card_says_what_was_done_and_measured():
     _, header, body = release.model_card(**CARD).split("---\n", 2)
-    assert yaml.safe_load(header) == {"base_model": "some/model", "library_name": "transformers",
-                                      "pipeline_tag": "text-generation", "tags": ["layer-pruning", "depth-pruning"]}
+    assert yaml.safe_load(header) == {
+        "base_model": "some/model",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["layer-pruning", "depth-pruning"],
+    }
     assert "# some/model without 2 of its 6 layers" in body
     assert "Removed: layers 1, 3, counted from 0; 4 are left, 1,234,567 parameters in all." in body
     for said in (CARD["recipe"], CARD["text"], "| loss on XSum |", "4.5"):
@@ -66,7 +77,9 @@ def test_a_folder_that_loads_as_another_model_does_not_stay(factor, pruned, tmp_
     model, tokenizer = pruned
     folder = release.save_release(model, tokenizer, tmp_path / "small", card="# The first\n")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    model.lm_head.register_forward_hook(lambda module, given, logits: factor * logits)  # which no file holds
+    model.lm_head.register_forward_hook(
+        lambda module, given, logits: factor * logits
+    )  # which no file holds
     for target in (folder, tmp_path / "other"):
         with pytest.raises(ValueError, match="what transformers loads differs from the model by"):
             release.save_release(model, tokenizer, target, card="")
@@ -80,24 +93,43 @@ def test_costs_are_those_of_the_model_as_it_is_saved(tiny, pruned):
     model, _ = pruned
     weights = {id(weight): weight for weight in model.parameters()}.values()
     head = model.get_input_embeddings().weight.numel()
-    recipes = ("", "lora 0.001 4", "last_layers 0.001 4 last_k=1 untie=false",
-               "last_layers 0.001 4 last_k=1 + lora 0.001 4")
-    found = {recipe: release.measure_release({"layers": "1 3", "recipe": recipe}, model=tiny, **SETTINGS)
-             for recipe in recipes}
+    recipes = (
+        "",
+        "lora 0.001 4",
+        "last_layers 0.001 4 last_k=1 untie=false",
+        "last_layers 0.001 4 last_k=1 + lora 0.001 4",
+    )
+    found = {
+        recipe: release.measure_release({"layers": "1 3", "recipe": recipe}, model=tiny, **SETTINGS)
+        for recipe in recipes
+    }
     count = sum(weight.numel() for weight in weights)
     assert [row["parameters"] for row in found.values()] == [count, count, count, count + head]
-    assert all(row["bytes"] >= 4 * row["parameters"] and row["seconds"] > 0 for row in found.values())
+    assert all(
+        row["bytes"] >= 4 * row["parameters"] and row["seconds"] > 0 for row in found.values()
+    )
     macs = [row["macs"] for row in found.values()]
-    assert macs[0] >= 64 * (count - head) and len({*macs}) == 1, "a head is used whether or not it is stored twice"
+    assert macs[0] >= 64 * (count - head) and len({*macs}) == 1, (
+        "a head is used whether or not it is stored twice"
+    )
     whole = release.measure_release({"layers": "", "recipe": ""}, model=tiny, **SETTINGS)
     assert whole["parameters"] - count == sum(
-        weight.numel() for layer in models.decoder_layers(model)[:2] for weight in layer.parameters())
+        weight.numel()
+        for layer in models.decoder_layers(model)[:2]
+        for weight in layer.parameters()
+    )
 
 
 def test_costs_are_measured_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
-    asked = dict(points=[{"run": 0, "layers": "1", "recipe": ""}], profile="smoke", notebook="x", model=tiny,
-                 own_process=False, **SETTINGS)
+    asked = dict(
+        points=[{"run": 0, "layers": "1", "recipe": ""}],
+        profile="smoke",
+        notebook="x",
+        model=tiny,
+        own_process=False,
+        **SETTINGS,
+    )
     first, path = release.release_table(**asked)
     monkeypatch.setattr(release, "measure_release", lambda *_, **__: pytest.fail("measured again"))
     assert release.release_table(**asked)[0].equals(first) and path.is_file()
@@ -105,18 +137,49 @@ def test_costs_are_measured_once(tiny, tmp_path, monkeypatch):
 
 def test_a_trained_model_is_that_of_its_point(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
-    healing = {"targets": "all", "rank": 2, "alpha": 4, "dropout": 0.0, "warmup_steps": 0, "steps": 1, "batch_size": 1}
-    given = dict(profile="smoke", model=tiny, revision=None, seq_len=16, calibration_source="xsum", healing_source=None,
-                 texts={}, tasks={}, limit=None, seed=0, healing_settings=healing)
+    healing = {
+        "targets": "all",
+        "rank": 2,
+        "alpha": 4,
+        "dropout": 0.0,
+        "warmup_steps": 0,
+        "steps": 1,
+        "batch_size": 1,
+    }
+    given = dict(
+        profile="smoke",
+        model=tiny,
+        revision=None,
+        seq_len=16,
+        calibration_source="xsum",
+        healing_source=None,
+        texts={},
+        tasks={},
+        limit=None,
+        seed=0,
+        healing_settings=healing,
+    )
     plain, _ = release.trained_model({"layers": "1 3", "recipe": "", "seed": 0}, **given)
-    healed, _ = release.trained_model({"layers": "1 3", "recipe": "last_layers 0.01 1 last_k=1", "seed": 0}, **given)
+    healed, _ = release.trained_model(
+        {"layers": "1 3", "recipe": "last_layers 0.01 1 last_k=1", "seed": 0}, **given
+    )
     assert len(models.decoder_layers(plain)) == len(models.decoder_layers(healed)) == N_LAYERS - 2
-    same = [torch.equal(a, b) for a, b in zip(models.decoder_layers(plain)[0].parameters(),
-                                              models.decoder_layers(healed)[0].parameters(), strict=True)]
+    same = [
+        torch.equal(a, b)
+        for a, b in zip(
+            models.decoder_layers(plain)[0].parameters(),
+            models.decoder_layers(healed)[0].parameters(),
+            strict=True,
+        )
+    ]
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
-    again, _ = release.trained_model({"layers": "1 3", "recipe": "last_layers 0.01 1 last_k=1", "seed": 0}, **given)
+    again, _ = release.trained_model(
+        {"layers": "1 3", "recipe": "last_layers 0.01 1 last_k=1", "seed": 0}, **given
+    )
     assert torch.equal(again.get_output_embeddings().weight, healed.get_output_embeddings().weight)
-    assert all(same) and not torch.equal(plain.get_output_embeddings().weight, healed.get_output_embeddings().weight)
+    assert all(same) and not torch.equal(
+        plain.get_output_embeddings().weight, healed.get_output_embeddings().weight
+    )
 
 
 def converter(folder, body) -> None:
@@ -131,15 +194,28 @@ def test_the_converter_on_the_path_is_asked(pruned, tmp_path, monkeypatch):
     folder = surgery.save(*pruned, tmp_path / "small")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert release.export_gguf(folder) is None, "there is none yet"
-    converter(tmp_path, "pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text(' '.join(sys.argv))")
+    converter(
+        tmp_path,
+        "pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text(' '.join(sys.argv))",
+    )
     target = release.export_gguf(folder, kind="q8_0")
     assert target == folder / "small.q8_0.gguf"
     script, given, *_, kind = target.read_text().split()
-    assert (script, given, kind) == (str(tmp_path / "real" / release.CONVERTER), str(folder), "q8_0")
+    assert (script, given, kind) == (
+        str(tmp_path / "real" / release.CONVERTER),
+        str(folder),
+        "q8_0",
+    )
 
 
-@pytest.mark.parametrize("body, said", [("sys.exit('no such architecture')", "no such architecture"),
-                                        ("pathlib.Path(sys.argv[3]).unlink()", ""), ("print('nothing')", "")])
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("sys.exit('no such architecture')", "no such architecture"),
+        ("pathlib.Path(sys.argv[3]).unlink()", ""),
+        ("print('nothing')", ""),
+    ],
+)
 def test_a_converter_that_fails_leaves_nothing(body, said, pruned, tmp_path, monkeypatch):
     folder = surgery.save(*pruned, tmp_path / "small")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -150,8 +226,10 @@ def test_a_converter_that_fails_leaves_nothing(body, said, pruned, tmp_path, mon
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("kind, message", [("q4", "kind must be one of auto, f32, .* got 'q4'"),
-                                           ("f16", "holds no saved")])
+@pytest.mark.parametrize(
+    "kind, message",
+    [("q4", "kind must be one of auto, f32, .* got 'q4'"), ("f16", "holds no saved")],
+)
 def test_what_cannot_be_exported_is_refused(kind, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         release.export_gguf(tmp_path, kind=kind)
@@ -171,7 +249,10 @@ def test_vllm_is_asked_where_it_is(tmp_path, monkeypatch):
             return [type("Found", (), {"outputs": [type("Text", (), {"text": " world"})]})]
 
     monkeypatch.setattr(release.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setitem(sys.modules, "vllm", type("vllm", (), {
-        "LLM": Engine, "SamplingParams": lambda **given: given}))
+    monkeypatch.setitem(
+        sys.modules,
+        "vllm",
+        type("vllm", (), {"LLM": Engine, "SamplingParams": lambda **given: given}),
+    )
     assert release.vllm_text(tmp_path, "Hello", new_tokens=4) == " world"
     assert asked == [str(tmp_path), (["Hello"], {"temperature": 0, "max_tokens": 4})]

@@ -1,4 +1,5 @@
-"""Tables that are computed once and kept: bytes on disk, what is refused, and what a kill at any moment leaves."""
+"""Tables that are computed once and kept: bytes on disk, what is refused, and what a kill at any
+moment leaves."""
 
 import errno
 import json
@@ -29,23 +30,35 @@ def never() -> pd.DataFrame:
 
 def frame() -> pd.DataFrame:
     """A table with every kind of column, a gap, texts that look like something else, and times."""
-    return pd.DataFrame({
-        "layer": [2, 0, 1], "label": ["None", "", 'a "b", c'], "code": ["007", "1e5", "NA"],
-        "score": [1 / 3, float("nan"), 12345678.9], "fits": [True, False, True], "seconds": [0.1234567, 2.0, 3.0],
-        "latency_seconds": [1.0, 2.0, float("nan")], "tokens_per_second": [10, 20, 30], "loss": [0.0, -1e-9, np.inf]})
+    return pd.DataFrame(
+        {
+            "layer": [2, 0, 1],
+            "label": ["None", "", 'a "b", c'],
+            "code": ["007", "1e5", "NA"],
+            "score": [1 / 3, float("nan"), 12345678.9],
+            "fits": [True, False, True],
+            "seconds": [0.1234567, 2.0, 3.0],
+            "latency_seconds": [1.0, 2.0, float("nan")],
+            "tokens_per_second": [10, 20, 30],
+            "loss": [0.0, -1e-9, np.inf],
+        }
+    )
 
 
-# --- one table ----------------------------------------------------------------------------------------------------
+# --- one table ------------------------------------------------------------------------------------
 
 
 def test_table_bytes_are_as_worked_by_hand(tmp_path):
     path = tmp_path / "t.csv"
     results.load_or_compute(path, frame, parameters=SEED)
-    assert path.read_bytes() == (b'layer,label,code,score,fits,loss\n2,None,007,0.333333,True,0\n0,,1e5,,False,-1e-09\n'
-                                 b'1,"a ""b"", c",NA,1.23457e+07,True,inf\n')
+    assert path.read_bytes() == (
+        b"layer,label,code,score,fits,loss\n2,None,007,0.333333,True,0\n0,,1e5,,False,-1e-09\n"
+        b'1,"a ""b"", c",NA,1.23457e+07,True,inf\n'
+    )
     assert (tmp_path / "t.measured.csv").read_bytes() == (
-        b'layer,label,code,fits,seconds,latency_seconds,tokens_per_second\n2,None,007,True,0.123457,1,10\n'
-        b'0,,1e5,False,2,2,20\n1,"a ""b"", c",NA,True,3,,30\n')
+        b"layer,label,code,fits,seconds,latency_seconds,tokens_per_second\n2,None,007,True,0.123457,1,10\n"
+        b'0,,1e5,False,2,2,20\n1,"a ""b"", c",NA,True,3,,30\n'
+    )
     assert sorted(os.listdir(tmp_path)) == ["run.json", "t.csv", "t.measured.csv"]
 
 
@@ -54,63 +67,98 @@ def test_first_return_equals_every_later_one(tmp_path):
     first = results.load_or_compute(path, frame, parameters=SEED)
     later = results.load_or_compute(path, never, parameters=SEED)
     pd.testing.assert_frame_equal(first, later)
-    assert list(first.columns) == list(frame().columns), "measured columns are joined back in their places"
-    assert list(first["label"]) == ["None", "", 'a "b", c'] and list(first["code"]) == ["007", "1e5", "NA"]
-    assert first["score"][0] == 0.333333 and np.isnan(first["score"][1]) and first["loss"][2] == np.inf
+    assert list(first.columns) == list(frame().columns), (
+        "measured columns are joined back in their places"
+    )
+    assert list(first["label"]) == ["None", "", 'a "b", c'] and list(first["code"]) == [
+        "007",
+        "1e5",
+        "NA",
+    ]
+    assert (
+        first["score"][0] == 0.333333 and np.isnan(first["score"][1]) and first["loss"][2] == np.inf
+    )
     kinds = [first[name].dtype.kind for name in ("layer", "score", "fits", "tokens_per_second")]
     assert kinds == ["i", "f", "b", "i"]
 
 
 def test_missing_texts_become_empty_and_missing_numbers_gaps(tmp_path):
-    table = pd.DataFrame({"name": ["a", None], "n": [1, None], "nothing": [None, None]}, index=[5, 3])
+    table = pd.DataFrame(
+        {"name": ["a", None], "n": [1, None], "nothing": [None, None]}, index=[5, 3]
+    )
     kept = results.load_or_compute(tmp_path / "t.csv", lambda: table, parameters={})
     assert (tmp_path / "t.csv").read_text() == "name,n,nothing\na,1,\n,,\n"
-    assert list(kept["name"]) == ["a", ""] and kept["nothing"].isna().all() and list(kept.index) == [0, 1]
+    assert (
+        list(kept["name"]) == ["a", ""]
+        and kept["nothing"].isna().all()
+        and list(kept.index) == [0, 1]
+    )
 
 
 def test_times_leave_the_table_identical(tmp_path):
     path = tmp_path / "t.csv"
     results.load_or_compute(path, frame, parameters=SEED)
     before, measured = path.read_bytes(), (tmp_path / "t.measured.csv").read_bytes()
-    results.load_or_compute(path, lambda: frame().assign(seconds=9.0), parameters=SEED, recompute=True)
+    results.load_or_compute(
+        path, lambda: frame().assign(seconds=9.0), parameters=SEED, recompute=True
+    )
     assert path.read_bytes() == before and (tmp_path / "t.measured.csv").read_bytes() != measured
     (tmp_path / "t.measured.csv").unlink()
     without = results.load_or_compute(path, never, parameters=SEED)
     assert list(without.columns) == ["layer", "label", "code", "score", "fits", "loss"]
 
 
-@pytest.mark.parametrize(("made", "message"), [
-    (lambda: [1, 2], "must return a DataFrame, or its rows as dicts, .* got list"),
-    (lambda: pd.DataFrame({"a": []}), "got 0 rows"),
-    (lambda: pd.DataFrame([[1, 2]], columns=["a", "a"]), r"different names.*\['a', 'a'\]"),
-    (lambda: pd.DataFrame({0: [1]}), r"different names.*\[0\]"),
-    (lambda: pd.DataFrame({"a": [1]}, index=pd.Index([3], name="layer")), "index .*layer.* would be lost"),
-    (lambda: pd.DataFrame({"a": [(1, 2)]}), "column 'a' .*tuple"),
-    (lambda: pd.DataFrame({"a": [1, "x"]}), "column 'a' .*int.*str"),
-    (lambda: pd.DataFrame({"a": [True, None]}), "column 'a' .*bool.* and missing"),
-    (lambda: pd.DataFrame({"a": pd.to_datetime(["2024-01-01"])}), "column 'a' .*Timestamp"),
-    (lambda: pd.DataFrame({"seconds": [1.0]}), "beside the measured"),
-])
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: [1, 2], "must return a DataFrame, or its rows as dicts, .* got list"),
+        (lambda: pd.DataFrame({"a": []}), "got 0 rows"),
+        (lambda: pd.DataFrame([[1, 2]], columns=["a", "a"]), r"different names.*\['a', 'a'\]"),
+        (lambda: pd.DataFrame({0: [1]}), r"different names.*\[0\]"),
+        (
+            lambda: pd.DataFrame({"a": [1]}, index=pd.Index([3], name="layer")),
+            "index .*layer.* would be lost",
+        ),
+        (lambda: pd.DataFrame({"a": [(1, 2)]}), "column 'a' .*tuple"),
+        (lambda: pd.DataFrame({"a": [1, "x"]}), "column 'a' .*int.*str"),
+        (lambda: pd.DataFrame({"a": [True, None]}), "column 'a' .*bool.* and missing"),
+        (lambda: pd.DataFrame({"a": pd.to_datetime(["2024-01-01"])}), "column 'a' .*Timestamp"),
+        (lambda: pd.DataFrame({"seconds": [1.0]}), "beside the measured"),
+    ],
+)
 def test_untidy_tables_are_refused(tmp_path, made, message):
     with pytest.raises(ValueError, match=message):
         results.load_or_compute(tmp_path / "t.csv", made, parameters=SEED)
     assert os.listdir(tmp_path) == []
 
 
-# --- what belongs to the asked parameters, and what does not ------------------------------------------------------
+# --- what belongs to the asked parameters, and what does not --------------------------------------
 
 
 def test_parameters_are_compared_as_json(tmp_path):
     path = tmp_path / "t.csv"
-    given = {"layers": (1, 2), "rate": np.float64(0.5), "n": np.int64(3), "text": Path("a/b"), "nested": {"x": (True,)}}
+    given = {
+        "layers": (1, 2),
+        "rate": np.float64(0.5),
+        "n": np.int64(3),
+        "text": Path("a/b"),
+        "nested": {"x": (True,)},
+    }
     results.load_or_compute(path, frame, parameters=given)
     same = {"nested": {"x": [True]}, "text": "a/b", "n": 3, "rate": 0.5, "layers": [1, 2]}
     results.load_or_compute(path, never, parameters=same)
     with pytest.raises(ValueError) as caught:
-        results.load_or_compute(path, never, parameters={**same, "n": 4, "rate": 0.25, "new": None} | {"text": "a/b"})
+        results.load_or_compute(
+            path, never, parameters={**same, "n": 4, "rate": 0.25, "new": None} | {"text": "a/b"}
+        )
     message = str(caught.value)
-    for expected in ("n: 3 there, 4 asked", "rate: 0.5 there, 0.25 asked", "new: absent there, null asked",
-                     "recompute=True", "t.csv"):
+    for expected in (
+        "n: 3 there, 4 asked",
+        "rate: 0.5 there, 0.25 asked",
+        "new: absent there, null asked",
+        "recompute=True",
+        "t.csv",
+    ):
         assert expected in message
     assert "text" not in message and "layers" not in message
 
@@ -123,9 +171,13 @@ def test_parameters_that_json_cannot_hold_are_refused(tmp_path):
 def test_recompute_replaces(tmp_path):
     path = tmp_path / "t.csv"
     results.load_or_compute(path, frame, parameters=SEED)
-    new = results.load_or_compute(path, lambda: pd.DataFrame({"a": [1]}), parameters={"seed": 1}, recompute=True)
+    new = results.load_or_compute(
+        path, lambda: pd.DataFrame({"a": [1]}), parameters={"seed": 1}, recompute=True
+    )
     assert list(new["a"]) == [1] and results.read_record(path)["parameters"] == {"seed": 1}
-    assert sorted(os.listdir(tmp_path)) == ["run.json", "t.csv"], "no measured columns of the old table are left"
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "t.csv"], (
+        "no measured columns of the old table are left"
+    )
 
 
 @pytest.mark.parametrize("file", ["t.csv", "t.measured.csv"])
@@ -154,10 +206,19 @@ def test_record_says_where_the_numbers_come_from(tmp_path):
     path = tmp_path / "t.csv"
     results.load_or_compute(path, lambda: time.sleep(0.02) or frame(), parameters=SEED)
     record = json.loads((tmp_path / "run.json").read_text())["t"]
-    assert record["parameters"] == SEED and 0.02 <= record["seconds"] < 2 and record["peak_memory_bytes"] > 10**7
+    assert (
+        record["parameters"] == SEED
+        and 0.02 <= record["seconds"] < 2
+        and record["peak_memory_bytes"] > 10**7
+    )
     assert record["versions"]["pandas"] == pd.__version__ and record["device"]
     assert record["sha256"] == records.digest(path.read_bytes())
-    assert record["code"] == {"version": 1, "root": "", "digest": record["code"]["digest"], "definitions": {}}
+    assert record["code"] == {
+        "version": 1,
+        "root": "",
+        "digest": record["code"]["digest"],
+        "definitions": {},
+    }
     assert "(" in record["processor"] and "precision" not in record
     results.load_or_compute(path, frame, parameters=SEED | {"dtype": "auto"}, recompute=True)
     assert results.read_record(path)["precision"] == runtime.dtype_name(runtime.resolve_dtype())
@@ -175,11 +236,12 @@ def test_no_compute_refuses_what_is_missing(tmp_path, monkeypatch):
         results.sweep([{"n": 1}], never, path=tmp_path / "s.csv", parameters=SEED)
 
 
-# --- package code -------------------------------------------------------------------------------------------------
+# --- package code ---------------------------------------------------------------------------------
 
 
 class Source(definitions.Package):
-    """A package of one module and one task file, taken for the installed one; every table depends on its ``f``."""
+    """A package of one module and one task file, taken for the installed one; every table depends
+    on its ``f``."""
 
     def stamp(self, *computes) -> dict:
         return self.stamp_of([("evaluation", "f")])
@@ -194,7 +256,9 @@ def package(tmp_path, monkeypatch):
 
     def write(body: str = "x + 1", words: str = "Doc.") -> None:
         (folder / "evaluation.py").write_text(
-            f'"""{words}"""\nTASKS = __file__, "tasks"\n\ndef f(x):\n    """{words}"""\n    return {body}, TASKS\n')
+            f'"""{words}"""\nTASKS = __file__, "tasks"\n\ndef f(x):\n    """{words}"""\n    return '
+            f"{body}, TASKS\n"
+        )
         monkeypatch.setattr(definitions, "INSTALLED", Source(folder))
 
     write()
@@ -204,7 +268,10 @@ def package(tmp_path, monkeypatch):
 def test_stale_tables_are_read_with_a_warning(tmp_path, package):
     path = tmp_path / "t.csv"
     results.load_or_compute(path, frame, parameters=SEED)
-    assert set(results.read_record(path)["code"]["definitions"]) == {"evaluation.f", "evaluation.TASKS"}
+    assert set(results.read_record(path)["code"]["definitions"]) == {
+        "evaluation.f",
+        "evaluation.TASKS",
+    }
     package(words="Other words.")
     assert results.stale(path) == [], "words change no number"
     with warnings.catch_warnings():
@@ -219,9 +286,17 @@ def test_stale_tables_are_read_with_a_warning(tmp_path, package):
     assert results.stale(path) == ["evaluation.TASKS", "evaluation.f"]
 
 
-@pytest.mark.parametrize(("stamp", "said"), [
-    (None, "unstamped"), ({"version": 1}, "damaged stamp"),
-    ({"version": 9, "root": "a.b", "digest": "0", "definitions": {}}, "stamp of version 9, this package reads 1")])
+@pytest.mark.parametrize(
+    ("stamp", "said"),
+    [
+        (None, "unstamped"),
+        ({"version": 1}, "damaged stamp"),
+        (
+            {"version": 9, "root": "a.b", "digest": "0", "definitions": {}},
+            "stamp of version 9, this package reads 1",
+        ),
+    ],
+)
 def test_tables_without_a_sound_stamp_are_read_and_never_fresh(tmp_path, stamp, said):
     path = tmp_path / "t.csv"
     results.load_or_compute(path, frame, parameters=SEED)
@@ -252,14 +327,25 @@ def test_a_table_is_stamped_anew_where_two_points_have_equal_rows(tmp_path, pack
     results.sweep(POINTS, square, path=path, parameters=SEED)
     package("x + 2")
     monkeypatch.setenv("PRUNING_UTILS_PROVE", "1")
-    stale, again = results.read_record(path), Counted(lambda point: [{**row, "value": -1.0} for row in square(point)])
-    with pytest.warns(results.StaleResult), pytest.raises(ValueError, match=r"point \{'n': 3.*other values in value;"):
+    stale, again = (
+        results.read_record(path),
+        Counted(lambda point: [{**row, "value": -1.0} for row in square(point)]),
+    )
+    with (
+        pytest.warns(results.StaleResult),
+        pytest.raises(ValueError, match=r"point \{'n': 3.*other values in value;"),
+    ):
         results.sweep(POINTS, again, path=path, parameters=SEED)
     assert results.read_record(path) == stale and results.stale(path) == ["evaluation.f"]
     again = Counted()
     with pytest.warns(results.StaleResult):
         table = results.sweep(POINTS, again, path=path, parameters=SEED)
-    assert again.points == [3, 2] and len(table) == 6 and results.stale(path) == [] and path.read_bytes() == TABLE
+    assert (
+        again.points == [3, 2]
+        and len(table) == 6
+        and results.stale(path) == []
+        and path.read_bytes() == TABLE
+    )
     assert results.read_record(path)["restamped"]["points"] == [POINTS[0], POINTS[-1]]
     assert results.read_record(path)["points"] == stale["points"]
     results.sweep(POINTS, never, path=path, parameters=SEED)
@@ -296,7 +382,17 @@ def test_commit_is_recorded_only_for_unchanged_sources(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(definitions, "PACKAGE", folder)
     (folder / "records.py").write_text("a = 1\n")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    git = [
+        "git",
+        "-C",
+        str(tmp_path),
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b.c",
+        "-c",
+        "commit.gpgsign=false",
+    ]
     assert records.package_commit() is None, "in no checkout"
     subprocess.run([*git, "init", "-q"], check=True)
     (tmp_path / "other").write_text("x")
@@ -305,19 +401,24 @@ def test_commit_is_recorded_only_for_unchanged_sources(tmp_path, monkeypatch):
     assert records.package_commit() is None, "in a checkout that does not know the package"
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "b"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     (tmp_path / "other").write_text("changed results change no source")
     assert records.package_commit() == head
     (folder / "records.py").write_text("a = 2\n")
     assert records.package_commit() is None
 
 
-# --- sweeps -------------------------------------------------------------------------------------------------------
+# --- sweeps ---------------------------------------------------------------------------------------
 
 
 def square(point: dict) -> list[dict]:
     """Two rows a point, hand-checkable, with a time that differs from run to run."""
-    return [{"power": power, "value": float(point["n"] ** power) / 3, "seconds": time.time()} for power in (1, 2)]
+    return [
+        {"power": power, "value": float(point["n"] ** power) / 3, "seconds": time.time()}
+        for power in (1, 2)
+    ]
 
 
 class Counted:
@@ -332,7 +433,14 @@ class Counted:
 
 
 POINTS = [{"n": n, "label": "x"} for n in (3, 1, 2)]
-TABLE = (b"n,label,power,value\n3,x,1,1\n3,x,2,3\n1,x,1,0.333333\n1,x,2,0.333333\n2,x,1,0.666667\n2,x,2,1.33333\n")
+TABLE = b"""n,label,power,value
+3,x,1,1
+3,x,2,3
+1,x,1,0.333333
+1,x,2,0.333333
+2,x,1,0.666667
+2,x,2,1.33333
+"""
 
 
 @pytest.mark.parametrize("pool", [None, ThreadPoolExecutor, ProcessPoolExecutor])
@@ -347,7 +455,9 @@ def test_sweep_has_rows_in_the_order_of_its_points(tmp_path, pool):
     pd.testing.assert_frame_equal(first, results.sweep(POINTS, never, path=path, parameters=SEED))
     assert sorted(os.listdir(tmp_path)) == ["run.json", "s.csv", "s.measured.csv"]
     entries = results.read_record(path)["points"]
-    assert [(entry["point"], entry["rows"]) for entry in entries] == [(point, 2) for point in POINTS]
+    assert [(entry["point"], entry["rows"]) for entry in entries] == [
+        (point, 2) for point in POINTS
+    ]
 
 
 def test_points_are_copies_and_a_point_may_be_one_row(tmp_path):
@@ -360,12 +470,18 @@ def test_points_are_copies_and_a_point_may_be_one_row(tmp_path):
     assert POINTS[0] == {"n": 3, "label": "x"}
 
 
-@pytest.mark.parametrize(("points", "message"), [
-    ([], "at least one"), ([{}], "point 0 .* not empty"), ([3], "point 0 .* got 3"),
-    ([{"n": 1}, {"n": 2}, {"n": 1}], r'all different, got 3, repeated: .*"n":1'),
-    ([{"n": 1}, {"m": 1}], r"same keys: point 0 has \['n'\], point 1 has \['m'\]"),
-    ([{"n": {1, 2}}], "point 0.*'n'.* plain"), ([{"n": (1, 2)}], "point 0 must hold single values .*text"),
-])
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([], "at least one"),
+        ([{}], "point 0 .* not empty"),
+        ([3], "point 0 .* got 3"),
+        ([{"n": 1}, {"n": 2}, {"n": 1}], r'all different, got 3, repeated: .*"n":1'),
+        ([{"n": 1}, {"m": 1}], r"same keys: point 0 has \['n'\], point 1 has \['m'\]"),
+        ([{"n": {1, 2}}], "point 0.*'n'.* plain"),
+        ([{"n": (1, 2)}], "point 0 must hold single values .*text"),
+    ],
+)
 def test_unfit_points_are_refused_before_any_work(tmp_path, points, message):
     with pytest.raises(ValueError, match=message):
         results.sweep(points, never, path=tmp_path / "s.csv", parameters=SEED)
@@ -385,7 +501,9 @@ def fails_at_one(point: dict) -> list[dict]:
 
 def test_failed_sweep_goes_on_where_it_was(tmp_path):
     path = tmp_path / "s.csv"
-    with pytest.raises(RuntimeError, match=r"point \{'n': 1, 'label': 'x'\} failed with ZeroDivisionError"):
+    with pytest.raises(
+        RuntimeError, match=r"point \{'n': 1, 'label': 'x'\} failed with ZeroDivisionError"
+    ):
         results.sweep(POINTS, fails_at_one, path=path, parameters=SEED)
     assert not path.exists()
     with pytest.raises(ValueError, match="s.points .*seed: 0 there, 7 asked"):
@@ -412,22 +530,40 @@ def test_failure_lets_running_points_end_and_starts_no_other(tmp_path):
         return {"value": 1}
 
     path, points = tmp_path / "s.csv", [{"n": n} for n in range(6)]
-    with ThreadPoolExecutor(2) as executor, pytest.raises(RuntimeError, match=r"'n': 0\} failed with OSError: no l"):
+    with (
+        ThreadPoolExecutor(2) as executor,
+        pytest.raises(RuntimeError, match=r"'n': 0\} failed with OSError: no l"),
+    ):
         results.sweep(points, compute, path=path, parameters=SEED, executor=executor)
     assert len(started) <= 3, "the worker that failed may take up one more before it hears of it"
     again = Counted(lambda point: {"value": 1})
     results.sweep(points, again, path=path, parameters=SEED)
-    assert sorted(again.points + started) == [0, *range(6)], "all that had started were saved, but for the failed"
+    assert sorted(again.points + started) == [0, *range(6)], (
+        "all that had started were saved, but for the failed"
+    )
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: text.replace("0.666", "0.777"),
-                                    lambda text: "[]", lambda text: "\x00" * 100])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace("0.666", "0.777"),
+        lambda text: "[]",
+        lambda text: "\x00" * 100,
+    ],
+)
 def test_damaged_points_are_computed_again(tmp_path, damage):
     path = tmp_path / "s.csv"
     with pytest.raises(RuntimeError):
-        results.sweep([{"n": 3, "label": "x"}, {"n": 2, "label": "x"}, {"n": 1, "label": "x"}], fails_at_one, path=path,
-                      parameters=SEED)
-    (two,) = (file for file in (tmp_path / "s.points").glob("*.json") if "0.666" in file.read_text())
+        results.sweep(
+            [{"n": 3, "label": "x"}, {"n": 2, "label": "x"}, {"n": 1, "label": "x"}],
+            fails_at_one,
+            path=path,
+            parameters=SEED,
+        )
+    (two,) = (
+        file for file in (tmp_path / "s.points").glob("*.json") if "0.666" in file.read_text()
+    )
     two.write_text(damage(two.read_text()))
     resumed = Counted()
     results.sweep(POINTS, resumed, path=path, parameters=SEED)
@@ -454,8 +590,12 @@ def test_added_points_are_computed_and_the_others_kept(tmp_path):
     results.sweep(POINTS, added, path=path, parameters=SEED)
     assert added.points == [2] and path.read_bytes() == TABLE
     results.sweep(POINTS[::-1], never, path=path, parameters=SEED)
-    assert path.read_bytes().splitlines()[1] == b"2,x,1,0.666667", "another order of the points is one of the rows"
-    with pytest.raises(ValueError, match='holds 1 points that are not asked for, the first .*"n":3'):
+    assert path.read_bytes().splitlines()[1] == b"2,x,1,0.666667", (
+        "another order of the points is one of the rows"
+    )
+    with pytest.raises(
+        ValueError, match='holds 1 points that are not asked for, the first .*"n":3'
+    ):
         results.sweep(POINTS[1:], never, path=path, parameters=SEED)
     again = Counted()
     results.sweep(POINTS[1:], again, path=path, parameters=SEED, recompute=True)
@@ -471,8 +611,7 @@ def test_recompute_discards_saved_points(tmp_path):
     assert again.points == [3, 1, 2]
 
 
-# --- kills, full disks, two processes -----------------------------------------------------------------------------
-
+# --- kills, full disks, two processes -------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -485,7 +624,8 @@ def test_kills_and_two_processes(tmp_path):
 
 
 def refuse_writes(monkeypatch, when: str, target: str) -> None:
-    """Let the disk be full for one file: as its content is written out, or as it is renamed into place."""
+    """Let the disk be full for one file: as its content is written out, or as it is renamed into
+    place."""
     real = getattr(os, when)
 
     def full(*given):
@@ -497,15 +637,26 @@ def refuse_writes(monkeypatch, when: str, target: str) -> None:
     monkeypatch.setattr(os, when, full)
 
 
-@pytest.mark.parametrize(("when", "target"), [("fsync", "t.csv"), ("fsync", "t.measured.csv"), ("fsync", "run.json"),
-                                              ("replace", "run.json")])
+@pytest.mark.parametrize(
+    ("when", "target"),
+    [
+        ("fsync", "t.csv"),
+        ("fsync", "t.measured.csv"),
+        ("fsync", "run.json"),
+        ("replace", "run.json"),
+    ],
+)
 def test_full_disk_leaves_the_old_files(tmp_path, monkeypatch, when, target):
     path = tmp_path / "t.csv"
     results.load_or_compute(path, frame, parameters=SEED)
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     refuse_writes(monkeypatch, when, target)
-    with pytest.raises(OSError, match=f"could not write .*{target}.*No space left on device") as caught:
-        results.load_or_compute(path, lambda: frame().assign(layer=9), parameters={"seed": 1}, recompute=True)
+    with pytest.raises(
+        OSError, match=f"could not write .*{target}.*No space left on device"
+    ) as caught:
+        results.load_or_compute(
+            path, lambda: frame().assign(layer=9), parameters={"seed": 1}, recompute=True
+        )
     assert caught.value.errno == errno.ENOSPC
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
@@ -522,7 +673,7 @@ def test_full_disk_during_a_sweep_keeps_what_was_saved(tmp_path, monkeypatch):
     assert resumed.points == [2] and path.read_bytes() == TABLE
 
 
-# --- names and summaries ------------------------------------------------------------------------------------------
+# --- names and summaries --------------------------------------------------------------------------
 
 
 def test_table_path_is_under_the_output_root(tmp_path, monkeypatch):
@@ -531,9 +682,19 @@ def test_table_path_is_under_the_output_root(tmp_path, monkeypatch):
     assert found == tmp_path / "results" / "cpu" / "01_layer_similarity" / "llama-2-7b.hf.csv"
 
 
-@pytest.mark.parametrize("names", [("../cpu", "01_a", "t"), ("cpu", "", "t"), ("cpu", "01_a", "org/model"),
-                                   ("cpu", "01_a", "A"), ("cpu", "01_a", ".t"), ("cpu", "01_a", "t.measured"),
-                                   ("cpu", "01_a", "t.points"), ("cpu", "01_a", None)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("../cpu", "01_a", "t"),
+        ("cpu", "", "t"),
+        ("cpu", "01_a", "org/model"),
+        ("cpu", "01_a", "A"),
+        ("cpu", "01_a", ".t"),
+        ("cpu", "01_a", "t.measured"),
+        ("cpu", "01_a", "t.points"),
+        ("cpu", "01_a", None),
+    ],
+)
 def test_table_path_refuses_names_that_are_not_plain(names):
     with pytest.raises(ValueError, match="must be a plain name"):
         results.table_path(*names)
@@ -545,10 +706,17 @@ def test_paths_that_are_no_table_are_refused(tmp_path):
             results.load_or_compute(tmp_path / name, never, parameters=SEED)
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("embedded", "embedded"), ("meta-llama/Llama-2-7b-hf", "meta-llama--llama-2-7b-hf"),
-    ("Qwen2.5 (0.5B)", "qwen2.5-0.5b"), ("a/b/My Model/", "my-model"), ("./out", "out"),
-    (Path("runs") / "a" / "healed_8", "healed_8")])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("embedded", "embedded"),
+        ("meta-llama/Llama-2-7b-hf", "meta-llama--llama-2-7b-hf"),
+        ("Qwen2.5 (0.5B)", "qwen2.5-0.5b"),
+        ("a/b/My Model/", "my-model"),
+        ("./out", "out"),
+        (Path("runs") / "a" / "healed_8", "healed_8"),
+    ],
+)
 def test_slugs(name, expected):
     assert results.slug(name) == expected
     results.table_path("cpu", "01_a", results.slug(name))
@@ -563,23 +731,40 @@ def test_slug_of_a_directory_and_of_nothing(tmp_path, monkeypatch):
 
 
 def test_summary_shows_and_carries_the_numbers():
-    shown = results.summary({"perplexity": (np.float64(28.612345678), 0.5, "bf16 & threads"), "n": (8, 0, "count"),
-                             "layers": ((11, 12), 0, "exact"), "<best>": ("LoRA", 0, "exact")})._repr_mimebundle_()
-    assert shown["application/vnd.pruning-utils.summary+json"] == {"rows": [
-        {"name": "perplexity", "value": 28.6123, "tolerance": 0.5, "reason": "bf16 & threads"},
-        {"name": "n", "value": 8, "tolerance": 0, "reason": "count"},
-        {"name": "layers", "value": "11 12", "tolerance": 0, "reason": "exact"},
-        {"name": "<best>", "value": "LoRA", "tolerance": 0, "reason": "exact"}]}
+    shown = results.summary(
+        {
+            "perplexity": (np.float64(28.612345678), 0.5, "bf16 & threads"),
+            "n": (8, 0, "count"),
+            "layers": ((11, 12), 0, "exact"),
+            "<best>": ("LoRA", 0, "exact"),
+        }
+    )._repr_mimebundle_()
+    assert shown["application/vnd.pruning-utils.summary+json"] == {
+        "rows": [
+            {"name": "perplexity", "value": 28.6123, "tolerance": 0.5, "reason": "bf16 & threads"},
+            {"name": "n", "value": 8, "tolerance": 0, "reason": "count"},
+            {"name": "layers", "value": "11 12", "tolerance": 0, "reason": "exact"},
+            {"name": "<best>", "value": "LoRA", "tolerance": 0, "reason": "exact"},
+        ]
+    }
     assert "28.6123" in shown["text/plain"] and "bf16 &amp; threads" in shown["text/html"]
     assert "&lt;best&gt;" in shown["text/html"]
 
 
-@pytest.mark.parametrize(("rows", "message"), [
-    ({}, "needs a dict"), ({"a": 1}, "'a': 1"), ({"": (1, 0, "x")}, "''"),
-    ({"a": (float("nan"), 0, "x")}, "a: the value must be finite"),
-    ({"a": (1, -1, "x")}, "a: the tolerance .*got -1"), ({"a": (1, float("inf"), "x")}, "a: the tolerance"),
-    ({"a": ("text", 0.1, "x")}, "a: the tolerance .*'text' is no number"), ({"a": (True, 1, "x")}, "a: the tolerance"),
-    ({"a": (1, 0, " ")}, "a: the reason")])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({}, "needs a dict"),
+        ({"a": 1}, "'a': 1"),
+        ({"": (1, 0, "x")}, "''"),
+        ({"a": (float("nan"), 0, "x")}, "a: the value must be finite"),
+        ({"a": (1, -1, "x")}, "a: the tolerance .*got -1"),
+        ({"a": (1, float("inf"), "x")}, "a: the tolerance"),
+        ({"a": ("text", 0.1, "x")}, "a: the tolerance .*'text' is no number"),
+        ({"a": (True, 1, "x")}, "a: the tolerance"),
+        ({"a": (1, 0, " ")}, "a: the reason"),
+    ],
+)
 def test_unfit_summaries_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         results.summary(rows)

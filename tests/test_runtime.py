@@ -18,17 +18,37 @@ MACHINES = {  # flags that torch names, its capability, what the environment all
     "Arm with bf16": (["neon", "bf16", "fp16_arith"], "DEFAULT", {}, {"bfloat16", "float16"}),
     "Arm without": (["neon"], "DEFAULT", {}, set()),
     "AMX that torch plays as AVX2": (["avx512_bf16", "amx_bf16"], "AVX2", {}, set()),
-    "AMX that oneDNN plays as AVX2": (["amx_bf16"], "AVX512", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, set()),
-    "AMX held to AVX512_CORE": (["amx_bf16"], "AVX512", {"ONEDNN_MAX_CPU_ISA": "avx512_core"}, set()),
-    "AMX held to bf16": (["amx_bf16"], "AVX512", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, {"bfloat16"}),
+    "AMX that oneDNN plays as AVX2": (
+        ["amx_bf16"],
+        "AVX512",
+        {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        set(),
+    ),
+    "AMX held to AVX512_CORE": (
+        ["amx_bf16"],
+        "AVX512",
+        {"ONEDNN_MAX_CPU_ISA": "avx512_core"},
+        set(),
+    ),
+    "AMX held to bf16": (
+        ["amx_bf16"],
+        "AVX512",
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+        {"bfloat16"},
+    ),
 }
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """Lets torch describe a processor of our own."""
+
     def play(flags, capability: str, variables: dict) -> None:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True) | {"cpu_name": "A CPU"})
+        monkeypatch.setattr(
+            torch.cpu,
+            "get_capabilities",
+            lambda: dict.fromkeys(flags, True) | {"cpu_name": "A CPU"},
+        )
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
         for name, value in variables.items():
@@ -60,41 +80,66 @@ def test_what_a_gpu_multiplies(capability, native, monkeypatch):
 
 def test_an_emulated_precision_is_obeyed_with_one_warning(machine):
     machine(*MACHINES["AVX2 alone"][:3])
-    with pytest.warns(runtime.EmulatedPrecision, match=r"bfloat16 is emulated here: A CPU \(AVX2\) .* \d+ times as "
-                                                       r"long as in float32; dtype='auto'") as caught:
+    with pytest.warns(
+        runtime.EmulatedPrecision,
+        match=r"bfloat16 is emulated here: A CPU \(AVX2\) .* \d+ times as "
+        r"long as in float32; dtype='auto'",
+    ) as caught:
         assert runtime.resolve_dtype("bfloat16", CPU) == torch.bfloat16
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert runtime.resolve_dtype("bfloat16", CPU) == runtime.resolve_dtype(torch.bfloat16, CPU) == torch.bfloat16
-        assert runtime.resolve_dtype("auto", CPU) == runtime.resolve_dtype("float32", CPU) == torch.float32
+        assert (
+            runtime.resolve_dtype("bfloat16", CPU)
+            == runtime.resolve_dtype(torch.bfloat16, CPU)
+            == torch.bfloat16
+        )
+        assert (
+            runtime.resolve_dtype("auto", CPU)
+            == runtime.resolve_dtype("float32", CPU)
+            == torch.float32
+        )
 
 
 def test_a_native_precision_warns_of_nothing(machine):
     machine(*MACHINES["AMX"][:3])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert runtime.resolve_dtype("bfloat16", CPU) == runtime.resolve_dtype("auto", CPU) == torch.bfloat16
+        assert (
+            runtime.resolve_dtype("bfloat16", CPU)
+            == runtime.resolve_dtype("auto", CPU)
+            == torch.bfloat16
+        )
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "Auto", "", None, 16, torch.int8, torch.float64, ["auto"]])
+@pytest.mark.parametrize(
+    "dtype", ["bf16", "Auto", "", None, 16, torch.int8, torch.float64, ["auto"]]
+)
 def test_unknown_precisions_are_refused(dtype):
-    with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float16, float32, got"):
+    with pytest.raises(
+        ValueError, match="dtype must be one of auto, bfloat16, float16, float32, got"
+    ):
         runtime.resolve_dtype(dtype)
 
 
 def test_float32_holds_the_very_weights_of_bfloat16():
     with warnings.catch_warnings(action="ignore", category=runtime.EmulatedPrecision):
-        exact, rounded = (models.load_model(dtype=dtype)[0].state_dict() for dtype in ("float32", "bfloat16"))
+        exact, rounded = (
+            models.load_model(dtype=dtype)[0].state_dict() for dtype in ("float32", "bfloat16")
+        )
     assert exact.keys() == rounded.keys()
     assert all(torch.equal(exact[name], rounded[name].float()) for name in exact)
 
 
 def test_waiting_threads_sleep_in_every_process():
     """OpenMP reads the variable when torch is imported, so the package must have set it before."""
-    program = ("import os, sys; import pruning_utils; assert 'torch' not in sys.modules; "
-               "print(os.environ['GOMP_SPINCOUNT'])")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import os, sys; import pruning_utils; assert 'torch' not in sys.modules; "
+        "print(os.environ['GOMP_SPINCOUNT'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "1000"
 
 

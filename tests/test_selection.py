@@ -1,4 +1,5 @@
-"""From numbers to layers, against values worked out by hand: no block is off by one, and none is left out."""
+"""From numbers to layers, against values worked out by hand: no block is off by one, and none is
+left out."""
 
 import math
 
@@ -10,25 +11,34 @@ from pruning_utils import selection
 
 def is_plain(layers) -> bool:
     """An ascending tuple of different Python whole numbers."""
-    return isinstance(layers, tuple) and all(type(layer) is int for layer in layers) and \
-        list(layers) == sorted(set(layers))
+    return (
+        isinstance(layers, tuple)
+        and all(type(layer) is int for layer in layers)
+        and list(layers) == sorted(set(layers))
+    )
 
 
 def planted(n_layers: int, starts: dict[int, int], low: float = 0.1) -> np.ndarray:
-    """Distances that grow with the block, but are low for the block of each size n that starts at ``starts[n]``."""
-    distance = np.abs(np.subtract.outer(np.arange(n_layers + 1.0), np.arange(n_layers + 1.0))) / (n_layers + 1) + 0.5
+    """Distances that grow with the block, but are low for the block of each size n that starts at
+    ``starts[n]``."""
+    distance = (
+        np.abs(np.subtract.outer(np.arange(n_layers + 1.0), np.arange(n_layers + 1.0)))
+        / (n_layers + 1)
+        + 0.5
+    )
     np.fill_diagonal(distance, 0)
     for size, start in starts.items():
         distance[start, start + size] = low
     return distance
 
 
-# --- blocks ---------------------------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 def test_planted_minima_are_found_for_every_block_size():
     n_layers = 10
-    # A different start for each size: neighbouring sizes differ by more than one, layer 0 and the end are among them.
+    # A different start for each size: neighbouring sizes differ by more than one, layer 0 and the
+    # end are among them.
     starts = {1: 9, 2: 0, 3: 7, 4: 2, 5: 5, 6: 0, 7: 3, 8: 1, 9: 1, 10: 0}
     distance = planted(n_layers, starts)
     for size, start in starts.items():
@@ -43,7 +53,11 @@ def test_every_block_can_be_the_best_one(size):
     n_layers = 7
     for start in range(n_layers - size + 1):
         found = selection.best_block(planted(n_layers, {size: start}), size)
-        assert found.start == start and found.layers[0] == start and found.layers[-1] == start + size - 1
+        assert (
+            found.start == start
+            and found.layers[0] == start
+            and found.layers[-1] == start + size - 1
+        )
 
 
 def test_block_distances_are_the_entries_from_input_to_input():
@@ -68,10 +82,14 @@ def test_kept_last_layers_are_in_no_block():
     assert selection.best_block(distance, 2, keep_last=4) == (0, 2, 0.3)
     assert selection.best_block(distance, 1, keep_last=5).layers == (0,)
     for size, keep_last in ((3, 4), (7, 0), (6, 1), (0, 0), (-1, 0)):
-        with pytest.raises(ValueError, match=f"block_size .* whole number from 1 to {6 - keep_last}, got {size}"):
+        with pytest.raises(
+            ValueError, match=f"block_size .* whole number from 1 to {6 - keep_last}, got {size}"
+        ):
             selection.best_block(distance, size, keep_last=keep_last)
     for keep_last in (-1, 6, 7):
-        with pytest.raises(ValueError, match=f"keep_last must be a whole number from 0 to 5, got {keep_last}"):
+        with pytest.raises(
+            ValueError, match=f"keep_last must be a whole number from 0 to 5, got {keep_last}"
+        ):
             selection.best_block(distance, 1, keep_last=keep_last)
 
 
@@ -93,11 +111,15 @@ def test_infinite_distances_lose_and_nan_is_refused():
     assert selection.best_block(distance, 3).start == 0, "no block of three reads that entry"
     distance = planted(4, {2: 0})
     distance[2, 4] = math.nan
-    assert selection.best_block(distance, 2, keep_last=1).start == 0, "nor does one before the kept layer"
+    assert selection.best_block(distance, 2, keep_last=1).start == 0, (
+        "nor does one before the kept layer"
+    )
 
 
-@pytest.mark.parametrize("distance", [np.zeros(4), np.zeros((3, 4)), np.zeros((1, 1)), np.zeros((0, 0)),
-                                      np.zeros((2, 2, 2))])
+@pytest.mark.parametrize(
+    "distance",
+    [np.zeros(4), np.zeros((3, 4)), np.zeros((1, 1)), np.zeros((0, 0)), np.zeros((2, 2, 2))],
+)
 def test_other_shapes_than_square_are_refused(distance):
     with pytest.raises(ValueError, match=r"square matrix of L\+1 rows, got shape"):
         selection.best_block(distance, 1)
@@ -112,30 +134,38 @@ def test_numpy_numbers_count_and_others_do_not():
             selection.best_block(planted(5, {2: 1}), size)
 
 
-# --- the bootstrap --------------------------------------------------------------------------------------------------
+# --- the bootstrap --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "keep_last", "n_samples"), [(2, 0, 4), (3, 1, 9), (1, 2, 1)])
 def test_resampled_starts_equal_a_slow_bootstrap_with_the_same_draws(size, keep_last, n_samples):
     generator = np.random.default_rng(5)
     samples = generator.random((4, 8, 8)).astype(np.float32)
-    found = selection.resampled_starts(samples, size, n_samples=n_samples, draws=60, seed=3, keep_last=keep_last)
+    found = selection.resampled_starts(
+        samples, size, n_samples=n_samples, draws=60, seed=3, keep_last=keep_last
+    )
     counts = np.random.default_rng(3).multinomial(n_samples, [0.25] * 4, 60)
     expected = []
     for times in counts:
         drawn = [samples[index].astype(float) for index in range(4) for _ in range(times[index])]
         assert len(drawn) == n_samples
-        expected.append(selection.best_block(np.mean(drawn, axis=0), size, keep_last=keep_last).start)
+        expected.append(
+            selection.best_block(np.mean(drawn, axis=0), size, keep_last=keep_last).start
+        )
     assert found.tolist() == expected and found.dtype == np.int64 and len(set(expected)) > 1
 
 
 def test_resampled_starts_of_known_samples():
     one = planted(6, {2: 3})
     assert selection.resampled_starts(one[None], 2, n_samples=5, draws=7).tolist() == [3] * 7
-    two = np.stack([planted(6, {2: 0}), planted(6, {2: 4})])  # each sample has its own closest block
+    two = np.stack(
+        [planted(6, {2: 0}), planted(6, {2: 4})]
+    )  # each sample has its own closest block
     single = selection.resampled_starts(two, 2, n_samples=1, draws=4000, seed=1)
     assert set(single) == {0, 4} and abs((single == 0).mean() - 0.5) < 4 * 0.5 / math.sqrt(4000)
-    pair = selection.resampled_starts(two, 2, n_samples=2, draws=4000, seed=1)  # a draw of one each is a tie: layer 0
+    pair = selection.resampled_starts(
+        two, 2, n_samples=2, draws=4000, seed=1
+    )  # a draw of one each is a tie: layer 0
     assert abs((pair == 0).mean() - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 4000)
     kept = selection.resampled_starts(two, 2, n_samples=1, draws=200, keep_last=1)
     assert kept.max() <= 3
@@ -152,7 +182,9 @@ def test_wrong_bootstraps_are_refused():
     for value in (math.nan, math.inf):
         wrong = samples.copy()
         wrong[1, 0, 2] = value
-        with pytest.raises(ValueError, match=r"samples must be finite .* with 1 that are not finite"):
+        with pytest.raises(
+            ValueError, match=r"samples must be finite .* with 1 that are not finite"
+        ):
             selection.resampled_starts(wrong, 2, n_samples=3)
     for wrong in (samples[0], samples[:0], np.zeros((3, 4, 5))):
         with pytest.raises(ValueError, match="shape"):
@@ -161,20 +193,40 @@ def test_wrong_bootstraps_are_refused():
         selection.resampled_starts(samples, 7, n_samples=3)
 
 
-# --- one score a layer ----------------------------------------------------------------------------------------------
+# --- one score a layer ----------------------------------------------------------------------------
 
 SCORES = [0.5, 0.1, math.inf, 0.3, 0.1, 0.9, 0.2, 0.4]
 
 
 def test_the_least_important_layers_by_hand():
-    assert selection.removal_order(SCORES) == (1, 4, 6, 3, 7, 0, 5, 2)  # ties: 1 before 4; +inf last
-    expected = [(), (1,), (1, 4), (1, 4, 6), (1, 3, 4, 6), (1, 3, 4, 6, 7), (0, 1, 3, 4, 6, 7), (0, 1, 3, 4, 5, 6, 7)]
+    assert selection.removal_order(SCORES) == (
+        1,
+        4,
+        6,
+        3,
+        7,
+        0,
+        5,
+        2,
+    )  # ties: 1 before 4; +inf last
+    expected = [
+        (),
+        (1,),
+        (1, 4),
+        (1, 4, 6),
+        (1, 3, 4, 6),
+        (1, 3, 4, 6, 7),
+        (0, 1, 3, 4, 6, 7),
+        (0, 1, 3, 4, 5, 6, 7),
+    ]
     for n, layers in enumerate(expected):
         assert selection.least_important(SCORES, n) == layers
         assert selection.removal_order(SCORES, n=n) == selection.removal_order(SCORES)[:n]
         assert is_plain(selection.least_important(SCORES, n))
     assert selection.least_important([2, 2, 2, 2], 2) == (0, 1)
-    assert selection.least_important([1, 0] * 50, 20) == tuple(range(1, 41, 2))  # ties of a deep model
+    assert selection.least_important([1, 0] * 50, 20) == tuple(
+        range(1, 41, 2)
+    )  # ties of a deep model
     assert selection.least_important([math.inf, math.inf, 1, math.inf], 3) == (0, 1, 2)
     assert selection.least_important([-math.inf, -1, 0, 1], 1) == (0,)
     assert selection.least_important(np.array(SCORES, dtype=np.float32), np.int64(3)) == (1, 4, 6)
@@ -182,20 +234,36 @@ def test_the_least_important_layers_by_hand():
 
 def test_protected_layers_stay():
     scores = [0.0, 0.1, 0.2, 0.3, 9.0, 7.0, 8.0, 6.0, 0.05, 0.01]
-    assert selection.least_important(scores, 3, keep_first=4, keep_last=2) == (5, 6, 7)  # the "+" rule
+    assert selection.least_important(scores, 3, keep_first=4, keep_last=2) == (
+        5,
+        6,
+        7,
+    )  # the "+" rule
     assert selection.least_important(scores, 4, keep_first=4, keep_last=2) == (4, 5, 6, 7)
     assert selection.removal_order(scores, keep_first=4, keep_last=2) == (7, 5, 6, 4)
     assert selection.least_important(scores, 1, keep_last=1) == (0,)
     assert selection.least_important(scores, 1, keep_first=1) == (9,)
     assert selection.least_important(scores, 0, keep_first=5, keep_last=5) == ()
     assert selection.least_important(scores, 9, keep_first=1) == tuple(range(1, 10))
-    for n, protected, most in ((5, {"keep_first": 4, "keep_last": 2}, 4), (1, {"keep_first": 5, "keep_last": 5}, 0),
-                               (10, {}, 9), (10, {"keep_last": 1}, 9), (-1, {}, 9)):
-        with pytest.raises(ValueError, match=f"n must be a whole number from 0 to {most} .*, got {n}$"):
+    for n, protected, most in (
+        (5, {"keep_first": 4, "keep_last": 2}, 4),
+        (1, {"keep_first": 5, "keep_last": 5}, 0),
+        (10, {}, 9),
+        (10, {"keep_last": 1}, 9),
+        (-1, {}, 9),
+    ):
+        with pytest.raises(
+            ValueError, match=f"n must be a whole number from 0 to {most} .*, got {n}$"
+        ):
             selection.least_important(scores, n, **protected)
-    for protected, name, most in (({"keep_first": 11}, "keep_first", 10), ({"keep_last": -1}, "keep_last", 10),
-                                  ({"keep_first": 6, "keep_last": 5}, "keep_last", 4)):
-        with pytest.raises(ValueError, match=f"{name} must be a whole number from 0 to {most}, got"):
+    for protected, name, most in (
+        ({"keep_first": 11}, "keep_first", 10),
+        ({"keep_last": -1}, "keep_last", 10),
+        ({"keep_first": 6, "keep_last": 5}, "keep_last", 4),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{name} must be a whole number from 0 to {most}, got"
+        ):
             selection.least_important(scores, 0, **protected)
 
 
@@ -211,7 +279,7 @@ def test_wrong_scores_are_refused():
                 selection.least_important(SCORES, n)
 
 
-# --- rules that need no scores --------------------------------------------------------------------------------------
+# --- rules that need no scores --------------------------------------------------------------------
 
 
 def test_the_deepest_layers():
@@ -240,7 +308,9 @@ def test_every_second_layer_from_the_last_but_one_downwards():
     assert selection.alternate(7, 3) == (1, 3, 5) and selection.alternate(7, 4) == (1, 3, 4, 5)
     assert selection.alternate(7, 6) == (0, 1, 2, 3, 4, 5)
     assert is_plain(selection.alternate(np.int64(30), np.int64(18)))
-    with pytest.raises(ValueError, match=r"n must be a whole number from 0 to 6 \(layers below the last\), got 7"):
+    with pytest.raises(
+        ValueError, match=r"n must be a whole number from 0 to 6 \(layers below the last\), got 7"
+    ):
         selection.alternate(7, 7)
 
 
@@ -253,7 +323,10 @@ def test_random_layers():
         assert is_plain(layers) and len(layers) == 3 and 0 <= layers[0] and layers[-1] <= 9
         counts[list(layers)] += 1
     assert np.abs(counts - 600).max() < 4.5 * math.sqrt(2000 * 0.3 * 0.7)
-    assert selection.random_layers(10, 0, seed=0) == () and len(selection.random_layers(10, 9, seed=0)) == 9
+    assert (
+        selection.random_layers(10, 0, seed=0) == ()
+        and len(selection.random_layers(10, 9, seed=0)) == 9
+    )
     for n in (10, -1):
         with pytest.raises(ValueError, match=f"n must be a whole number from 0 to 9, got {n}"):
             selection.random_layers(10, n, seed=0)
@@ -263,11 +336,31 @@ def test_random_layers():
 
 
 def test_the_number_of_layers_in_a_fraction_rounds_half_up():
-    fractions = {0: 0, 0.1: 3, 0.2: 6, 0.25: 8, 0.35: 11, 0.4: 12, 0.45: 14, 0.5: 15, 0.6: 18, 0.8: 24}
-    assert {fraction: selection.count_for_fraction(30, fraction) for fraction in fractions} == fractions
-    assert selection.count_for_fraction(32, 0.25) == 8 and selection.count_for_fraction(24, 0.27) == 6
-    assert selection.count_for_fraction(50, 0.29) == 15  # 14.5, though 50 * 0.29 is 14.499999999999998 in binary
-    assert selection.count_for_fraction(10, 0.149) == 1 and selection.count_for_fraction(10, 0.151) == 2
+    fractions = {
+        0: 0,
+        0.1: 3,
+        0.2: 6,
+        0.25: 8,
+        0.35: 11,
+        0.4: 12,
+        0.45: 14,
+        0.5: 15,
+        0.6: 18,
+        0.8: 24,
+    }
+    assert {
+        fraction: selection.count_for_fraction(30, fraction) for fraction in fractions
+    } == fractions
+    assert (
+        selection.count_for_fraction(32, 0.25) == 8 and selection.count_for_fraction(24, 0.27) == 6
+    )
+    assert (
+        selection.count_for_fraction(50, 0.29) == 15
+    )  # 14.5, though 50 * 0.29 is 14.499999999999998 in binary
+    assert (
+        selection.count_for_fraction(10, 0.149) == 1
+        and selection.count_for_fraction(10, 0.151) == 2
+    )
     for n_layers in range(1, 60):
         for percent in range(0, 100):
             exact = (2 * n_layers * percent + 100) // 200  # the rule in whole numbers
@@ -281,9 +374,14 @@ def test_the_number_of_layers_in_a_fraction_rounds_half_up():
         selection.count_for_fraction(3, 0.9)
 
 
-@pytest.mark.parametrize("choose", [
-    lambda n_layers, n: selection.deepest(n_layers, n), lambda n_layers, n: selection.alternate(n_layers, n),
-    lambda n_layers, n: selection.random_layers(n_layers, n, seed=0)])
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda n_layers, n: selection.deepest(n_layers, n),
+        lambda n_layers, n: selection.alternate(n_layers, n),
+        lambda n_layers, n: selection.random_layers(n_layers, n, seed=0),
+    ],
+)
 def test_wrong_counts_are_refused(choose):
     for n in (2.0, True, "2", None, math.nan, 30):
         with pytest.raises(ValueError, match="n must be a whole number from 0 to 29"):

@@ -5,7 +5,16 @@ import pytest
 import torch
 from test_depth_study import HEALING, N_LAYERS, SETTINGS, save_tiny_model
 
-from pruning_utils import data, efficiency, evaluation, healing, importance_study, models, shape_study, surgery
+from pruning_utils import (
+    data,
+    efficiency,
+    evaluation,
+    healing,
+    importance_study,
+    models,
+    shape_study,
+    surgery,
+)
 
 RUN = {"revision": None}
 
@@ -34,8 +43,12 @@ def test_a_narrowed_model_equals_the_steps_one_by_one(recipe, tiny, tmp_path):
     shape_study.narrowed(model, "15 1", data.calibration_windows(tokenizer, 10, 128))
     assert model.config.intermediate_size == 15
     if recipe:
-        model = healing.heal(model, tokenizer, data.healing_windows(tokenizer, 8, 16), merge=True, **HEALING).model
-    losses = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+        model = healing.heal(
+            model, tokenizer, data.healing_windows(tokenizer, 8, 16), merge=True, **HEALING
+        ).model
+    losses = (
+        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+    )
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses
 
 
@@ -47,17 +60,26 @@ def test_a_shortened_model_is_that_of_the_other_study_and_trained_once(tiny, tmp
     pd.testing.assert_frame_equal(pd.DataFrame(there), pd.DataFrame(here))
 
 
-@pytest.mark.parametrize("layers, width", [("1", "15 1"), ("", "15"), ("", "15 x"), ("", "-15 1"), ("", "15 1 1")])
+@pytest.mark.parametrize(
+    "layers, width", [("1", "15 1"), ("", "15"), ("", "15 x"), ("", "-15 1"), ("", "15 1 1")]
+)
 def test_bad_shapes_are_refused_before_any_work(layers, width, tiny, tmp_path):
     asked = study(tiny, tmp_path, [point("1"), point(layers, width)])
-    with pytest.raises(ValueError, match=f"width must be channels and key-value heads .* got '{width}' with layers"):
+    with pytest.raises(
+        ValueError, match=f"width must be channels and key-value heads .* got '{width}' with layers"
+    ):
         asked(point("1"))
 
 
 @pytest.mark.parametrize("heads", [0, 1])
 def test_shapes_are_of_equal_size(heads, tiny):
-    found = shape_study.equal_shape({"layers": "1 3", "n_kv_heads": heads}, model=tiny, revision=None, dtype="float32",
-                                    n_tokens=9)
+    found = shape_study.equal_shape(
+        {"layers": "1 3", "n_kv_heads": heads},
+        model=tiny,
+        revision=None,
+        dtype="float32",
+        n_tokens=9,
+    )
     model, _ = models.load_model(tiny)
     layer = sum(weight.numel() for weight in models.decoder_layers(model)[0].parameters())
     channel = N_LAYERS * 3 * model.config.hidden_size  # the step in which a width can be chosen
@@ -66,19 +88,39 @@ def test_shapes_are_of_equal_size(heads, tiny):
     assert abs(found["parameters"] - total) <= (channel / 2 if heads else 0) < 2 * layer
     assert found["weights"] >= 4 * found["parameters"]
     if not heads:
-        assert found["flops"] == efficiency.forward_flops(shorter, batch_size=1, n_tokens=9) > found["flops_token"]
+        assert (
+            found["flops"]
+            == efficiency.forward_flops(shorter, batch_size=1, n_tokens=9)
+            > found["flops_token"]
+        )
 
 
 def test_speed_is_measured_of_the_shape_asked(tiny):
-    rows = shape_study.measure_speed({"layers": "1 3", "width": "", "batch_size": 2, "prompt_tokens": 5}, model=tiny,
-                                     revision=None, dtype="float32", new_tokens=3, warmups=0, repeats=2)
-    assert [row["run"] for row in rows] == [0, 1] and all(row["tokens_per_second"] > 0 for row in rows)
+    rows = shape_study.measure_speed(
+        {"layers": "1 3", "width": "", "batch_size": 2, "prompt_tokens": 5},
+        model=tiny,
+        revision=None,
+        dtype="float32",
+        new_tokens=3,
+        warmups=0,
+        repeats=2,
+    )
+    assert [row["run"] for row in rows] == [0, 1] and all(
+        row["tokens_per_second"] > 0 for row in rows
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_is_measured(method, tiny):
-    found = shape_study.measure_training({"layers": "1 3", "method": method}, model=tiny, revision=None,
-                                         dtype="float32", seq_len=16, steps=2, healing_settings=HEALING)
+    found = shape_study.measure_training(
+        {"layers": "1 3", "method": method},
+        model=tiny,
+        revision=None,
+        dtype="float32",
+        seq_len=16,
+        steps=2,
+        healing_settings=HEALING,
+    )
     model = surgery.drop_layers(models.load_model(tiny)[0], [1, 3])
     total = sum(weight.numel() for weight in model.parameters())
     assert (found["trainable"] == total) == (method == "full") and found["trainable"] <= total
@@ -87,14 +129,21 @@ def test_training_is_measured(method, tiny):
 
 @pytest.mark.parametrize("precision", importance_study.PRECISIONS)
 def test_storage_counts_what_is_written(precision, tiny, tmp_path):
-    found = shape_study.measure_storage({"layers": "1 3", "precision": precision}, model=tiny, revision=None)
+    found = shape_study.measure_storage(
+        {"layers": "1 3", "precision": precision}, model=tiny, revision=None
+    )
     model, tokenizer = models.load_model(tiny)
     surgery.save(surgery.drop_layers(model, [1, 3]).bfloat16(), tokenizer, tmp_path / "plain")
     if precision != "bfloat16":
         model, _ = models.load_model(str(tmp_path / "plain"), quantize=precision, dtype="bfloat16")
     model.save_pretrained(tmp_path / "again")
-    assert found["disk"] == sum(path.stat().st_size for path in (tmp_path / "again").glob("*.safetensors"))
-    total = sum(weight.numel() for weight in surgery.drop_layers(models.load_model(tiny)[0], [1, 3]).parameters())
+    assert found["disk"] == sum(
+        path.stat().st_size for path in (tmp_path / "again").glob("*.safetensors")
+    )
+    total = sum(
+        weight.numel()
+        for weight in surgery.drop_layers(models.load_model(tiny)[0], [1, 3]).parameters()
+    )
     assert found["memory"] == efficiency.weight_bytes(model)
     assert (found["memory"] >= 2 * total) == (precision == "bfloat16")
 

@@ -1,5 +1,5 @@
-"""What is shared must change nothing: log-likelihoods against whole sequences, skipped layers against whole passes."""
-
+"""What is shared must change nothing: log-likelihoods against whole sequences, skipped layers
+against whole passes."""
 
 import contextlib
 import copy
@@ -12,7 +12,8 @@ from lm_eval.models.huggingface import HFLM
 
 from pruning_utils import evaluation, models, sharing, surgery
 
-# Architectures whose layers take masks and positions of our making; all others go to the stock backend.
+# Architectures whose layers take masks and positions of our making; all others go to the stock
+# backend.
 SHARE = {name for name, factory in ARCHITECTURES.items() if sharing.longest_shared(factory()) > 4}
 
 
@@ -28,12 +29,23 @@ def token_requests(shape: str) -> list[tuple[list[int], list[int]]]:
     def some(n: int) -> list[int]:
         return torch.randint(3, 128, (n,), generator=generator).tolist()
 
-    if shape == "choices":  # answers that begin alike, one of a single token, one the beginning of another
+    if (
+        shape == "choices"
+    ):  # answers that begin alike, one of a single token, one the beginning of another
         prompts, same = [some(n) for n in (5, 9, 2, 7, 6, 1)], some(2)
-        return [(prompt, answer) for prompt in prompts for answer in (same + some(2), same + some(1), same, some(1))]
+        return [
+            (prompt, answer)
+            for prompt in prompts
+            for answer in (same + some(2), same + some(1), same, some(1))
+        ]
     if shape == "passages":
         passages = [some(12), some(9)]
-        return [(passage + some(3), answer) for passage in passages for _ in range(2) for answer in (some(1), some(2))]
+        return [
+            (passage + some(3), answer)
+            for passage in passages
+            for _ in range(2)
+            for answer in (some(1), some(2))
+        ]
     shots = some(20)  # more prompts than rows in a batch, one of them the shots alone
     tails = [*(some(n) for n in (4, 6, 3, 5, 4)), []]
     return [(shots + tail, answer) for tail in tails for answer in (some(2), some(1))]
@@ -44,8 +56,15 @@ def stock(model, requests) -> list[tuple[float, bool]]:
     found = []
     for prompt, answer in requests:
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].float().log_softmax(-1)
-        found.append((float(logits[range(len(answer)), answer].sum()), logits.argmax(-1).tolist() == answer))
+            logits = (
+                model(torch.tensor([prompt + answer]))
+                .logits[0, len(prompt) - 1 : -1]
+                .float()
+                .log_softmax(-1)
+            )
+        found.append(
+            (float(logits[range(len(answer)), answer].sum()), logits.argmax(-1).tolist() == answer)
+        )
     return found
 
 
@@ -56,63 +75,106 @@ def test_loglikelihoods_equal_those_of_whole_sequences(name, shape):
     expected = stock(model, requests)
     for batch_size in (1, 4):
         found = sharing.loglikelihoods(model, requests, batch_size=batch_size)
-        assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+        assert [value for value, _ in found] == pytest.approx(
+            [value for value, _ in expected], abs=1e-4
+        )
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
-@pytest.mark.parametrize("task, num_fewshot, limit", [("piqa", 0, 6), ("boolq", 0, 3), ("mmlu", 3, 2)])
-def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(task, num_fewshot, limit, embedded):
-    """Answers of some forty tokens through thirty layers, in float32: rounding adds up here if anywhere."""
+@pytest.mark.parametrize(
+    "task, num_fewshot, limit", [("piqa", 0, 6), ("boolq", 0, 3), ("mmlu", 3, 2)]
+)
+def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(
+    task, num_fewshot, limit, embedded
+):
+    """Answers of some forty tokens through thirty layers, in float32: rounding adds up here if
+    anywhere."""
     model, tokenizer = copy.deepcopy(embedded[0]).float(), copy.deepcopy(embedded[1])
     questions = evaluation.load_tasks([task], num_fewshot=num_fewshot)[task]["tasks"][task]
     questions.build_all_requests(limit=limit)
-    both = (HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), sharing.language_model(model, tokenizer, 8))
-    expected, found = (backend.loglikelihood(questions.instances, disable_tqdm=True) for backend in both)
+    both = (
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+        sharing.language_model(model, tokenizer, 8),
+    )
+    expected, found = (
+        backend.loglikelihood(questions.instances, disable_tqdm=True) for backend in both
+    )
     assert len(expected) >= 6
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [value for value, _ in found] == pytest.approx(
+        [value for value, _ in expected], abs=1e-4
+    )
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 def test_a_beginning_is_run_once(monkeypatch):
-    """Tokens that pass through the model are the distinct beginnings of the sequences, whatever shares them."""
+    """Tokens that pass through the model are the distinct beginnings of the sequences, whatever
+    shares them."""
     model, seen = ARCHITECTURES["llama"](), []
     models.backbone(model).register_forward_pre_hook(
-        lambda _, given, named: seen.append(given[0] if given else named["input_ids"]), with_kwargs=True)
-    monkeypatch.setattr(sharing, "head_logits", lambda model, backbone, output, states: [torch.zeros(len(states), 128)])
+        lambda _, given, named: seen.append(given[0] if given else named["input_ids"]),
+        with_kwargs=True,
+    )
+    monkeypatch.setattr(
+        sharing,
+        "head_logits",
+        lambda model, backbone, output, states: [torch.zeros(len(states), 128)],
+    )
     for shape in ("choices", "passages", "shots"):
         seen.clear()
-        requests = [request for request in token_requests(shape) if len(request[0]) != 20]  # a prompt that is no more
-        # than the beginning of others is run up to its last token, which each of them then begins with
+        requests = [
+            request for request in token_requests(shape) if len(request[0]) != 20
+        ]  # a prompt that is no more
+        # than the beginning of others is run up to its last token, which each of them then begins
+        # with
         sharing.loglikelihoods(model, requests, batch_size=1)
         sequences = [tuple(prompt + answer) for prompt, answer in requests]
         distinct = {sequence[:stop] for sequence in sequences for stop in range(1, len(sequence))}
         assert sum(ids.numel() for ids in seen) == len(distinct)
 
 
-@pytest.mark.parametrize("name, window", [("mistral", 4), ("qwen2", 4), ("gemma2", 4), ("mamba", 0), ("llama", 64)])
+@pytest.mark.parametrize(
+    "name, window", [("mistral", 4), ("qwen2", 4), ("gemma2", 4), ("mamba", 0), ("llama", 64)]
+)
 def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, embedded, monkeypatch):
-    """Through lm-eval's own interface: requests that fit are shared, the others not, and the order stays."""
+    """Through lm-eval's own interface: requests that fit are shared, the others not, and the order
+    stays."""
     model, calls = ARCHITECTURES[name](), []
     own = sharing.loglikelihoods
-    monkeypatch.setattr(sharing, "loglikelihoods", lambda model, requests, **named: calls.append(len(requests)) or own(
-        model, requests, **named))
+    monkeypatch.setattr(
+        sharing,
+        "loglikelihoods",
+        lambda model, requests, **named: (
+            calls.append(len(requests)) or own(model, requests, **named)
+        ),
+    )
     scorer = sharing.language_model(model, embedded[1], 2)
-    requests = [(("", ""), [5, 6, 7, 8, 9], [10, 11]), (("", ""), list(range(3, 67)), [12]), (("", ""), [3], [4]),
-                (("", ""), list(range(2, 65)), [9, 8, 7]), (("", ""), [5, 6, 7, 8, 9], [10])]
+    requests = [
+        (("", ""), [5, 6, 7, 8, 9], [10, 11]),
+        (("", ""), list(range(3, 67)), [12]),
+        (("", ""), [3], [4]),
+        (("", ""), list(range(2, 65)), [9, 8, 7]),
+        (("", ""), [5, 6, 7, 8, 9], [10]),
+    ]
     found = scorer._loglikelihood_tokens(requests, disable_tqdm=True)
     expected = HFLM._loglikelihood_tokens(scorer, requests, disable_tqdm=True)
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [value for value, _ in found] == pytest.approx(
+        [value for value, _ in expected], abs=1e-4
+    )
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert sharing.longest_shared(model) == (float("inf") if name == "llama" else window)
-    assert sum(calls) == (4 if name == "llama" else sum(len(a) + len(b) - 1 <= window for _, a, b in requests))
+    assert sum(calls) == (
+        4 if name == "llama" else sum(len(a) + len(b) - 1 <= window for _, a, b in requests)
+    )
 
 
 def variants(model) -> dict[tuple[int, ...], torch.nn.Module]:
     """The whole model and two with a block less, which share its weights."""
     weights = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
     blocks = (range(5, 8), range(3, 5))
-    return {(): model} | {tuple(block): surgery.drop_layers(copy.deepcopy(model, dict(weights)), block)
-                          for block in blocks}
+    return {(): model} | {
+        tuple(block): surgery.drop_layers(copy.deepcopy(model, dict(weights)), block)
+        for block in blocks
+    }
 
 
 def layer_calls(model) -> list[int]:
@@ -123,27 +185,48 @@ def layer_calls(model) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "bloom", "olmo2", "qwen3_moe", "gemma2", "mamba"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gptj", "bloom", "olmo2", "qwen3_moe", "gemma2", "mamba"]
+)
 def test_models_share_their_first_layers(name):
-    model, ids = ARCHITECTURES[name](), torch.randint(3, 128, (4, 7), generator=torch.Generator().manual_seed(0))
+    model, ids = (
+        ARCHITECTURES[name](),
+        torch.randint(3, 128, (4, 7), generator=torch.Generator().manual_seed(0)),
+    )
     models_by_block = variants(model)
-    expected = {block: evaluation.token_losses(each, ids, batch_size=2) for block, each in models_by_block.items()}
+    expected = {
+        block: evaluation.token_losses(each, ids, batch_size=2)
+        for block, each in models_by_block.items()
+    }
     counts = {block: layer_calls(variant) for block, variant in models_by_block.items()}
     shared = sharing.SharedLayers([block[0] for block in models_by_block if block])
     for block, variant in models_by_block.items():
         n_shared = block[0] if block else len(models.decoder_layers(model))
         with shared.used_by(variant, n_shared):
             assert torch.equal(evaluation.token_losses(variant, ids, batch_size=2), expected[block])
-        assert len(counts[block]) == 2 * (len(models.decoder_layers(variant)) - (n_shared if block else 0))
-        assert torch.equal(evaluation.token_losses(variant, ids, batch_size=2), expected[block]), "not as before"
+        assert len(counts[block]) == 2 * (
+            len(models.decoder_layers(variant)) - (n_shared if block else 0)
+        )
+        assert torch.equal(evaluation.token_losses(variant, ids, batch_size=2), expected[block]), (
+            "not as before"
+        )
 
 
 def test_shared_layers_keep_what_fits_and_tell_batches_apart():
     model = ARCHITECTURES["llama"]()
-    first, second = (torch.randint(3, 128, (2, 7), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    first, second = (
+        torch.randint(3, 128, (2, 7), generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
     shared, calls = sharing.SharedLayers([4, 6], most_bytes=2 * 7 * 32 * 4), layer_calls(model)
     with shared.used_by(model, 8):
-        for ids, n_calls in ((first, 8), (first, 4), (second, 8), (second, 8), (first, 4)):  # room for one output
+        for ids, n_calls in (
+            (first, 8),
+            (first, 4),
+            (second, 8),
+            (second, 8),
+            (first, 4),
+        ):  # room for one output
             calls.clear()
             found = evaluation.token_losses(model, ids)
             assert len(calls) == n_calls

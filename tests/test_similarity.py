@@ -1,4 +1,5 @@
-"""Distances between layers against plain float64 arithmetic on all states, and the published metrics' own formulas."""
+"""Distances between layers against plain float64 arithmetic on all states, and the published
+metrics' own formulas."""
 
 import dataclasses
 import math
@@ -18,11 +19,21 @@ RESULTS = (*MATRICES, "block_influence", "block_influence_flattened")
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A random llama whose final norm turns states, so that it matters on which side of it the last one is taken."""
+    """A random llama whose final norm turns states, so that it matters on which side of it the last
+    one is taken."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=64, num_hidden_layers=L, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V,
+            hidden_size=D,
+            intermediate_size=64,
+            num_hidden_layers=L,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            pad_token_id=0,
+        )
+    ).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(8 if weight.ndim > 1 else 1)
@@ -35,18 +46,23 @@ def windows(n: int = 5, length: int = 12, vocabulary: int = V) -> torch.Tensor:
 
 
 def kept_states(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Inputs of all layers and the raw output of the last, float64 (L+1, samples, tokens, hidden), from plain hooks."""
+    """Inputs of all layers and the raw output of the last, float64 (L+1, samples, tokens, hidden),
+    from plain hooks."""
     layers, states, outputs = models.decoder_layers(model), {}, []
 
     def keep(index):
         def hook(layer, inputs, named):
             states[index] = (inputs[0] if inputs else named["hidden_states"]).detach().clone()
+
         return hook
 
     def keep_output(layer, inputs, output):
         outputs.append((output[0] if isinstance(output, tuple) else output).detach().clone())
 
-    hooks = [layer.register_forward_pre_hook(keep(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    hooks = [
+        layer.register_forward_pre_hook(keep(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
     hooks.append(layers[-1].register_forward_hook(keep_output))
     with torch.no_grad():
         model(input_ids, use_cache=False)
@@ -70,20 +86,29 @@ def reference(states: torch.Tensor) -> dict[str, np.ndarray]:
         "angular_distance_all_tokens": angle.mean((-2, -1)),
         "last_token_samples": angle[..., -1].transpose(2, 0, 1),
         "block_influence": np.array([(1 - cosine[i, i + 1]).mean() for i in pairs]),
-        "block_influence_flattened": np.array([
-            1 - flat[i] @ flat[i + 1] / np.sqrt(flat[i] @ flat[i] * (flat[i + 1] @ flat[i + 1])) for i in pairs])}
+        "block_influence_flattened": np.array(
+            [
+                1 - flat[i] @ flat[i + 1] / np.sqrt(flat[i] @ flat[i] * (flat[i + 1] @ flat[i + 1]))
+                for i in pairs
+            ]
+        ),
+    }
 
 
-def assert_equal(found: similarity.Similarity, expected: dict[str, np.ndarray], tolerance: float = 1e-6) -> None:
+def assert_equal(
+    found: similarity.Similarity, expected: dict[str, np.ndarray], tolerance: float = 1e-6
+) -> None:
     for name, value in expected.items():
-        np.testing.assert_allclose(getattr(found, name), value, rtol=0, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(found, name), value, rtol=0, atol=tolerance, err_msg=name
+        )
 
 
 def as_results(found: similarity.Similarity) -> dict[str, np.ndarray]:
     return {name: getattr(found, name) for name in RESULTS}
 
 
-# --- the results ----------------------------------------------------------------------------------------------------
+# --- the results ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,10 +119,17 @@ def test_results_equal_float64_arithmetic_on_all_states(dtype):
     assert_equal(found, expected)
     assert (found.n_samples, found.n_tokens) == (5, 60)
     assert found.angular_distance.shape == found.angular_distance_all_tokens.shape == (L + 1, L + 1)
-    assert found.last_token_samples.shape == (5, L + 1, L + 1) and found.last_token_samples.dtype == np.float32
-    assert all(getattr(found, name).dtype == np.float64 for name in RESULTS if name != "last_token_samples")
+    assert (
+        found.last_token_samples.shape == (5, L + 1, L + 1)
+        and found.last_token_samples.dtype == np.float32
+    )
+    assert all(
+        getattr(found, name).dtype == np.float64 for name in RESULTS if name != "last_token_samples"
+    )
     # The test can tell its subjects apart.
-    assert np.abs(expected["angular_distance"] - expected["angular_distance_all_tokens"]).max() > 0.005
+    assert (
+        np.abs(expected["angular_distance"] - expected["angular_distance_all_tokens"]).max() > 0.005
+    )
     assert np.abs(expected["block_influence"] - expected["block_influence_flattened"]).max() > 0.001
 
 
@@ -105,7 +137,9 @@ def test_results_equal_float64_arithmetic_on_all_states(dtype):
 def test_every_architecture_gives_what_all_states_give(name):
     model = ARCHITECTURES[name]()
     input_ids = windows(3, 9, models.text_config(model).vocab_size)
-    assert_equal(similarity.measure_similarity(model, input_ids), reference(kept_states(model, input_ids)))
+    assert_equal(
+        similarity.measure_similarity(model, input_ids), reference(kept_states(model, input_ids))
+    )
 
 
 def test_the_last_state_is_the_raw_output_before_the_final_norm():
@@ -116,7 +150,9 @@ def test_the_last_state_is_the_raw_output_before_the_final_norm():
     normed = reference(entries)  # transformers' last entry has passed the final norm
     raw = reference(kept_states(model, input_ids))
     for name in ("angular_distance", "angular_distance_all_tokens"):
-        np.testing.assert_allclose(getattr(found, name)[:L, :L], normed[name][:L, :L], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            getattr(found, name)[:L, :L], normed[name][:L, :L], rtol=0, atol=1e-6
+        )
         np.testing.assert_allclose(getattr(found, name)[:, L], raw[name][:, L], rtol=0, atol=1e-6)
         assert np.abs(getattr(found, name)[1:L, L] - normed[name][1:L, L]).min() > 0.05
     assert abs(found.block_influence[-1] - normed["block_influence"][-1]) > 0.01
@@ -128,15 +164,23 @@ def test_published_formulas_on_the_same_inputs():
     with torch.no_grad():
         states = model(input_ids, output_hidden_states=True).hidden_states
 
-    for i in range(L):  # arXiv:2403.17887: angular distance of last tokens, states as transformers returns them
+    for i in range(
+        L
+    ):  # arXiv:2403.17887: angular distance of last tokens, states as transformers returns them
         for j in range(L):
-            cosine = torch.nn.functional.cosine_similarity(states[i][:, -1], states[j][:, -1], dim=-1)
+            cosine = torch.nn.functional.cosine_similarity(
+                states[i][:, -1], states[j][:, -1], dim=-1
+            )
             distance = (cosine.clamp(-1, 1).arccos() / math.pi).mean()
-            assert i == j or found.angular_distance[i, j] == pytest.approx(float(distance), abs=1e-4)
+            assert i == j or found.angular_distance[i, j] == pytest.approx(
+                float(distance), abs=1e-4
+            )
     for i in range(L - 1):
         before, after = states[i].flatten(0, 1), states[i + 1].flatten(0, 1)
         inner = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
-        assert found.block_influence[i] == pytest.approx(1 - float(inner.mean()), abs=1e-4)  # arXiv:2403.03853
+        assert found.block_influence[i] == pytest.approx(
+            1 - float(inner.mean()), abs=1e-4
+        )  # arXiv:2403.03853
         flat = torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0)
         assert found.block_influence_flattened[i] == pytest.approx(1 - float(flat), abs=1e-4)
 
@@ -145,9 +189,16 @@ def test_matrices_are_symmetric_with_an_exact_zero_diagonal():
     found = similarity.measure_similarity(tiny_llama(), windows(7, 29))
     for name in MATRICES[:2]:
         matrix = getattr(found, name)
-        assert (matrix == matrix.T).all() and (np.diag(matrix) == 0).all() and (matrix >= 0).all() and matrix.max() < 1
+        assert (
+            (matrix == matrix.T).all()
+            and (np.diag(matrix) == 0).all()
+            and (matrix >= 0).all()
+            and matrix.max() < 1
+        )
     assert all((np.diag(sample) == 0).all() for sample in found.last_token_samples)
-    np.testing.assert_allclose(found.last_token_samples.mean(0, dtype=np.float64), found.angular_distance, atol=1e-7)
+    np.testing.assert_allclose(
+        found.last_token_samples.mean(0, dtype=np.float64), found.angular_distance, atol=1e-7
+    )
 
 
 def test_the_default_dtype_changes_nothing():
@@ -166,10 +217,12 @@ def test_the_embedded_model_has_its_closest_block_in_the_middle():
     assert found.n_tokens == 512 and found.angular_distance.shape == (31, 31)
     best = selection.best_block(found.angular_distance, 8)
     assert 9 <= best.start <= 13 and 0.05 < best.distance < 0.3
-    assert found.block_influence.argmax() in (0, 29), "the first and the last layer change states most"
+    assert found.block_influence.argmax() in (0, 29), (
+        "the first and the last layer change states most"
+    )
 
 
-# --- padding, batches, order ----------------------------------------------------------------------------------------
+# --- padding, batches, order ----------------------------------------------------------------------
 
 
 def padded(rows: torch.Tensor, lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,16 +239,23 @@ def padded(rows: torch.Tensor, lengths: list[int], side: str) -> tuple[torch.Ten
 
 def test_padding_batch_size_and_order_change_nothing():
     model, rows, lengths = tiny_llama(), windows(5, 12), [11, 3, 7, 1, 8]
-    states = [kept_states(model, rows[row:row + 1, :length]) for row, length in enumerate(lengths)]
+    states = [
+        kept_states(model, rows[row : row + 1, :length]) for row, length in enumerate(lengths)
+    ]
     singles = [reference(state) for state in states]
     share = np.array(lengths) / sum(lengths)
     tokens = reference(torch.cat(states, dim=2))  # as if all were one sample: the means over tokens
     expected = {
         "angular_distance": np.mean([single["angular_distance"] for single in singles], axis=0),
         "angular_distance_all_tokens": sum(
-            part * single["angular_distance_all_tokens"] for part, single in zip(share, singles, strict=True)),
-        "block_influence": sum(part * single["block_influence"] for part, single in zip(share, singles, strict=True)),
-        "block_influence_flattened": tokens["block_influence_flattened"]}
+            part * single["angular_distance_all_tokens"]
+            for part, single in zip(share, singles, strict=True)
+        ),
+        "block_influence": sum(
+            part * single["block_influence"] for part, single in zip(share, singles, strict=True)
+        ),
+        "block_influence_flattened": tokens["block_influence_flattened"],
+    }
     for side in ("right", "left", "middle"):
         for batch_size in (1, 2, 8):
             for order in (range(5), (3, 0, 4, 2, 1)):
@@ -204,32 +264,49 @@ def test_padding_batch_size_and_order_change_nothing():
                 assert_equal(found, expected)
                 assert (found.n_samples, found.n_tokens) == (5, 30)
                 for place, row in enumerate(order):
-                    np.testing.assert_allclose(found.last_token_samples[place], singles[row]["angular_distance"],
-                                               atol=1e-6)
+                    np.testing.assert_allclose(
+                        found.last_token_samples[place], singles[row]["angular_distance"], atol=1e-6
+                    )
 
 
 def test_a_mask_of_any_dtype_or_of_ones_counts_the_same():
     model, rows = tiny_llama(), windows()
     expected = as_results(similarity.measure_similarity(model, rows))
     for dtype in (torch.bool, torch.float32, torch.int32):
-        assert_equal(similarity.measure_similarity(model, rows, torch.ones_like(rows, dtype=dtype)), expected, 0)
+        assert_equal(
+            similarity.measure_similarity(model, rows, torch.ones_like(rows, dtype=dtype)),
+            expected,
+            0,
+        )
 
 
-@pytest.mark.parametrize(("mask", "message"), [
-    (torch.ones(2, 5), r"shape \(2, 6\) of input_ids, got shape \(2, 5\)"),
-    (torch.ones(6), r"got shape \(6,\)"),
-    (torch.full((2, 6), 2), r"hold 0 and 1 .* values \[2\]"),
-    (torch.full((2, 6), 0.5), r"hold 0 and 1 .* values \[0\.5\]"),
-    (torch.tensor([[0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]), "row 1 must have one unbroken run"),
-    (torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1]]), "row 1 must have one unbroken run"),
-    (torch.tensor([[1, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]), "row 0 must have one unbroken run"),
-])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 5), r"shape \(2, 6\) of input_ids, got shape \(2, 5\)"),
+        (torch.ones(6), r"got shape \(6,\)"),
+        (torch.full((2, 6), 2), r"hold 0 and 1 .* values \[2\]"),
+        (torch.full((2, 6), 0.5), r"hold 0 and 1 .* values \[0\.5\]"),
+        (
+            torch.tensor([[0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]),
+            "row 1 must have one unbroken run",
+        ),
+        (
+            torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1]]),
+            "row 1 must have one unbroken run",
+        ),
+        (
+            torch.tensor([[1, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]),
+            "row 0 must have one unbroken run",
+        ),
+    ],
+)
 def test_wrong_masks_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         similarity.measure_similarity(tiny_llama(), windows(2, 6), mask)
 
 
-# --- the pass -------------------------------------------------------------------------------------------------------
+# --- the pass -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("batch_size", "passes"), [(1, 5), (2, 3), (5, 1), (100, 1)])
@@ -237,7 +314,9 @@ def test_each_layer_runs_once_per_micro_batch_and_the_head_never(batch_size, pas
     model, runs = tiny_llama(), [0] * L
     model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head was called"))
     for index, layer in enumerate(models.decoder_layers(model)):
-        layer.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+        layer.register_forward_hook(
+            lambda *_, index=index: runs.__setitem__(index, runs[index] + 1)
+        )
     similarity.measure_similarity(model, windows(), batch_size=batch_size)
     assert runs == [passes] * L
 
@@ -246,18 +325,25 @@ def test_each_layer_runs_once_per_micro_batch_and_the_head_never(batch_size, pas
 def test_only_one_micro_batchs_states_are_alive(mask):
     model, states, alive = tiny_llama(), [], []
     layers = models.decoder_layers(model)
-    # Counted before the hooks of the pass see the new states; transformers' own output holds none of them.
+    # Counted before the hooks of the pass see the new states; transformers' own output holds none
+    # of them.
     layers[0].register_forward_pre_hook(
-        lambda layer, inputs, named: alive.append(sum(state() is not None for state in states)), with_kwargs=True)
+        lambda layer, inputs, named: alive.append(sum(state() is not None for state in states)),
+        with_kwargs=True,
+    )
     for layer in layers:
-        layer.register_forward_hook(lambda layer, inputs, output: states.append(weakref.ref(output)))
+        layer.register_forward_hook(
+            lambda layer, inputs, output: states.append(weakref.ref(output))
+        )
     similarity.measure_similarity(model, windows(6), mask, batch_size=2)
     assert len(states) == 3 * L and alive == [0, 0, 0]
     assert not any(state() is not None for state in states)
 
 
 def hook_counts(model: torch.nn.Module) -> list[tuple[int, int]]:
-    return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+    return [
+        (len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()
+    ]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -273,7 +359,8 @@ def test_the_model_is_left_as_it_was(fails):
     weights = [weight.detach().clone() for weight in model.parameters()]
     graded, hooks = [], hook_counts(model)
     seen = model.model.layers[0].register_forward_hook(
-        lambda layer, inputs, output: graded.append(output.requires_grad or layer.training))
+        lambda layer, inputs, output: graded.append(output.requires_grad or layer.training)
+    )
     if fails:
         with pytest.raises(ValueError, match="not finite"):
             similarity.measure_similarity(model, windows())
@@ -284,7 +371,10 @@ def test_the_model_is_left_as_it_was(fails):
     assert [module.training for module in model.modules()] == modes and hook_counts(model) == hooks
     assert [weight.requires_grad for weight in model.parameters()] == flags
     assert all(weight.grad is None for weight in model.parameters()) and torch.is_grad_enabled()
-    assert all(torch.equal(before, after) or fails for before, after in zip(weights, model.parameters(), strict=True))
+    assert all(
+        torch.equal(before, after) or fails
+        for before, after in zip(weights, model.parameters(), strict=True)
+    )
 
 
 def test_dropout_is_off_during_the_pass():
@@ -307,7 +397,7 @@ def test_a_4_bit_model_passes_gradients_after_the_pass():
     assert expected.norm() > 0 and torch.equal(found, expected)
 
 
-# --- angles of hand-made states -------------------------------------------------------------------------------------
+# --- angles of hand-made states -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -317,13 +407,25 @@ def test_equal_orthogonal_and_opposite_states(dtype, size):
     v = torch.tensor([-4.0, 3.0, 0.0, 0.0], dtype=dtype) / 5
     states = (torch.stack([u, 2 * u, v, -u, u + v]) * size)[None]
     angle, cosine, norm = similarity._angles(states.clone())
-    expected = torch.tensor([[0, 0, .5, 1, .25], [0, 0, .5, 1, .25], [.5, .5, 0, .5, .25], [1, 1, .5, 0, .75],
-                             [.25, .25, .25, .75, 0]], dtype=dtype)
+    expected = torch.tensor(
+        [
+            [0, 0, 0.5, 1, 0.25],
+            [0, 0, 0.5, 1, 0.25],
+            [0.5, 0.5, 0, 0.5, 0.25],
+            [1, 1, 0.5, 0, 0.75],
+            [0.25, 0.25, 0.25, 0.75, 0],
+        ],
+        dtype=dtype,
+    )
     tolerance = 2e-7 if dtype == torch.float32 else 1e-15
     torch.testing.assert_close(angle[0], expected, rtol=0, atol=tolerance)
     off_diagonal = ~torch.eye(5, dtype=torch.bool)
-    torch.testing.assert_close(cosine[0][off_diagonal], (expected * math.pi).cos()[off_diagonal], rtol=0,
-                               atol=2 * tolerance)
+    torch.testing.assert_close(
+        cosine[0][off_diagonal],
+        (expected * math.pi).cos()[off_diagonal],
+        rtol=0,
+        atol=2 * tolerance,
+    )
     lengths = torch.tensor([1, 2, 1, 1, math.sqrt(2)], dtype=torch.float64) * size
     torch.testing.assert_close(norm[0], lengths, rtol=1e-6, atol=0)
     assert (angle.diagonal(dim1=1, dim2=2) == 0).all()
@@ -343,7 +445,8 @@ def test_tiny_angles_keep_their_digits(theta, dtype, precision):
 
 
 def test_one_huge_token_decides_the_flattened_influence_only():
-    # Two states, two tokens: the first turns by 90 degrees, the second stays but is a thousand times longer.
+    # Two states, two tokens: the first turns by 90 degrees, the second stays but is a thousand
+    # times longer.
     first = torch.tensor([[[1.0, 0.0], [1000.0, 0.0]]])
     second = torch.tensor([[[0.0, 1.0], [1000.0, 0.0]]])
     sums = similarity._RunningSums(1)
@@ -361,7 +464,9 @@ def test_states_near_the_ends_of_the_float_range_stay_finite(size):
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
     layer = model.model.layers[0]
-    layer.forward = lambda hidden_states, **_: hidden_states.flip(-1)  # so that the states have this size exactly
+    layer.forward = lambda hidden_states, **_: hidden_states.flip(
+        -1
+    )  # so that the states have this size exactly
     model.model.embed_tokens.weight.data.mul_(size / model.model.embed_tokens.weight.abs().max())
     model.model.norm = torch.nn.Identity()
     found = similarity.measure_similarity(model, input_ids)
@@ -369,7 +474,7 @@ def test_states_near_the_ends_of_the_float_range_stay_finite(size):
     assert all(np.isfinite(value).all() for value in as_results(found).values())
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
@@ -382,7 +487,10 @@ def test_a_zero_or_non_finite_state_names_layer_and_sample(value, side, place):
     ids, mask = padded(rows, [12, 9, 4, 6, 12], side)
     ids[(ids == 77) & (mask == 0)] = 5
     for batch_size in (1, 2, 8):
-        with pytest.raises(ValueError, match=r"input of layer 0 \(where 5 is the output of the last\).* of sample 3$"):
+        with pytest.raises(
+            ValueError,
+            match=r"input of layer 0 \(where 5 is the output of the last\).* of sample 3$",
+        ):
             similarity.measure_similarity(model, ids, mask, batch_size=batch_size)
 
 
@@ -397,16 +505,22 @@ def test_nan_in_one_weight_is_refused_at_the_next_layer():
         similarity.measure_similarity(model, windows())
 
 
-@pytest.mark.parametrize(("input_ids", "message"), [
-    (torch.tensor([[1, V]]), rf"token id {V} is outside the vocabulary \[0, {V}\)"),
-    (torch.tensor([[1, -1]]), "token id -1 is outside"),
-    (torch.ones(2, 3), "must be an integer tensor"),
-    (torch.ones(3, dtype=torch.long), r"shape \(n_samples, seq_len\), got \(3,\)"),
-    (torch.ones(0, 3, dtype=torch.long), r"got \(0, 3\)"),
-    (torch.ones(3, 0, dtype=torch.long), r"got \(3, 0\)"),
-    (torch.ones(1, 33, dtype=torch.long), "33 tokens are longer than the model's context of 32"),
-    ([[1, 2]], "got list"),
-])
+@pytest.mark.parametrize(
+    ("input_ids", "message"),
+    [
+        (torch.tensor([[1, V]]), rf"token id {V} is outside the vocabulary \[0, {V}\)"),
+        (torch.tensor([[1, -1]]), "token id -1 is outside"),
+        (torch.ones(2, 3), "must be an integer tensor"),
+        (torch.ones(3, dtype=torch.long), r"shape \(n_samples, seq_len\), got \(3,\)"),
+        (torch.ones(0, 3, dtype=torch.long), r"got \(0, 3\)"),
+        (torch.ones(3, 0, dtype=torch.long), r"got \(3, 0\)"),
+        (
+            torch.ones(1, 33, dtype=torch.long),
+            "33 tokens are longer than the model's context of 32",
+        ),
+        ([[1, 2]], "got list"),
+    ],
+)
 def test_wrong_token_ids_are_refused_before_any_pass(input_ids, message):
     model = tiny_llama()
     model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("a layer ran"))

@@ -1,4 +1,5 @@
-"""Dropping layers: the same numbers as a pass that skips them, whatever the model is made of; and files that load."""
+"""Dropping layers: the same numbers as a pass that skips them, whatever the model is made of; and
+files that load."""
 
 from __future__ import annotations
 
@@ -17,13 +18,19 @@ import transformers
 import yaml
 from architectures import ARCHITECTURES, FULL, N_LAYERS, SIZES, SLIDING, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from pruning_utils import surgery
 from pruning_utils.models import decoder_layers
 
-# Not contiguous; the first layer, the last layer; and one layer, so that every other one moves or stays.
+# Not contiguous; the first layer, the last layer; and one layer, so that every other one moves or
+# stays.
 DROPS = {name: [(0, 3, 4), (2, 5, 7)] for name in ARCHITECTURES} | {
     "gemma4_text": [(0, 3, 4), (2, 5)],  # its last layer is of full attention by rule
     "jamba": [(0, 1, 2, 3), (6, 7)],  # its kinds of layers come in periods
@@ -35,7 +42,8 @@ TOKENS = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_quiet_thread():
-    """Models this small are faster on one thread; a progress bar would count as a file when the disk is full."""
+    """Models this small are faster on one thread; a progress bar would count as a file when the
+    disk is full."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -59,6 +67,7 @@ def _logits_skipping(model, layers: Iterable[int]) -> torch.Tensor:
     skipped = [decoder_layers(model)[layer] for layer in layers]
     try:
         for layer in skipped:
+
             def hand_through(*args, run=layer.forward, **kwargs):
                 states = args[0] if args else kwargs["hidden_states"]
                 output = run(*args, **kwargs)
@@ -76,11 +85,23 @@ def _dropped(name: str, layers: Iterable[int]):
 
 
 def _state(model) -> tuple:
-    """Everything that a refused cut must leave alone: configuration, layer objects, plain attributes, weights."""
-    attributes = [(path, name, value) for path, part in model.named_modules() for name, value in vars(part).items()
-                  if isinstance(value, (bool, int, float, str, list, tuple, type(None)))]
+    """Everything that a refused cut must leave alone: configuration, layer objects, plain
+    attributes, weights."""
+    attributes = [
+        (path, name, value)
+        for path, part in model.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (bool, int, float, str, list, tuple, type(None)))
+    ]
     weights = {name: (id(tensor), tensor.sum().item()) for name, tensor in model.named_parameters()}
-    return copy.deepcopy((model.config.to_dict(), [id(layer) for layer in decoder_layers(model)], attributes, weights))
+    return copy.deepcopy(
+        (
+            model.config.to_dict(),
+            [id(layer) for layer in decoder_layers(model)],
+            attributes,
+            weights,
+        )
+    )
 
 
 def _per_layer(config) -> dict[str, list]:
@@ -105,12 +126,17 @@ def test_a_cut_model_computes_what_skipping_computes(name):
         kept = [layer for layer in range(N_LAYERS) if layer not in layers]
         assert len(decoder_layers(model)) == model.config.num_hidden_layers == len(kept)
         assert _n_parameters(model) == _n_parameters(original) - sum(
-            _n_parameters(decoder_layers(original)[layer]) for layer in layers)
+            _n_parameters(decoder_layers(original)[layer]) for layer in layers
+        )
         for field, values in _per_layer(original.config).items():
             if len(values) == N_LAYERS:
                 assert _per_layer(model.config)[field] == [values[layer] for layer in kept], field
         for number, layer in enumerate(decoder_layers(model)):
-            indices = {path: part.layer_idx for path, part in layer.named_modules() if hasattr(part, "layer_idx")}
+            indices = {
+                path: part.layer_idx
+                for path, part in layer.named_modules()
+                if hasattr(part, "layer_idx")
+            }
             assert set(indices.values()) <= {number}, indices
 
 
@@ -119,7 +145,9 @@ def test_generation_with_a_cache_equals_generation_without(name):
     model = _dropped(name, DROPS[name][0])
     prompt = TOKENS[:1, :9]
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    cached, uncached = (model.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False))
+    cached, uncached = (
+        model.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False)
+    )
     assert cached.shape == (1, 15)
     assert cached.tolist() == uncached.tolist()
 
@@ -134,38 +162,68 @@ def test_a_saved_cut_loads_plainly_and_is_the_same(name, tmp_path):
     assert type(loaded) is type(model)
     assert _per_layer(loaded.config) == _per_layer(model.config)
     assert loaded.dtype == torch.float32
-    assert len({one.get_input_embeddings().weight is one.get_output_embeddings().weight
-                for one in (_original(name), model, loaded)}) == 1
+    assert (
+        len(
+            {
+                one.get_input_embeddings().weight is one.get_output_embeddings().weight
+                for one in (_original(name), model, loaded)
+            }
+        )
+        == 1
+    )
     assert _n_parameters(loaded) == _n_parameters(model)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "cohere2", "olmo3", "qwen2", "gpt_oss", "llama4_text",
-                                  "smollm3", "exaone4", "vaultgemma"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma2",
+        "gemma3_text",
+        "cohere2",
+        "olmo3",
+        "qwen2",
+        "gpt_oss",
+        "llama4_text",
+        "smollm3",
+        "exaone4",
+        "vaultgemma",
+    ],
+)
 def test_fields_cut_to_their_first_entries_would_be_seen(name):
-    """The patterns and the windows are such that a configuration cut short gives other logits: the tests have teeth."""
+    """The patterns and the windows are such that a configuration cut short gives other logits: the
+    tests have teeth."""
     model, original = _dropped(name, DROPS[name][0]), _original(name)
     config = copy.deepcopy(model.config)
     for field, values in _per_layer(original.config).items():
-        setattr(config, field, values[:config.num_hidden_layers])
+        setattr(config, field, values[: config.num_hidden_layers])
     if name == "llama4_text":
-        config.moe_layers = model.config.moe_layers  # experts have other weights; attention is the question here
+        config.moe_layers = (
+            model.config.moe_layers
+        )  # experts have other weights; attention is the question here
     wrong = type(model)(config).eval()
     wrong.load_state_dict(model.state_dict())
     assert (_logits(wrong) - _logits(model)).abs().max() > 1e-3
 
 
 def test_fields_that_speak_of_layers_are_sliced_by_hand_worked_values():
-    model = _dropped("gemma3_text", (0, 3, 4))  # full, sliding, sliding, full, sliding, full, full, sliding
+    model = _dropped(
+        "gemma3_text", (0, 3, 4)
+    )  # full, sliding, sliding, full, sliding, full, full, sliding
     assert model.config.layer_types == [SLIDING, SLIDING, FULL, FULL, SLIDING]
     model = _dropped("qwen2", (1, 6))  # full attention in layers 0 to 4, a window from 5
-    assert (model.config.layer_types, model.config.max_window_layers) == ([FULL] * 4 + [SLIDING] * 2, 4)
+    assert (model.config.layer_types, model.config.max_window_layers) == (
+        [FULL] * 4 + [SLIDING] * 2,
+        4,
+    )
     assert _dropped("deepseek_v3", (1, 6)).config.first_k_dense_replace == 2
     assert _dropped("deepseek_v3", (0, 1, 2)).config.first_k_dense_replace == 0
     model = _dropped("ernie4_5_moe", (1, 3, 7))  # experts in layers 2 to 5
     assert (model.config.moe_layer_start_index, model.config.moe_layer_end_index) == (1, 3)
     assert _dropped("bamba", (0, 1, 4)).config.attn_layer_indices == [0, 2]  # of 1, 2, 5
     assert _dropped("qwen2_moe", (0, 2)).config.mlp_only_layers == [3]  # of 2, 5
-    model = _dropped("qwen3_moe", (0, 1, 6))  # experts in 1, 3 and 7: every second layer but 5; 3 and 7 are now 1 and 4
+    model = _dropped(
+        "qwen3_moe", (0, 1, 6)
+    )  # experts in 1, 3 and 7: every second layer but 5; 3 and 7 are now 1 and 4
     assert (model.config.decoder_sparse_step, model.config.mlp_only_layers) == (1, [0, 2, 3])
     model = _dropped("llama4_text", (2, 7))  # experts in 1, 2, 5; no rotary embedding in 1, 4, 6
     assert (model.config.moe_layers, model.config.no_rope_layers) == ([1, 4], [1, 0, 1, 0, 1, 0])
@@ -173,8 +231,16 @@ def test_fields_that_speak_of_layers_are_sliced_by_hand_worked_values():
     assert model.config.attention_layers == ["global", "local", "global", "local", "global"]
     assert model.config.attention_types == [[["global", "local", "global", "local", "global"], 1]]
     assert _dropped("recurrent_gemma", (0, 4)).config.block_types == [  # attention in 2 and 5
-        "recurrent", "attention", "recurrent", "attention", "recurrent", "recurrent"]
-    overrides = _dropped("gemma4_text", (0, 3)).config.to_dict()["per_layer_config"]  # full: 0, 3, 5, 7
+        "recurrent",
+        "attention",
+        "recurrent",
+        "attention",
+        "recurrent",
+        "recurrent",
+    ]
+    overrides = _dropped("gemma4_text", (0, 3)).config.to_dict()[
+        "per_layer_config"
+    ]  # full: 0, 3, 5, 7
     assert overrides == {"3": {"head_dim": 16}, "5": {"head_dim": 16}}
 
 
@@ -186,8 +252,18 @@ def test_no_layer_to_drop_changes_nothing():
     assert _state(model) == before
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe", "llama4_text", "gpt_neo", "recurrent_gemma",
-                                  "gemma4_text"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "gemma3_text",
+        "qwen3_moe",
+        "llama4_text",
+        "gpt_neo",
+        "recurrent_gemma",
+        "gemma4_text",
+    ],
+)
 def test_two_cuts_equal_one(name):
     once = _dropped(name, (0, 3, 4))
     model = _dropped(name, [3])  # layer 4 is now number 3
@@ -198,15 +274,37 @@ def test_two_cuts_equal_one(name):
 
 def test_any_iterable_of_integers_names_layers():
     wanted = _dropped("llama", (1, 6)).state_dict()
-    for layers in ([6, 1], {1, 6}, np.array([1, 6]), (np.int32(6), 1), torch.tensor([1, 6]), iter([1, 6])):
+    for layers in (
+        [6, 1],
+        {1, 6},
+        np.array([1, 6]),
+        (np.int32(6), 1),
+        torch.tensor([1, 6]),
+        iter([1, 6]),
+    ):
         state = _dropped("llama", layers).state_dict()
         assert all(torch.equal(state[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize(("layers", "named"), [
-    ([8], "8"), ([-1], "-1"), ([1, 1], "1 twice"), ([2, np.int64(2)], "twice"), ([True], "True"), ([1.0], "1.0"),
-    (np.array([1.0]), "1.0"), (np.array([True]), "True"), (["1"], "'1'"), ("12", "'12'"), (3, "3"), ([None], "None"),
-    (range(8), "at least one layer must stay"), (None, "None")])
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [
+        ([8], "8"),
+        ([-1], "-1"),
+        ([1, 1], "1 twice"),
+        ([2, np.int64(2)], "twice"),
+        ([True], "True"),
+        ([1.0], "1.0"),
+        (np.array([1.0]), "1.0"),
+        (np.array([True]), "True"),
+        (["1"], "'1'"),
+        ("12", "'12'"),
+        (3, "3"),
+        ([None], "None"),
+        (range(8), "at least one layer must stay"),
+        (None, "None"),
+    ],
+)
 def test_bad_layer_numbers_are_refused_by_name_and_range(layers, named):
     model = _original("llama")
     before = _state(model)
@@ -220,28 +318,103 @@ def test_bad_layer_numbers_are_refused_by_name_and_range(layers, named):
 
 REFUSED = {
     "diffllama": (("DiffLlamaConfig", {}), [1], "lambda_init"),
-    "gemma3n_text": (("Gemma3nTextConfig", {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
-                                            "head_dim": 8, "num_kv_shared_layers": 2, "laurel_rank": 4}), [6],
-                     "embed_tokens_per_layer"),
-    "gpt2, scaled by depth": (("GPT2Config", {"n_embd": 32, "n_head": 4, "vocab_size": 128, "n_layer": 8,
-                                              "scale_attn_by_inverse_layer_idx": True}), [3], "scaling"),
-    "minicpm3": (("MiniCPM3Config", {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
-                                     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}), [3],
-                 "residual_scale"),
-    "rwkv": (("RwkvConfig", {"attention_hidden_size": 32, "context_length": 64}), [3], "rescale_every"),
-    "zamba2": (("Zamba2Config", {"mamba_d_state": 8, "n_mamba_heads": 8, "layers_block_type": [
-        "linear_attention", "hybrid"] * 4}), [3], "share"),
+    "gemma3n_text": (
+        (
+            "Gemma3nTextConfig",
+            {
+                "vocab_size_per_layer_input": 128,
+                "hidden_size_per_layer_input": 8,
+                "head_dim": 8,
+                "num_kv_shared_layers": 2,
+                "laurel_rank": 4,
+            },
+        ),
+        [6],
+        "embed_tokens_per_layer",
+    ),
+    "gpt2, scaled by depth": (
+        (
+            "GPT2Config",
+            {
+                "n_embd": 32,
+                "n_head": 4,
+                "vocab_size": 128,
+                "n_layer": 8,
+                "scale_attn_by_inverse_layer_idx": True,
+            },
+        ),
+        [3],
+        "scaling",
+    ),
+    "minicpm3": (
+        (
+            "MiniCPM3Config",
+            {
+                "num_key_value_heads": 4,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "qk_rope_head_dim": 8,
+                "qk_nope_head_dim": 8,
+                "v_head_dim": 8,
+            },
+        ),
+        [3],
+        "residual_scale",
+    ),
+    "rwkv": (
+        ("RwkvConfig", {"attention_hidden_size": 32, "context_length": 64}),
+        [3],
+        "rescale_every",
+    ),
+    "zamba2": (
+        (
+            "Zamba2Config",
+            {
+                "mamba_d_state": 8,
+                "n_mamba_heads": 8,
+                "layers_block_type": ["linear_attention", "hybrid"] * 4,
+            },
+        ),
+        [3],
+        "share",
+    ),
     "unknown list": (("LlamaConfig", {"gate_strengths": list(range(8))}), [3], "gate_strengths"),
     "unknown numbers": (("LlamaConfig", {"special_layers": [2, 5]}), [3], "special_layers"),
-    "jamba between periods": (("JambaConfig", {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 2,
-                                               "mamba_d_state": 8}), [3], "would have to be"),
-    "jamba without attention": (("JambaConfig", {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 2,
-                                                 "mamba_d_state": 8}), [2, 6], "no attention layer"),
-    "gemma4, last layer": (("Gemma4TextConfig", {"hidden_size_per_layer_input": 0, "layer_types": [SLIDING, FULL] * 4,
-                                                 "global_head_dim": 16, "head_dim": 8}), [7], "layer_types"),
+    "jamba between periods": (
+        (
+            "JambaConfig",
+            {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 2, "mamba_d_state": 8},
+        ),
+        [3],
+        "would have to be",
+    ),
+    "jamba without attention": (
+        (
+            "JambaConfig",
+            {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 2, "mamba_d_state": 8},
+        ),
+        [2, 6],
+        "no attention layer",
+    ),
+    "gemma4, last layer": (
+        (
+            "Gemma4TextConfig",
+            {
+                "hidden_size_per_layer_input": 0,
+                "layer_types": [SLIDING, FULL] * 4,
+                "global_head_dim": 16,
+                "head_dim": 8,
+            },
+        ),
+        [7],
+        "layer_types",
+    ),
     "modernbert, first layer": (("ModernBertDecoderConfig", {}), [0], "attn_norm"),
-    "minimax, first layer": (("MiniMaxConfig", {"num_local_experts": 2, "layer_types": [
-        FULL, "linear_attention"] * 4}), [0], "first layer"),
+    "minimax, first layer": (
+        ("MiniMaxConfig", {"num_local_experts": 2, "layer_types": [FULL, "linear_attention"] * 4}),
+        [0],
+        "first layer",
+    ),
 }
 
 
@@ -318,22 +491,33 @@ def test_adapters_are_refused_until_they_are_merged(tmp_path):
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 
 
-@pytest.mark.parametrize("options", [NF4, NF4 | {"bnb_4bit_use_double_quant": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize(
+    "options", [NF4, NF4 | {"bnb_4bit_use_double_quant": True}, {"load_in_8bit": True}]
+)
 def test_quantised_weights_are_kept_as_they_are(options, tmp_path):
     tiny("LlamaConfig", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     quantised = {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": "cpu"}}
-    wanted = _logits_skipping(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **quantised).eval(), [0, 3, 7])
+    wanted = _logits_skipping(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", **quantised).eval(), [0, 3, 7]
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **quantised).eval()
     kept = [id(decoder_layers(model)[layer].mlp.up_proj.weight) for layer in (1, 2, 4, 5, 6)]
     surgery.drop_layers(model, [0, 3, 7])
     assert [id(layer.mlp.up_proj.weight) for layer in decoder_layers(model)] == kept
-    loaded, info = AutoModelForCausalLM.from_pretrained(surgery.save(model, None, tmp_path / "cut"),
-                                                        device_map={"": "cpu"}, output_loading_info=True)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        surgery.save(model, None, tmp_path / "cut"),
+        device_map={"": "cpu"},
+        output_loading_info=True,
+    )
     assert not any(info.values()), info
     for one in (model, loaded.eval()):
         torch.testing.assert_close(_logits(one), wanted, rtol=0, atol=0)
-    generations = [model.generate(TOKENS[:1], use_cache=use_cache, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-                   for use_cache in (True, False)]
+    generations = [
+        model.generate(
+            TOKENS[:1], use_cache=use_cache, max_new_tokens=4, min_new_tokens=4, do_sample=False
+        )
+        for use_cache in (True, False)
+    ]
     assert generations[0].tolist() == generations[1].tolist()
     state = getattr(decoder_layers(model)[0].mlp.up_proj.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
@@ -344,11 +528,28 @@ def test_quantised_weights_are_kept_as_they_are(options, tmp_path):
 
 
 def test_an_embedded_text_model_of_a_multimodal_one_is_cut_in_its_own_configuration():
-    text = {**SIZES, "head_dim": 8, "sliding_window": 4, "layer_types": [FULL, SLIDING, SLIDING, FULL] * 2}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 14}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
-                                       image_token_id=127, boi_token_id=125, eoi_token_id=126)
+    text = {
+        **SIZES,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": [FULL, SLIDING, SLIDING, FULL] * 2,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_id=127,
+        boi_token_id=125,
+        eoi_token_id=126,
+    )
     torch.manual_seed(0)
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
     tokens = TOKENS % 120 + 3
@@ -359,15 +560,22 @@ def test_an_embedded_text_model_of_a_multimodal_one_is_cut_in_its_own_configurat
         vars(layer).pop("forward")
         surgery.drop_layers(model, [0])
         torch.testing.assert_close(model(tokens, use_cache=False).logits, wanted)
-    assert (model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers) == (7, 2)
+    assert (
+        model.config.text_config.num_hidden_layers,
+        model.config.vision_config.num_hidden_layers,
+    ) == (7, 2)
     assert model.config.text_config.layer_types == text["layer_types"][1:]
 
 
 @pytest.fixture
 def tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(128)}, unk_token="w3"))
+    words = Tokenizer(
+        models.WordLevel({f"w{number}": number for number in range(128)}, unk_token="w3")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w3", pad_token="w0", bos_token="w1")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="w3", pad_token="w0", bos_token="w1"
+    )
 
 
 def test_save_keeps_dtype_and_tying_and_writes_the_tokenizer(tmp_path, tokenizer):
@@ -384,7 +592,11 @@ def test_save_keeps_dtype_and_tying_and_writes_the_tokenizer(tmp_path, tokenizer
     assert loaded.dtype == torch.bfloat16
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     torch.testing.assert_close(_logits(loaded.eval()), _logits(model), rtol=0, atol=0)
-    assert AutoTokenizer.from_pretrained(path)("w5 w9").input_ids == tokenizer("w5 w9").input_ids == [5, 9]
+    assert (
+        AutoTokenizer.from_pretrained(path)("w5 w9").input_ids
+        == tokenizer("w5 w9").input_ids
+        == [5, 9]
+    )
     assert json.loads((path / "config.json").read_text())["num_hidden_layers"] == 6
 
 
@@ -410,7 +622,9 @@ def test_save_replaces_its_own_directory_and_no_other(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "new", "thesis"]
 
 
-@pytest.mark.parametrize("limit", [100, 50_000])  # bytes: the configuration, or only the weights, do not fit
+@pytest.mark.parametrize(
+    "limit", [100, 50_000]
+)  # bytes: the configuration, or only the weights, do not fit
 def test_a_full_disk_names_the_target_and_leaves_what_was_there(tmp_path, limit):
     model = ARCHITECTURES["llama"]()
     path = surgery.save(_dropped("llama", [2]), None, tmp_path / "model")
@@ -428,7 +642,10 @@ def test_a_full_disk_names_the_target_and_leaves_what_was_there(tmp_path, limit)
 
 
 def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path, monkeypatch):
-    path, rename = surgery.save(_dropped("llama", [2]), None, tmp_path / "model"), surgery.os.replace
+    path, rename = (
+        surgery.save(_dropped("llama", [2]), None, tmp_path / "model"),
+        surgery.os.replace,
+    )
 
     def refuse(source, target):
         if source.name == "new":
@@ -457,7 +674,9 @@ def test_a_quantisation_that_cannot_be_saved_is_one_clear_error(tmp_path):
 
 
 def test_a_mergekit_plan_lists_the_runs_of_kept_layers():
-    assert surgery.mergekit_plan("org/model", 30, [11, 12, 13, 20, 29]) == """\
+    assert (
+        surgery.mergekit_plan("org/model", 30, [11, 12, 13, 20, 29])
+        == """\
 slices:
 - sources:
   - model: org/model
@@ -471,16 +690,27 @@ slices:
 merge_method: passthrough
 dtype: bfloat16
 """
+    )
     plan = yaml.safe_load(surgery.mergekit_plan("a: #b", 3, np.array([0, 2]), dtype="float16"))
-    assert plan == {"slices": [{"sources": [{"model": "a: #b", "layer_range": [1, 2]}]}],
-                    "merge_method": "passthrough", "dtype": "float16"}
+    assert plan == {
+        "slices": [{"sources": [{"model": "a: #b", "layer_range": [1, 2]}]}],
+        "merge_method": "passthrough",
+        "dtype": "float16",
+    }
     plan = yaml.safe_load(surgery.mergekit_plan("model", 4, []))
     assert plan["slices"] == [{"sources": [{"model": "model", "layer_range": [0, 4]}]}]
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (("model", 0, []), "n_layers"), (("model", True, []), "n_layers"), (("model", 8.0, []), "n_layers"),
-    (("", 8, []), "model_name"), ((None, 8, []), "model_name")])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("model", 0, []), "n_layers"),
+        (("model", True, []), "n_layers"),
+        (("model", 8.0, []), "n_layers"),
+        (("", 8, []), "model_name"),
+        ((None, 8, []), "model_name"),
+    ],
+)
 def test_a_mergekit_plan_refuses_bad_arguments(arguments, named):
     with pytest.raises(ValueError, match=named):
         surgery.mergekit_plan(*arguments)

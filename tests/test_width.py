@@ -1,4 +1,5 @@
-"""Narrower layers: the units that a plain selection keeps, the numbers of a hand-sliced copy, and files that load."""
+"""Narrower layers: the units that a plain selection keeps, the numbers of a hand-sliced copy, and
+files that load."""
 
 import copy
 
@@ -11,8 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from pruning_utils import healing, models, surgery, width
 
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3")  # biases of the queries, keys and values; norms of queries and keys
-OTHERS = ("phi3", "gemma2", "starcoder2", "cohere")  # fused weights, further norms, another feed-forward network
+LLAMAS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # biases of the queries, keys and values; norms of queries and keys
+OTHERS = (
+    "phi3",
+    "gemma2",
+    "starcoder2",
+    "cohere",
+)  # fused weights, further norms, another feed-forward network
 N_CHANNELS, N_KV_HEADS = SIZES["intermediate_size"], SIZES["num_key_value_heads"]
 TOKENS = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(1))
 
@@ -32,8 +43,8 @@ def logits(model) -> torch.Tensor:
 
 
 def assert_same_logits(one, other):
-    """Of models whose sums have other lengths, and so round otherwise on each processor: compared in float64, in which
-    a logit of some hundred terms is right to a hundred times 1e-16."""
+    """Of models whose sums have other lengths, and so round otherwise on each processor: compared
+    in float64, in which a logit of some hundred terms is right to a hundred times 1e-16."""
     one, other = (copy.deepcopy(part).double() for part in (one, other))
     torch.testing.assert_close(logits(one), logits(other), rtol=1e-12, atol=1e-12)
 
@@ -44,28 +55,41 @@ def n_parameters(model) -> int:
 
 def state(model) -> tuple:
     """Everything that a refused call must leave alone."""
-    weights = {name: (id(weight), weight.sum().item(), weight.requires_grad, weight.grad is None)
-               for name, weight in model.named_parameters()}
-    plain = {(path, name): value for path, part in model.named_modules() for name, value in vars(part).items()
-             if isinstance(value, int | float | str)}
+    weights = {
+        name: (id(weight), weight.sum().item(), weight.requires_grad, weight.grad is None)
+        for name, weight in model.named_parameters()
+    }
+    plain = {
+        (path, name): value
+        for path, part in model.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, int | float | str)
+    }
     return copy.deepcopy((model.config.to_dict(), plain, weights))
 
 
-# --- a plain reference ----------------------------------------------------------------------------------------------
+# --- a plain reference ----------------------------------------------------------------------------
 
 
 def reference_scores(model, ids=None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer the scores of its channels and of its key-value heads, from gradients that are all kept."""
+    """For each layer the scores of its channels and of its key-value heads, from gradients that are
+    all kept."""
     model = copy.deepcopy(model).double().requires_grad_()
     if ids is not None:
         model(ids, labels=ids).loss.backward()
     scores = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        channels = by_row(mlp.gate_proj, ids) + by_row(mlp.up_proj, ids) + by_column(mlp.down_proj, ids)
-        rows = [by_row(module, ids) for module in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        channels = (
+            by_row(mlp.gate_proj, ids) + by_row(mlp.up_proj, ids) + by_column(mlp.down_proj, ids)
+        )
+        rows = [
+            by_row(module, ids) for module in (attention.q_proj, attention.k_proj, attention.v_proj)
+        ]
         n_kv_heads = len(rows[1]) // attention.head_dim
-        heads = sum(row.view(n_kv_heads, -1).sum(1) for row in (*rows, by_column(attention.o_proj, ids)))
+        heads = sum(
+            row.view(n_kv_heads, -1).sum(1) for row in (*rows, by_column(attention.o_proj, ids))
+        )
         scores.append((channels.sqrt(), heads.sqrt()) if ids is None else (channels, heads))
     return scores
 
@@ -96,8 +120,13 @@ def sliced(model, intermediate_size, n_kv_heads, ids=None):
         queries = size * attention.num_key_value_groups
         of_keys = [head * size + place for head in heads for place in range(size)]
         of_queries = [head * queries + place for head in heads for place in range(queries)]
-        for module, rows in ((mlp.gate_proj, channels), (mlp.up_proj, channels), (attention.q_proj, of_queries),
-                             (attention.k_proj, of_keys), (attention.v_proj, of_keys)):
+        for module, rows in (
+            (mlp.gate_proj, channels),
+            (mlp.up_proj, channels),
+            (attention.q_proj, of_queries),
+            (attention.k_proj, of_keys),
+            (attention.v_proj, of_keys),
+        ):
             module.weight = nn.Parameter(module.weight.detach()[rows])
             if module.bias is not None:
                 module.bias = nn.Parameter(module.bias.detach()[rows])
@@ -106,12 +135,14 @@ def sliced(model, intermediate_size, n_kv_heads, ids=None):
     return model
 
 
-# --- what stays -----------------------------------------------------------------------------------------------------
+# --- what stays -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_kv_heads", [None, 1])
 @pytest.mark.parametrize("criterion", width.CRITERIA)
-def test_the_best_units_stay_in_their_order_and_compute_what_a_hand_sliced_copy_computes(model, criterion, n_kv_heads):
+def test_the_best_units_stay_in_their_order_and_compute_what_a_hand_sliced_copy_computes(
+    model, criterion, n_kv_heads
+):
     ids = TOKENS if criterion == "taylor" else None
     expected = sliced(model, 20, n_kv_heads or N_KV_HEADS, ids)
     found = pruned(model, 20, n_kv_heads=n_kv_heads, criterion=criterion, input_ids=ids)
@@ -119,16 +150,28 @@ def test_the_best_units_stay_in_their_order_and_compute_what_a_hand_sliced_copy_
     for name, weight in found.named_parameters():
         assert torch.equal(weight, weights[name]), name
     assert_same_logits(found, expected)
-    assert (logits(found) - logits(model)).abs().max() > 0.1 * logits(model).std(), "these units do nothing"
+    assert (logits(found) - logits(model)).abs().max() > 0.1 * logits(model).std(), (
+        "these units do nothing"
+    )
 
 
-@pytest.mark.parametrize("heads", [(4, 4, 1), (4, 4, 2), (4, 2, 1), (6, 3, 2), (6, 2, 1), (8, 2, 1), (9, 3, 1)])
+@pytest.mark.parametrize(
+    "heads", [(4, 4, 1), (4, 4, 2), (4, 2, 1), (6, 3, 2), (6, 2, 1), (8, 2, 1), (9, 3, 1)]
+)
 @pytest.mark.parametrize("config_class", ["LlamaConfig", "Qwen3Config"])
 def test_a_head_goes_with_its_query_heads_whatever_their_number(config_class, heads):
-    """Also where two query heads share a key-value head, which the dependency graph by itself goes round in circles."""
+    """Also where two query heads share a key-value head, which the dependency graph by itself goes
+    round in circles."""
     n_heads, n_kv_heads, n_kept = heads
-    model = tiny(config_class, num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, head_dim=4,
-                 hidden_size=n_heads * 4, intermediate_size=n_heads * 4, num_hidden_layers=2)
+    model = tiny(
+        config_class,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_heads,
+        head_dim=4,
+        hidden_size=n_heads * 4,
+        intermediate_size=n_heads * 4,
+        num_hidden_layers=2,
+    )
     found = pruned(model, 7, n_kv_heads=n_kept)
     assert_same_logits(found, sliced(model, 7, n_kept))
     assert found.config.num_attention_heads == n_heads // n_kv_heads * n_kept
@@ -144,7 +187,9 @@ def test_other_architectures_compute_what_zeroed_columns_compute(name):
         for layer, of_layer in zip(models.decoder_layers(zeroed), scores, strict=True):
             weight = layer.get_submodule(path).weight.detach()
             left = best(of_layer, n_kept)
-            weight.view(len(weight), len(of_layer), -1)[:, [unit not in left for unit in range(len(of_layer))]] = 0
+            weight.view(len(weight), len(of_layer), -1)[
+                :, [unit not in left for unit in range(len(of_layer))]
+            ] = 0
     assert_same_logits(found, zeroed)
     assert n_parameters(found) < n_parameters(model)
 
@@ -175,18 +220,25 @@ def test_zero_units_go_first(model):
         attention, mlp = layer.self_attn, layer.mlp
         for module in (mlp.gate_proj, mlp.up_proj):
             module.weight.detach()[channels] = 0
-        for weight in (weight for name in "qkv" for weight in getattr(attention, f"{name}_proj").parameters()):
+        for weight in (
+            weight for name in "qkv" for weight in getattr(attention, f"{name}_proj").parameters()
+        ):
             weight.detach().view(2, -1)[head] = 0
         mlp.down_proj.weight.detach()[:, channels] = 0
         attention.o_proj.weight.detach().view(32, 2, -1)[:, head] = 0
     found = pruned(model, N_CHANNELS - 6, n_kv_heads=1)
     assert_same_logits(found, model)
-    assert all((part.weight != 0).any(1).all() for layer in found.model.layers
-               for part in (layer.mlp.gate_proj, layer.self_attn.k_proj)), "a zero row has stayed"
+    assert all(
+        (part.weight != 0).any(1).all()
+        for layer in found.model.layers
+        for part in (layer.mlp.gate_proj, layer.self_attn.k_proj)
+    ), "a zero row has stayed"
 
 
 def test_of_equal_channels_the_first_stay(model):
-    signs = 1.0 - 2 * (torch.arange(N_CHANNELS) >> torch.arange(32)[:, None] & 1)  # a column tells its number
+    signs = 1.0 - 2 * (
+        torch.arange(N_CHANNELS) >> torch.arange(32)[:, None] & 1
+    )  # a column tells its number
     for layer in model.model.layers:
         nn.init.ones_(layer.mlp.gate_proj.weight), nn.init.ones_(layer.mlp.up_proj.weight)
         layer.mlp.down_proj.weight.detach().copy_(signs)
@@ -194,31 +246,48 @@ def test_of_equal_channels_the_first_stay(model):
         assert torch.equal(layer.mlp.down_proj.weight, signs[:, :21])
 
 
-# --- a whole model --------------------------------------------------------------------------------------------------
+# --- a whole model --------------------------------------------------------------------------------
 
 
 def test_configuration_and_modules_say_what_is_left(model):
     found = pruned(model, 20, n_kv_heads=1)
     config = found.config
-    assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (20, 2, 1)
+    assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (
+        20,
+        2,
+        1,
+    )
     assert (config.hidden_size, config.head_dim, config.num_hidden_layers) == (32, 8, 8)
     for layer in found.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        assert (attention.num_key_value_groups, attention.head_dim, attention.scaling) == (2, 8, 8 ** -0.5)
+        assert (attention.num_key_value_groups, attention.head_dim, attention.scaling) == (
+            2,
+            8,
+            8**-0.5,
+        )
         assert getattr(mlp, "intermediate_size", 20) == 20
-        shapes = {"q_proj": (16, 32), "k_proj": (8, 32), "v_proj": (8, 32), "o_proj": (32, 16), "gate_proj": (20, 32),
-                  "up_proj": (20, 32), "down_proj": (32, 20)}
+        shapes = {
+            "q_proj": (16, 32),
+            "k_proj": (8, 32),
+            "v_proj": (8, 32),
+            "o_proj": (32, 16),
+            "gate_proj": (20, 32),
+            "up_proj": (20, 32),
+            "down_proj": (32, 20),
+        }
         for name, shape in shapes.items():
             module = getattr(attention if name[0] in "qkvo" else mlp, name)
             assert (module.out_features, module.in_features) == module.weight.shape == shape
-    assert n_parameters(model) - n_parameters(found) == 8 * (28 * 3 * 32 + 48 * 32 + (
-        32 if model.config.model_type == "qwen2" else 0))
+    assert n_parameters(model) - n_parameters(found) == 8 * (
+        28 * 3 * 32 + 48 * 32 + (32 if model.config.model_type == "qwen2" else 0)
+    )
 
 
 def test_files_load_as_they_are(model, tmp_path):
     found = pruned(model, 20, n_kv_heads=1)
     loaded, report = AutoModelForCausalLM.from_pretrained(
-        surgery.save(found, None, tmp_path / "narrow"), output_loading_info=True)
+        surgery.save(found, None, tmp_path / "narrow"), output_loading_info=True
+    )
     assert not any(report.values())
     assert torch.equal(logits(loaded), logits(found))
     assert surgery._facts(loaded.model) == surgery._facts(found.model)
@@ -229,14 +298,26 @@ def test_files_load_as_they_are(model, tmp_path):
 def test_generation_with_a_cache_equals_generation_without(model):
     found = pruned(model, 20, n_kv_heads=1)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    cached, plain = (found.generate(TOKENS[:1], use_cache=use_cache, **options) for use_cache in (True, False))
+    cached, plain = (
+        found.generate(TOKENS[:1], use_cache=use_cache, **options) for use_cache in (True, False)
+    )
     assert torch.equal(cached, plain) and cached.shape[1] == TOKENS.shape[1] + 12
 
 
 def test_the_result_can_be_healed(model):
     found = pruned(model, 20, n_kv_heads=1)
-    healed = healing.heal(found, None, TOKENS, method="lora", steps=2, batch_size=3, learning_rate=0.05, warmup_steps=0,
-                          eval_ids=TOKENS, merge=True)
+    healed = healing.heal(
+        found,
+        None,
+        TOKENS,
+        method="lora",
+        steps=2,
+        batch_size=3,
+        learning_rate=0.05,
+        warmup_steps=0,
+        eval_ids=TOKENS,
+        merge=True,
+    )
     losses = healed.history.query("split == 'eval'")["loss"]
     assert losses.iloc[-1] < losses.iloc[0]
     assert surgery._shapes(healed.model) == surgery._shapes(found)
@@ -245,14 +326,22 @@ def test_the_result_can_be_healed(model):
 def test_nothing_changes_where_everything_stays(model):
     before = state(model)
     assert width.prune_width(model, intermediate_size=N_CHANNELS, n_kv_heads=N_KV_HEADS) is model
-    assert width.prune_width(model, intermediate_size=N_CHANNELS, criterion="taylor", input_ids=TOKENS) is model
+    assert (
+        width.prune_width(model, intermediate_size=N_CHANNELS, criterion="taylor", input_ids=TOKENS)
+        is model
+    )
     assert state(model) == before
 
 
 def test_only_the_cut_is_seen():
-    """Dtype, tied embeddings, training flags and what requires gradients stay, and so do the fields of heads."""
+    """Dtype, tied embeddings, training flags and what requires gradients stay, and so do the fields
+    of heads."""
     model = tiny("LlamaConfig", tie_word_embeddings=True).bfloat16()
-    frozen = [name for name, _ in model.named_parameters() if "gate" in name or "embed" in name or "layers.3." in name]
+    frozen = [
+        name
+        for name, _ in model.named_parameters()
+        if "gate" in name or "embed" in name or "layers.3." in name
+    ]
     for name, weight in model.named_parameters():
         weight.requires_grad_(name not in frozen)
     model.model.layers[2].train()
@@ -265,25 +354,39 @@ def test_only_the_cut_is_seen():
     assert {path: module.training for path, module in model.named_modules()} == modes
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert all(weight.grad is None for weight in model.parameters())
-    assert {name: id(weight) for name, weight in model.named_parameters() if "mlp" not in name} == others
+    assert {
+        name: id(weight) for name, weight in model.named_parameters() if "mlp" not in name
+    } == others
     assert model.config.to_dict() == config | {"intermediate_size": 20}
 
 
-# --- equal size -----------------------------------------------------------------------------------------------------
+# --- equal size -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied, n_kv_heads", [(True, None), (False, 1)])
 def test_the_size_of_a_model_with_fewer_layers(tied, n_kv_heads):
     model = tiny("Qwen2Config", tie_word_embeddings=tied, num_hidden_layers=4, intermediate_size=64)
     before = state(model)
-    one, some, most = (n_parameters(pruned(model, size, n_kv_heads=n_kv_heads)) for size in (1, 20, 64))
+    one, some, most = (
+        n_parameters(pruned(model, size, n_kv_heads=n_kv_heads)) for size in (1, 20, 64)
+    )
     sizes = [one + (size - 1) * (most - one) // 63 for size in range(1, 65)]
     assert sizes[19] == some
-    for target in (sizes[0], sizes[-1], sizes[20] + 100, sizes[20] - 100, sizes[30] + (sizes[1] - sizes[0]) * 2 // 3):
+    for target in (
+        sizes[0],
+        sizes[-1],
+        sizes[20] + 100,
+        sizes[20] - 100,
+        sizes[30] + (sizes[1] - sizes[0]) * 2 // 3,
+    ):
         found = width.width_of_equal_size(model, target, n_kv_heads=n_kv_heads)
         assert abs(sizes[found - 1] - target) == min(abs(size - target) for size in sizes)
     shorter = n_parameters(surgery.drop_layers(copy.deepcopy(model), [2]))
-    found = pruned(model, width.width_of_equal_size(model, shorter, n_kv_heads=n_kv_heads), n_kv_heads=n_kv_heads)
+    found = pruned(
+        model,
+        width.width_of_equal_size(model, shorter, n_kv_heads=n_kv_heads),
+        n_kv_heads=n_kv_heads,
+    )
     assert abs(n_parameters(found) - shorter) <= (sizes[1] - sizes[0]) / 2
     for target in (sizes[0] - 1, sizes[-1] + 1, True, float(sizes[3])):
         with pytest.raises(ValueError, match=f"from {sizes[0]} to {sizes[-1]}, got {target}"):
@@ -291,7 +394,7 @@ def test_the_size_of_a_model_with_fewer_layers(tied, n_kv_heads):
     assert state(model) == before
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 def quantized(model):
@@ -299,7 +402,9 @@ def quantized(model):
 
 
 def with_adapters(model):
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["gate_proj"])).get_base_model()
+    return get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", target_modules=["gate_proj"])
+    ).get_base_model()
 
 
 def with_a_shared_weight(model):
@@ -317,41 +422,60 @@ def with_another_shape(model):
     return model
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"intermediate_size": 0}, "intermediate_size must be a whole number from 1 to 48, got 0"),
-    ({"intermediate_size": 49}, "intermediate_size .* from 1 to 48, got 49"),
-    ({"intermediate_size": True}, "intermediate_size .* from 1 to 48, got True"),
-    ({"intermediate_size": 20.0}, "intermediate_size .* from 1 to 48, got 20.0"),
-    ({"n_kv_heads": 0}, "n_kv_heads must be a whole number from 1 to 2, got 0"),
-    ({"n_kv_heads": 3}, "n_kv_heads .* from 1 to 2, got 3"),
-    ({"n_kv_heads": True}, "n_kv_heads .* from 1 to 2, got True"),
-    ({"criterion": "random"}, "criterion must be one of magnitude, taylor, got 'random'"),
-    ({"criterion": "taylor"}, "'taylor' needs input_ids"),
-    ({"input_ids": TOKENS}, "'magnitude' takes no input_ids"),
-    ({"criterion": "taylor", "input_ids": TOKENS + 100}, r"outside the vocabulary \[0, 128\)"),
-    ({"criterion": "taylor", "input_ids": TOKENS[:, :1]}, "at least 2 tokens, got 1"),
-    ({"criterion": "taylor", "input_ids": TOKENS, "batch_size": 0}, "batch_size must be .* got 0"),
-    ({"change": quantized}, "quantised: load it with quantize=None"),
-    ({"change": with_adapters}, "carries adapters: merge them first"),
-    ({"change": with_a_shared_weight}, "layers 2 and 5 share mlp.gate_proj.weight"),
-    ({"change": with_another_shape}, "not those that its configuration describes"),
-    ({"change": not_a_number}, "a score is not finite"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"intermediate_size": 0}, "intermediate_size must be a whole number from 1 to 48, got 0"),
+        ({"intermediate_size": 49}, "intermediate_size .* from 1 to 48, got 49"),
+        ({"intermediate_size": True}, "intermediate_size .* from 1 to 48, got True"),
+        ({"intermediate_size": 20.0}, "intermediate_size .* from 1 to 48, got 20.0"),
+        ({"n_kv_heads": 0}, "n_kv_heads must be a whole number from 1 to 2, got 0"),
+        ({"n_kv_heads": 3}, "n_kv_heads .* from 1 to 2, got 3"),
+        ({"n_kv_heads": True}, "n_kv_heads .* from 1 to 2, got True"),
+        ({"criterion": "random"}, "criterion must be one of magnitude, taylor, got 'random'"),
+        ({"criterion": "taylor"}, "'taylor' needs input_ids"),
+        ({"input_ids": TOKENS}, "'magnitude' takes no input_ids"),
+        ({"criterion": "taylor", "input_ids": TOKENS + 100}, r"outside the vocabulary \[0, 128\)"),
+        ({"criterion": "taylor", "input_ids": TOKENS[:, :1]}, "at least 2 tokens, got 1"),
+        (
+            {"criterion": "taylor", "input_ids": TOKENS, "batch_size": 0},
+            "batch_size must be .* got 0",
+        ),
+        ({"change": quantized}, "quantised: load it with quantize=None"),
+        ({"change": with_adapters}, "carries adapters: merge them first"),
+        ({"change": with_a_shared_weight}, "layers 2 and 5 share mlp.gate_proj.weight"),
+        ({"change": with_another_shape}, "not those that its configuration describes"),
+        ({"change": not_a_number}, "a score is not finite"),
+    ],
+)
 def test_bad_input_is_refused_before_the_first_change(options, message):
     model = (change := options.get("change", copy.deepcopy))(ARCHITECTURES["llama"]())
     before = state(model)
     with pytest.raises(ValueError, match=message):
-        width.prune_width(model, **({"intermediate_size": 20, "n_kv_heads": 1} | {
-            name: option for name, option in options.items() if option is not change}))
+        width.prune_width(
+            model,
+            **(
+                {"intermediate_size": 20, "n_kv_heads": 1}
+                | {name: option for name, option in options.items() if option is not change}
+            ),
+        )
     assert repr(state(model)) == repr(before)  # as NaN differs from itself
 
 
-@pytest.mark.parametrize("name, n_kv_heads, message", [
-    ("gpt2", None, "intermediate_size is None"), ("mixtral", None, "0 linear modules of a layer"),
-    ("qwen3_moe", None, "its layers are not alike"), ("lfm2", None, "its layers are not alike"),
-    ("mamba", None, "2 linear modules"), ("olmo2", 1, r"q_norm.weight.shape would be \(16,\), but \(32,\) is left"),
-    ("gpt_neox", None, None), ("gpt_neox", 1, "cannot be cut"), ("stablelm", 1, "0 linear modules of a layer"),
-])
+@pytest.mark.parametrize(
+    "name, n_kv_heads, message",
+    [
+        ("gpt2", None, "intermediate_size is None"),
+        ("mixtral", None, "0 linear modules of a layer"),
+        ("qwen3_moe", None, "its layers are not alike"),
+        ("lfm2", None, "its layers are not alike"),
+        ("mamba", None, "2 linear modules"),
+        ("olmo2", 1, r"q_norm.weight.shape would be \(16,\), but \(32,\) is left"),
+        ("gpt_neox", None, None),
+        ("gpt_neox", 1, "cannot be cut"),
+        ("stablelm", 1, "0 linear modules of a layer"),
+    ],
+)
 def test_other_architectures_are_cut_or_refused_untouched(name, n_kv_heads, message):
     model = ARCHITECTURES[name]()
     if message is None:
@@ -366,6 +490,8 @@ def test_other_architectures_are_cut_or_refused_untouched(name, n_kv_heads, mess
 def test_a_number_of_heads_that_cannot_be_loaded_is_refused():
     model = tiny("LlamaConfig", num_key_value_heads=4)
     before = state(model)
-    with pytest.raises(ValueError, match=r"size \(32\) is not a multiple of the number of attention heads \(3\)"):
+    with pytest.raises(
+        ValueError, match=r"size \(32\) is not a multiple of the number of attention heads \(3\)"
+    ):
         width.prune_width(model, intermediate_size=20, n_kv_heads=3)
     assert state(model) == before

@@ -1,4 +1,5 @@
-"""Kills sweeps at random moments and before each change of the disk; two processes at one folder."""
+"""Kills sweeps at random moments and before each change of the disk; two processes at one
+folder."""
 
 import os
 import random
