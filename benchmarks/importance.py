@@ -113,8 +113,7 @@ def main() -> None:
     )
     print(
         f"   Taylor: one layer's gradients are {layer_bytes / 2**20:.0f} MiB, the inputs of all "
-        "layers "
-        f"{inputs / 2**20:.0f} MiB"
+        f"layers {inputs / 2**20:.0f} MiB"
     )
     for name, run in (
         ("one sample at a time", lambda: importance.taylor(model, ids, batch_size=1)),

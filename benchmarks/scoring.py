@@ -77,10 +77,9 @@ def main() -> None:
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         print(
             f"{kind:>20}: {limit} questions a task, stock {medians['stock']:.1f} s, ours "
-            f"{medians['ours']:.1f} s, "
-            f"{medians['stock'] / medians['ours']:.1f} times as fast; log-likelihoods differ by "
-            f"{worst:.2g} nats at "
-            f"most, accuracy {'identical' if same else 'differs'}"
+            f"{medians['ours']:.1f} s, {medians['stock'] / medians['ours']:.1f} times as fast; "
+            f"log-likelihoods differ by {worst:.2g} nats at most, accuracy "
+            f"{'identical' if same else 'differs'}"
         )
 
 

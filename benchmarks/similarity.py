@@ -96,8 +96,8 @@ def main() -> None:
     runtime.setup(0)
     print(
         f"{runtime.device_name()}, {options.samples} windows of {options.seq_len} tokens in "
-        "batches of "
-        f"{options.batch_size}, {options.rounds} rounds; seconds, and percent over the bare pass"
+        f"batches of {options.batch_size}, {options.rounds} rounds; seconds, and percent over the "
+        "bare pass"
     )
     print("dtype     way          median  minimum  % median % minimum % of pairs  target")
     for dtype in options.dtypes:

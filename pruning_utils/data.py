@@ -340,8 +340,7 @@ def _windows(
     if len(windows) < n_samples:
         raise ValueError(
             f"n_samples {n_samples} is beyond the text {label}, which holds {len(windows)} windows "
-            "of "
-            f"{seq_len} tokens"
+            f"of {seq_len} tokens"
         )
     return windows
 

@@ -177,8 +177,7 @@ class Package:
         if module not in self.sources or name not in self._module(module).definitions:
             raise ValueError(
                 f"{self.name}.{module} has no definition {name!r} at its top, so what a number "
-                "depends on "
-                "cannot be recorded; pass a function or class that stands there"
+                "depends on cannot be recorded; pass a function or class that stands there"
             )
         return module, name
 
@@ -201,8 +200,7 @@ class Package:
             if self._module(module).effects:
                 raise ValueError(
                     f"{module} has a statement in line {self._module(module).effects[0]} that is "
-                    "no "
-                    f"definition, so what {name} depends on cannot be read"
+                    f"no definition, so what {name} depends on cannot be read"
                 )
             reader = _Reader(self, module)
             for node in self._module(module).definitions[name]:
@@ -359,8 +357,7 @@ class _Reader:
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
             raise ValueError(
                 f"{self.module} replaces {dotted} in line {node.lineno}, so what other code means "
-                "by it "
-                "cannot be read"
+                "by it cannot be read"
             )
         self.parts.append(found)
         self.parts.append("".join(f".{name}" for name in chain[used:]))

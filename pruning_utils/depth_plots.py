@@ -382,10 +382,8 @@ def roofline(table: pd.DataFrame, *, flops_per_second: float, bytes_per_second: 
     """
     need_columns(table, "series", "stage", "intensity", "attained")
     figure, (axis,) = new_figure(WIDE, 2.9)
-    low, high = (
-        table["intensity"].min() / 2,
-        max(table["intensity"].max(), flops_per_second / bytes_per_second) * 2,
-    )
+    low = table["intensity"].min() / 2
+    high = max(table["intensity"].max(), flops_per_second / bytes_per_second) * 2
     across = np.geomspace(low, high, 200)
     axis.plot(
         across,

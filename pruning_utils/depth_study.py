@@ -27,12 +27,13 @@ from pruning_utils import (
 )
 
 RULES = ("none", "similarity", "deepest")
+# Settings that name a folder of healed adapters.
 ADAPTERS = (
     "method",
     "rank",
     "learning_rate",
     "seed",
-)  # settings that name a folder of healed adapters
+)
 # What decides which model a training leaves: adapters that other code of these made are not used
 # again.
 HEALED_BY = (
@@ -161,19 +162,15 @@ class DepthStudy:
         calibration_source: str = "xsum",
         healing_source: str | None = None,
     ):
-        self.points, self.model, self.revision, self.checkpoints = (
-            points,
-            model,
-            revision,
-            Path(checkpoints),
-        )
+        self.points = points
+        self.model = model
+        self.revision = revision
+        self.checkpoints = Path(checkpoints)
         self.dtype = dtype
-        self.seq_len, self.n_calibration, self.texts, self.seed = (
-            seq_len,
-            n_calibration,
-            texts,
-            seed,
-        )
+        self.seq_len = seq_len
+        self.n_calibration = n_calibration
+        self.texts = texts
+        self.seed = seed
         self.tasks, self.limit, self.healing_settings = tasks, limit, healing_settings
         self.calibration_source, self.healing_source = calibration_source, healing_source
 
@@ -225,11 +222,9 @@ class DepthStudy:
         tokens).
         """
         network, tokenizer, distances, shared = self.loaded
-        block, n_layers, rows = (
-            self._block(distances, point),
-            len(models.decoder_layers(network)),
-            [],
-        )
+        block = self._block(distances, point)
+        n_layers = len(models.decoder_layers(network))
+        rows = []
         start = block[0] if block else n_layers
         weights = {id(weight): weight for weight in (*network.parameters(), *network.buffers())}
         current = surgery.drop_layers(copy.deepcopy(network, weights), block) if block else network

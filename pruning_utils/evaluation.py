@@ -21,12 +21,13 @@ from pruning_utils import data, hub, models, sharing
 
 TASK_FILES = Path(__file__).with_name("tasks")
 TASKS = (*data.BENCHMARKS, "mmlu_letter")
+# On these a model of 135 million parameters beats a guess.
 POOLED = (
     "piqa",
     "openbookqa",
     "commonsenseqa",
     "siqa",
-)  # on these a model of 135 million parameters beats a guess
+)
 OFFICIAL = (
     "lm-eval:"  # prefix of a task that lm-eval brings itself and that reads its data from a hub
 )
@@ -87,8 +88,7 @@ def token_losses(model: nn.Module, input_ids: torch.Tensor, *, batch_size: int =
     if losses.isnan().any():
         raise ValueError(
             f"the losses must be numbers, but {int(losses.isnan().sum())} of {losses.numel()} are "
-            "NaN, "
-            f"first in window {int(losses.isnan().any(1).nonzero()[0])}"
+            f"NaN, first in window {int(losses.isnan().any(1).nonzero()[0])}"
         )
     return losses
 
@@ -118,11 +118,9 @@ def _batch_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         return torch.stack(
             [_losses(model(row[None], use_cache=False).logits[0, :-1], row[1:]) for row in batch]
         )
-    states, targets, losses = (
-        output.last_hidden_state[:, :-1].flatten(0, 1),
-        batch[:, 1:].flatten(),
-        [],
-    )
+    states = output.last_hidden_state[:, :-1].flatten(0, 1)
+    targets = batch[:, 1:].flatten()
+    losses = []
     for logits in sharing.head_logits(model, backbone, output, states):
         losses.append(_losses(logits, targets[: len(logits)]))
         targets = targets[len(logits) :]
@@ -236,9 +234,8 @@ def _quiet_libraries() -> Iterator[None]:
             library = logging.getLogger(name)
             undo.callback(library.setLevel, library.level)
             library.setLevel(logging.ERROR)
-        undo.enter_context(
-            sharing.replaced(task, "tqdm", lambda items, **_: items)
-        )  # flashing bars
+        # Flashing bars.
+        undo.enter_context(sharing.replaced(task, "tqdm", lambda items, **_: items))
         undo.enter_context(warnings.catch_warnings(action="ignore"))
         yield
 

@@ -26,10 +26,9 @@ from pruning_utils import (
 from pruning_utils.bars import tqdm
 
 DISTANCES = {"last token": "angular_distance", "all tokens": "angular_distance_all_tokens"}
-N_VALIDATION, N_RELOADED = (
-    4,
-    4,
-)  # windows that healing is watched on; windows that the saved model is compared on
+# Windows that healing is watched on; windows that the saved model is compared on.
+N_VALIDATION = 4
+N_RELOADED = 4
 N_GENERATED = 24  # tokens after a prompt
 INFLUENCES = {"mean over tokens": "block_influence", "flattened": "block_influence_flattened"}
 

@@ -29,11 +29,11 @@ MICRO_BATCH_TOKENS = (
 )
 LOGITS_AT_ONCE = 2**22  # in float32: 16 MiB
 LARGE = 1e9  # parameters from which on activations are computed again instead of kept
-EVALUATIONS, SAVES = (
-    8,
-    4,
-)  # evenly over the steps; the evaluation loss before the first step comes in addition
+# Evenly over the steps; the evaluation loss before the first step comes in addition.
+EVALUATIONS = 8
+SAVES = 4
 SETTINGS, SEAL, SPLITS = "settings.json", "complete.json", {"loss": "train", "eval_loss": "eval"}
+# Or as digests.
 NOT_RECORDED = (
     "model",
     "tokenizer",
@@ -41,7 +41,7 @@ NOT_RECORDED = (
     "eval_ids",
     "output_dir",
     "merge",
-)  # or as digests
+)
 NOT_FEED_FORWARD = ("attn", "attention", "mixer", "conv", "ssm", "mamba")
 
 
@@ -180,8 +180,7 @@ def check_settings(model: nn.Module, settings: dict) -> dict:
     if getattr(model, "is_quantized", False) or hasattr(model, "peft_config"):
         raise ValueError(
             "the model must be a 16- or 32-bit one without adapters: load it with quantize=None, "
-            "merge "
-            "adapters first; 'qlora' quantises a copy itself"
+            "merge adapters first; 'qlora' quantises a copy itself"
         )
     n_layers, most = len(models.decoder_layers(model)), 2**32 - 1
     for name, low, high in (
@@ -214,9 +213,8 @@ def check_settings(model: nn.Module, settings: dict) -> dict:
 def _trainable_copy(model: nn.Module, settings: dict) -> nn.Module:
     """A copy in which exactly what the method trains requires gradients, in float32."""
     method = settings["method"]
-    source = (
-        copy.deepcopy(model).float() if model.dtype == torch.float16 else model
-    )  # too narrow for gradients
+    # Too narrow for gradients.
+    source = copy.deepcopy(model).float() if model.dtype == torch.float16 else model
     trained = models.quantized_copy(source) if method == "qlora" else copy.deepcopy(source)
     parts = [trained] if method == "full" else []
     if method == "last_layers":
@@ -291,8 +289,7 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     if not chosen or not asked <= known:
         raise ValueError(
             f"targets must be 'all', 'mlp' or a list of names among {sorted(known)}, the linear "
-            "modules "
-            f"of the decoder layers, got {targets!r}"
+            f"modules of the decoder layers, got {targets!r}"
         )
     return chosen
 
@@ -386,14 +383,11 @@ def _trainer(
         dataloader_pin_memory=False,
         label_names=["labels"],
     )
-    arguments._n_gpu = min(
-        arguments.n_gpu, 1
-    )  # several GPUs would be used by splitting batches, which changes them
-    generator, n, rows = (
-        torch.Generator().manual_seed(settings["seed"]),
-        steps * batch_size,
-        train_ids.cpu().long(),
-    )
+    # Several GPUs would be used by splitting batches, which changes them.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    generator = torch.Generator().manual_seed(settings["seed"])
+    n = steps * batch_size
+    rows = train_ids.cpu().long()
     order = torch.cat(
         [
             torch.randperm(len(train_ids), generator=generator)
@@ -415,10 +409,8 @@ def _trainer(
 def _mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Mean loss in nats over every token but the first of each window; float32 logits exist of a
     few tokens only."""
-    targets, size = (
-        nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten(),
-        LOGITS_AT_ONCE // logits.shape[-1] + 1,
-    )
+    targets = nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+    size = LOGITS_AT_ONCE // logits.shape[-1] + 1
     parts = zip(logits.flatten(0, 1).split(size), targets.split(size), strict=True)
     return (
         sum(

@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from pruning_utils import evaluation, models, sharing
 from pruning_utils.bars import tqdm
 
+# Where batch_size is None; on a CPU more leave its caches.
 TOKENS_AT_ONCE = {
     "cpu": 2**12,
     "cuda": 2**15,
-}  # where batch_size is None; on a CPU more leave its caches
+}
 logger = logging.getLogger(__name__)
 
 
@@ -338,8 +339,7 @@ def _refuse_quantized(model: nn.Module) -> None:
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "scores of weights need the weights themselves, but this model's are quantised: load "
-            "it with "
-            "quantize=None (bfloat16 or float32)"
+            "it with quantize=None (bfloat16 or float32)"
         )
 
 

@@ -32,11 +32,12 @@ from pruning_utils import (
 
 CRITERIA = ("magnitude", "magnitude L2", "taylor", "perplexity")
 PLUS = {"keep_first": 4, "keep_last": 2}  # what the "+" rule never removes
+# Of stored weights; what is computed with them has the study's dtype.
 PRECISIONS = (
     "bfloat16",
     "int8",
     "nf4",
-)  # of stored weights; what is computed with them has the study's dtype
+)
 STAGE = ("method", "learning_rate", "steps")
 # The paper's average: of plain accuracy for some tasks and of accuracy per character for the
 # others.
@@ -267,10 +268,8 @@ class SetStudy(depth_study.DepthStudy):
         }
         for settings in self._stages(point):
             made["stages"].append({**settings, "skipped": before})
-            first, count = (
-                before * settings["batch_size"],
-                settings["steps"] * settings["batch_size"],
-            )
+            first = before * settings["batch_size"]
+            count = settings["steps"] * settings["batch_size"]
             folder = self.checkpoints / f"set-{records.digest(records.canonical(made))[:16]}"
             current, history = _healed_once(
                 current, tokenizer, windows[first : first + count], validation, settings, folder
@@ -351,11 +350,9 @@ def _healed_once(
     """A healed model and its history, trained where the folder does not hold them. Adapters stay
     there as they are; of other methods the end alone is kept, for what a training step needs is six
     times as large."""
-    weights, losses, training = (
-        folder / "model.safetensors",
-        folder / "history.csv",
-        folder / "training",
-    )
+    weights = folder / "model.safetensors"
+    losses = folder / "history.csv"
+    training = folder / "training"
     if weights.is_file():
         healed, tensors = copy.deepcopy(model), load_file(weights)
         if settings["method"] == "last_layers" and settings.get("untie", True):

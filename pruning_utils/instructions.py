@@ -162,8 +162,7 @@ def _pair(row: dict, prompt: tuple[str, ...], answer: str, source: str) -> tuple
     if missing := [field for field in (*prompt, answer) if field not in row]:
         raise ValueError(
             f"rows of {source} must have the fields {', '.join((*prompt, answer))}; "
-            f"{', '.join(missing)} "
-            f"is missing in one that has {', '.join(row)}"
+            f"{', '.join(missing)} is missing in one that has {', '.join(row)}"
         )
     given = {field: row[field] for field in (*prompt, answer)}
     if "choices" in given:

@@ -62,10 +62,8 @@ class IterativeStudy(recipe_study.RecipeStudy):
         rounds = point["n_dropped"] // point["per_round"]
         if rounds == 1:
             chosen = self._chosen(current, tokenizer, point)
-            self.removed, at_once = (
-                [(layer, 1) for layer in chosen],
-                {**point, "layers": " ".join(map(str, chosen))},
-            )
+            self.removed = [(layer, 1) for layer in chosen]
+            at_once = {**point, "layers": " ".join(map(str, chosen))}
             return super()._trained(self.pruned(current, at_once), tokenizer, at_once)
         windows, histories = self._healing_windows(tokenizer, point["seed"]), []
         validation = data.evaluation_windows(tokenizer, 16, self.seq_len, split="validation")
@@ -128,8 +126,7 @@ class IterativeStudy(recipe_study.RecipeStudy):
         ):
             raise ValueError(
                 f"a point must have a metric of {', '.join(METRICS)}, no layers and a recipe of "
-                "one "
-                f"stage, got {point}"
+                f"one stage, got {point}"
             )
         selection.deepest(len(models.decoder_layers(network)), point["n_dropped"], keep_last=0)
         (settings,), per_round = self._stages(point), point["per_round"]
@@ -140,8 +137,7 @@ class IterativeStudy(recipe_study.RecipeStudy):
         ):
             raise ValueError(
                 f"per_round must divide n_dropped, and the rounds the {settings['steps']} steps, "
-                "got "
-                f"per_round {per_round} of {point['n_dropped']}"
+                f"got per_round {per_round} of {point['n_dropped']}"
             )
 
     def _n_dropped(self, point: dict) -> int:

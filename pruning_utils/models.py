@@ -145,8 +145,7 @@ def _named_errors(source: str, revision: str | None) -> Iterator[None]:
         elif isinstance(error, OSError) and not os.path.isdir(source):
             fault = (
                 f"there is no such directory in {os.getcwd()}, and on the hub (revision "
-                f"{revision or 'main'}): "
-                f"{error}"
+                f"{revision or 'main'}): {error}"
             )
         else:
             fault = error
@@ -310,8 +309,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if len(outer) != 1:
         raise ValueError(
             f"{type(model).__name__} has no single list of decoder layers: expected one "
-            "nn.ModuleList of "
-            f"length num_hidden_layers = {n_layers}, found {sorted(outer) or 'none'}"
+            f"nn.ModuleList of length num_hidden_layers = {n_layers}, found "
+            f"{sorted(outer) or 'none'}"
         )
     return next(iter(outer.values()))
 

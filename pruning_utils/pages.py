@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from pruning_utils import definitions, runtime
 
+# What the sentences of the notebooks speak of.
 WRITTEN_FOR = {
     "profile": "cpu",
     "model": "embedded",
-}  # what the sentences of the notebooks speak of
+}
 INJECTED = "# Parameters"  # how the cell begins that papermill puts behind the parameters
 
 
@@ -99,8 +100,7 @@ def source(name: str) -> Note:
     if not inner or not hasattr(node, "lineno"):
         raise ValueError(
             "name must be module.function, module.Class or module.Class.method of this package, "
-            "got "
-            f"{name!r}"
+            f"got {name!r}"
         )
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     shown = textwrap.dedent("\n".join(text.split("\n")[first - 1 : node.end_lineno]))

@@ -53,8 +53,7 @@ def rate_grid(
             if not numbers or not rates or len({*rates}) < len(rates) or min(rates) <= 0:
                 raise ValueError(
                     f"rates of {method} for {model} must be a list of different numbers above 0, "
-                    "at least "
-                    f"one, got {rates!r}"
+                    f"at least one, got {rates!r}"
                 )
             rows += [
                 {

@@ -20,13 +20,14 @@ from pruning_utils import (
     results,
 )
 
+# Said by the stage, the point or the study.
 ELSEWHERE = (
     "method",
     "learning_rate",
     "steps",
     "seed",
     "batch_size",
-)  # said by the stage, the point or the study
+)
 
 
 class RecipeStudy(importance_study.SetStudy):

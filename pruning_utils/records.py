@@ -20,11 +20,12 @@ import pandas as pd
 from pruning_utils import definitions
 from pruning_utils.runtime import atomic_path, peak_memory_bytes
 
+# Endings of column names whose values differ from run to run.
 VOLATILE = (
     "seconds",
     "per_second",
     "peak_bytes",
-)  # endings of column names whose values differ from run to run
+)
 
 
 class StaleResult(UserWarning):

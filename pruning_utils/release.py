@@ -204,14 +204,12 @@ def model_card(
             f"# {base} without {len(layers)} of its {n_layers} layers",
             "",
             f"* Removed: layers {', '.join(map(str, layers))}, counted from 0; "
-            f"{n_layers - len(layers)} are left, "
-            f"{parameters:,} parameters in all.",
+            f"{n_layers - len(layers)} are left, {parameters:,} parameters in all.",
             f"* Trained: {recipe}.",
             f"* On: {text}.",
             "",
             "It is for research on pruning. What the base model may be used for holds for this "
-            "one, and so do its faults; "
-            "removing layers adds more.",
+            "one, and so do its faults; removing layers adds more.",
             "",
             "## Scores",
             "",
@@ -267,9 +265,8 @@ def export_gguf(folder: str | os.PathLike, *, kind: str = "bf16") -> Path | None
     if converter is None:
         return None
     target = folder / f"{folder.name}.{kind}.gguf"
-    script = str(
-        Path(converter).resolve()
-    )  # a link would hide the gguf package that lies beside it
+    # A link would hide the gguf package that lies beside it.
+    script = str(Path(converter).resolve())
     with runtime.atomic_path(target) as temporary:
         done = subprocess.run(
             [sys.executable, script, str(folder), "--outfile", str(temporary), "--outtype", kind],

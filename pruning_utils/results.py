@@ -78,8 +78,7 @@ def table_path(profile: str, notebook: str, table: str) -> Path:
         ):
             raise ValueError(
                 f"{kind} must be a plain name (a-z, 0-9, '-', '_', '.', first a letter or digit, "
-                "not "
-                f"ending in .measured or .points; results.slug makes one), got {name!r}"
+                f"not ending in .measured or .points; results.slug makes one), got {name!r}"
             )
     return runtime.output_root(profile) / "results" / profile / notebook / f"{table}.csv"
 
@@ -288,8 +287,7 @@ def _reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
         )
         raise ValueError(
             f"{path} holds {held}; ask for them too, pass recompute=True to replace the table, or "
-            "another "
-            "path to keep both"
+            "another path to keep both"
         )
     rows, first, seeds = records.read_table(path, record).to_dict("records"), 0, []
     for entry in record["points"]:
@@ -392,8 +390,7 @@ def _summary_row(name: str, entry: tuple[object, float, str]) -> dict:
     ):
         raise ValueError(
             f"{name}: the tolerance must be a finite number >= 0, and 0 where {value!r} is no "
-            "number, "
-            f"got {tolerance!r}"
+            f"number, got {tolerance!r}"
         )
     if not isinstance(reason, str) or not reason.strip():
         raise ValueError(f"{name}: the reason must say why that tolerance, got {reason!r}")

@@ -151,9 +151,8 @@ def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
             (8, 0) if dtype == torch.bfloat16 else (7, 0)
         )
     if device.type != "cpu":
-        return (
-            dtype == torch.float16
-        )  # Apple's GPUs and others: their makers' word differs from release to release
+        # Apple's GPUs and others: their makers' word differs from release to release.
+        return dtype == torch.float16
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     held_back = torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX") or not any(
         name in limit for name in NATIVE_LIMITS
@@ -169,9 +168,8 @@ def _warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     warnings.warn(
         f"{dtype_name(dtype)} is emulated here: {name} has no instructions for it. A product and "
-        "its "
-        f"gradients take {times:.0f} times as long as in float32; dtype='auto' would take another "
-        "precision.",
+        f"its gradients take {times:.0f} times as long as in float32; dtype='auto' would take "
+        "another precision.",
         EmulatedPrecision,
         stacklevel=4,
     )

@@ -45,8 +45,7 @@ def checked_points(points: Sequence[Mapping]) -> list[dict]:
         if set(checked[-1]) != set(checked[0]):
             raise ValueError(
                 f"points must have the same keys: point 0 has {sorted(checked[0])}, point {number} "
-                "has "
-                f"{sorted(checked[-1])}"
+                f"has {sorted(checked[-1])}"
             )
     texts = [canonical(point) for point in checked]
     if not texts or len(set(texts)) < len(texts):

@@ -98,8 +98,7 @@ def resampled_starts(
     if samples.ndim != 3 or not len(samples) or not np.isfinite(samples).all():
         raise ValueError(
             f"samples must be finite numbers of shape (N, L+1, L+1), got shape {samples.shape} "
-            "with "
-            f"{int((~np.isfinite(samples)).sum())} that are not finite"
+            f"with {int((~np.isfinite(samples)).sum())} that are not finite"
         )
     n_starts = len(block_distances(samples[0], block_size, keep_last=keep_last))
     _check_count("n_samples", n_samples, 1, 10**9)
@@ -199,9 +198,8 @@ def count_for_fraction(n_layers: int, fraction: float) -> int:
     _check_count("n_layers", n_layers, 1, 10**6)
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction!r}")
-    n = math.floor(
-        round(n_layers * fraction, 9) + 0.5
-    )  # 50 * 0.29 is 14.499999999999998 in binary, and rounds up
+    # 50 * 0.29 is 14.499999999999998 in binary, and rounds up.
+    n = math.floor(round(n_layers * fraction, 9) + 0.5)
     if n == n_layers:
         raise ValueError(f"fraction {fraction} of {n_layers} layers would leave none")
     return n

@@ -28,10 +28,11 @@ from pruning_utils import (
     width,
 )
 
+# Of the criterion that chooses channels and heads, as for layers.
 CALIBRATION = {
     "n_samples": 10,
     "seq_len": 128,
-}  # of the criterion that chooses channels and heads, as for layers
+}
 
 
 class ShapeStudy(importance_study.SetStudy):
@@ -65,8 +66,7 @@ class ShapeStudy(importance_study.SetStudy):
         ):
             raise ValueError(
                 "width must be channels and key-value heads such as '1297 2', and only where no "
-                "layers "
-                f"go, got {point['width']!r} with layers {point['layers']!r}"
+                f"layers go, got {point['width']!r} with layers {point['layers']!r}"
             )
         super()._check(point, network)
 

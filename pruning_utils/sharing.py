@@ -84,9 +84,8 @@ def head_logits(
 
 
 def _causal(model: nn.Module) -> nn.Module:
-    return (
-        model.get_base_model() if hasattr(model, "get_base_model") else model
-    )  # adapters wrap the model
+    # Adapters wrap the model.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def language_model(model: nn.Module, tokenizer, batch_size: int):
@@ -101,9 +100,8 @@ def language_model(model: nn.Module, tokenizer, batch_size: int):
 
     class SharingLM(HFLM):
         def loglikelihood(self, requests, disable_tqdm=True):
-            return super().loglikelihood(
-                requests, disable_tqdm=disable_tqdm
-            )  # no bar for what takes a moment
+            # No bar for what takes a moment.
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             most = min(longest_shared(self.model), self.max_length)
@@ -299,10 +297,9 @@ def _add_batch(
     longest, device = len(rows[0].tokens), model.get_input_embeddings().weight.device
     tokens, places = (np.zeros((len(rows), longest), dtype=np.int64) for _ in range(2))
     sees = np.zeros((len(rows), 1, longest, start + longest), dtype=bool)
-    sees[..., :start], sees[..., start:] = (
-        True,
-        np.eye(longest, dtype=bool),
-    )  # padding sees itself, lest it be NaN
+    # Padding sees itself, lest it be NaN.
+    sees[..., :start] = True
+    sees[..., start:] = np.eye(longest, dtype=bool)
     for number, row in enumerate(rows):
         size = len(row.tokens)
         tokens[number, :size], places[number, :size] = row.tokens, row.places
@@ -335,9 +332,8 @@ def _add_batch(
         positions, targets = (
             torch.from_numpy(part[here]).to(device) for part in (which - first, flat[:, 2])
         )
-        found = logits.log_softmax(-1)[
-            positions, targets
-        ]  # as lm-eval does: logsumexp differs by 1e-5 nats a token
+        # As lm-eval does: logsumexp differs by 1e-5 nats a token.
+        found = logits.log_softmax(-1)[positions, targets]
         np.add.at(sums, flat[here, 0], found.double().cpu().numpy())
         np.logical_and.at(
             greedy, flat[here, 0], (logits.argmax(-1)[positions] == targets).cpu().numpy()

@@ -124,8 +124,8 @@ def align_right_padded(
     ):
         raise ValueError(
             f"attention_mask must hold 0 and 1 in the shape {tuple(input_ids.shape)} of input_ids, "
-            "got "
-            f"shape {tuple(attention_mask.shape)}, values {attention_mask.unique().tolist()[:4]}"
+            f"got shape {tuple(attention_mask.shape)}, values "
+            f"{attention_mask.unique().tolist()[:4]}"
         )
     mask = attention_mask.to("cpu", torch.long)
     lengths, starts = mask.sum(1), mask.argmax(1)
@@ -223,8 +223,7 @@ class _RunningSums:
                 )
                 raise ValueError(
                     f"the input of layer {index} (where {self.n_states - 1} is the output of the "
-                    "last) is "
-                    f"zero or not finite at a token of sample {sample}"
+                    f"last) is zero or not finite at a token of sample {sample}"
                 )
             self.angles += angle.sum(0, dtype=torch.float64).cpu().numpy()
             neighbours = cosine.diagonal(1, dim1=1, dim2=2).double()
@@ -281,9 +280,8 @@ def _angles(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         lengths = norm
     inverse = (1 / lengths).to(gram.dtype)
     cosine = gram.mul_(inverse[:, :, None]).mul_(inverse[:, None, :])
-    cosine.diagonal(dim1=1, dim2=2).fill_(
-        0
-    )  # its angle is set below; 0 keeps it out of the repair of small angles
+    # Its angle is set below; 0 keeps it out of the repair of small angles.
+    cosine.diagonal(dim1=1, dim2=2).fill_(0)
     near = (cosine.abs() > SMALL_ANGLE_COSINE).nonzero(as_tuple=True)
     angle = cosine.clamp_(-1, 1).acos().mul_(1 / math.pi)
     angle.diagonal(dim1=1, dim2=2).fill_(0)

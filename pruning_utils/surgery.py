@@ -46,13 +46,14 @@ ENTRY_PER_LAYER = frozenset(
     )
 )
 LAYER_NUMBERS = frozenset(("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices"))
+# 0: the first layer of another kind, 1: the last of a kind.
 BOUNDARIES = {
     "first_k_dense_replace": 0,
     "num_dense_layers": 0,
     "max_window_layers": 0,
     "moe_layer_start_index": 0,
     "moe_layer_end_index": 1,
-}  # 0: the first layer of another kind, 1: the last of a kind
+}
 # Of RWKV, which halves weights by layer number as it evaluates, and of Inkling 2, which attends
 # over groups of layers.
 COUNTED_WHEN_RUN = ("rescale_every", "n_layers_per_attn_res_block")
@@ -60,9 +61,8 @@ COUNTED_WHEN_RUN = ("rescale_every", "n_layers_per_attn_res_block")
 OTHER_LISTS = re.compile(
     "architectures|.*_token_ids?|.*_multipliers|time_step_limit|mtp_.*|(block|attention)_types"
 )
-WITHOUT_LENGTH = frozenset(
-    ("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp")
-)  # caches count no tokens
+# Caches count no tokens.
+WITHOUT_LENGTH = frozenset(("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"))
 MARKER = "pruning_utils.json"  # tells our directories from somebody else's
 
 
@@ -189,9 +189,8 @@ def _planned_configuration(
             and isinstance(value, list)
             and len(value) == old.num_hidden_layers
         ):
-            wanted = [
-                value[layer] for layer in kept
-            ]  # also where the class derives the list from other fields
+            # Also where the class derives the list from other fields.
+            wanted = [value[layer] for layer in kept]
         if getattr(back, field, None) != wanted:
             raise ValueError(
                 f"{field} would have to be {wanted} after a reload, and would be "
@@ -375,8 +374,7 @@ def save(
     ):
         raise ValueError(
             "4-bit weights that have evaluated on this CPU cannot be saved: drop the same layers "
-            "from a "
-            "fresh copy and save it before its first forward pass"
+            "from a fresh copy and save it before its first forward pass"
         )
     if quantizer is not None and not quantizer.is_serializable():
         raise ValueError(

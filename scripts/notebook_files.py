@@ -57,8 +57,7 @@ def parameters_of(notebook: NotebookNode, name: str) -> dict[str, object]:
         except (AttributeError, ValueError) as error:
             raise ValueError(
                 f"{name}: the parameters cell must assign plain literals, one name a line; this is "
-                "none: "
-                f"{ast.unparse(node)}"
+                f"none: {ast.unparse(node)}"
             ) from error
     return values
 

@@ -93,10 +93,8 @@ def test_parsed_questions_hold_the_words_of_their_row(task):
 
 def test_only_repeated_rows_are_left_out():
     for task, name in data.BENCHMARKS.items():
-        kept, rows = (
-            {question.question_id for question in data.load_questions(task)},
-            raw_rows(name),
-        )
+        kept = {question.question_id for question in data.load_questions(task)}
+        rows = raw_rows(name)
         earlier = {tuple(sorted(row.items())) for number, row in enumerate(rows) if number in kept}
         left_out = [row for number, row in enumerate(rows) if number not in kept]
         assert all(tuple(sorted(row.items())) in earlier for row in left_out)

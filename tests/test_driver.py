@@ -36,9 +36,8 @@ import run_notebooks  # noqa: E402
 import running  # noqa: E402
 
 CHILDREN = ROOT / "tests" / "children"
-STAMP = (
-    definitions.INSTALLED.stamp()
-)  # of a table that depends on nothing in the package: always fresh
+# Of a table that depends on nothing in the package: always fresh.
+STAMP = definitions.INSTALLED.stamp()
 
 PARAMETERS = """profile = "cpu"
 model = "embedded"
@@ -251,10 +250,8 @@ def test_values_come_from_defaults_then_all_then_section_then_command(project):
 
 
 def test_only_the_notebooks_own_values_replace_the_committed_one(project):
-    committed, beside = (
-        project / "notebooks" / "00_first.ipynb",
-        Path("notebooks") / "00_first.ipynb",
-    )
+    committed = project / "notebooks" / "00_first.ipynb"
+    beside = Path("notebooks") / "00_first.ipynb"
     places = {}
     for name, profile, given, recompute in (
         ("cpu", "cpu", {}, False),
@@ -1048,18 +1045,18 @@ def test_notebooks_wait_for_those_whose_tables_they_read():
 
 
 def test_notebooks_that_train_the_same_models_run_one_after_the_other():
+    # They keep trained models where the others look for them.
     trainers = (
         "recipe_table",
         "depth_table",
-    )  # they keep trained models where the others look for them
+    )
     programs = {
         path.stem: code_of(path) for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     }
     for function in trainers:
         names = [name for name, program in programs.items() if function in called_in(program)]
-        names = [
-            name for name in names if name != "03_depth_and_next_token_loss"
-        ]  # it owns no table
+        # It owns no table.
+        names = [name for name in names if name != "03_depth_and_next_token_loss"]
         assert len(names) == 3
         for place, name in enumerate(names):
             assert set(names[:place]) <= must_wait_for(name), (

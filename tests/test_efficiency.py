@@ -14,11 +14,9 @@ def llama():
 
 def test_parameters_by_hand(llama):
     config, n_layers = llama.config, 8
-    width, inner, head = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.hidden_size // config.num_attention_heads,
-    )
+    width = config.hidden_size
+    inner = config.intermediate_size
+    head = config.hidden_size // config.num_attention_heads
     layer = (
         2 * width * width
         + 2 * width * config.num_key_value_heads * head

@@ -107,9 +107,8 @@ def test_losses_equal_the_models_own(name, monkeypatch):
         lambda _, call: widths.append(call[0][..., 0].numel())
     )
     vocabulary = model.get_input_embeddings().num_embeddings
-    monkeypatch.setattr(
-        sharing, "LOGITS_AT_ONCE", 5 * vocabulary
-    )  # chunks of five tokens cross the ends of windows
+    # Chunks of five tokens cross the ends of windows.
+    monkeypatch.setattr(sharing, "LOGITS_AT_ONCE", 5 * vocabulary)
     losses = evaluation.token_losses(model, input_ids, batch_size=3)
     assert losses.dtype == torch.float32 and losses.shape == (3, 8)
     assert torch.allclose(losses, expected, atol=5e-5)
@@ -523,19 +522,16 @@ def test_questions_are_whole():
 
 POPLAR_CITY = (
     "In the current year Poplar City paid $5000 interest and $20000 principal on its outstanding "
-    "general obligation "
-    "bonds. The payment was made from a debt service fund using cash transferred earlier the same "
-    "year from the "
-    "general fund. How should the city report the expenditures? General fund Debt service fund "
-    "Permanent fund"
+    "general obligation bonds. The payment was made from a debt service fund using cash "
+    "transferred earlier the same year from the general fund. How should the city report the "
+    "expenditures? General fund Debt service fund Permanent fund"
 )
 PROMPTS = {
     "piqa": ("Question: dresser\nAnswer:", " finish, woodgrain with  bobby pin"),
     "openbookqa": (
         "A person wants to start saving money so that they can afford a nice vacation at the end "
-        "of the "
-        "year. After looking over their budget and expenses, they decide the best way to save "
-        "money is to",
+        "of the year. After looking over their budget and expenses, they decide the best way to "
+        "save money is to",
         " quit eating lunch out",
     ),
     "commonsenseqa": (
@@ -770,10 +766,8 @@ def official(monkeypatch, tmp_path):
     )
     (tmp_path / "sums.yaml").write_text(OFFICIAL_GROUP)
     (tmp_path / "text.yaml").write_text(OFFICIAL_TEXT)
-    brought, ours = (
-        TaskManager(include_path=tmp_path, include_defaults=False),
-        evaluation._task_manager(True),
-    )
+    brought = TaskManager(include_path=tmp_path, include_defaults=False)
+    ours = evaluation._task_manager(True)
     monkeypatch.setattr(evaluation, "_task_manager", lambda embedded: ours if embedded else brought)
 
 

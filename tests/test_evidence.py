@@ -161,9 +161,8 @@ def test_pairs_that_differ_are_equal_or_cannot_be_told():
 
 def test_holm_takes_away_what_one_of_many_would_find():
     values = stats.norm.ppf((np.arange(100) + 0.5) / 100)
-    values = (
-        values / values.std(ddof=1) + 0.22
-    )  # z = 2.2: alone beyond 1.96, among ten not beyond 2.81
+    # Z = 2.2: alone beyond 1.96, among ten not beyond 2.81.
+    values = values / values.std(ddof=1) + 0.22
     alone = evidence.paired_verdicts({"a": values}, margin=0.01)
     assert alone["verdict"].item() == "differs"
     many = {"a": values, **{f"none {n}": np.tile([-1.0, 1], 50) for n in range(9)}}

@@ -251,11 +251,9 @@ def test_the_input_model_is_left_as_it_was(method, fails, monkeypatch):
     model = llama(tied=True, dtype=torch.bfloat16).train()
     model.model.layers[1].eval()
     model.model.layers[2].mlp.requires_grad_(False)
-    before, settings, modes = (
-        bits(model),
-        model.config.to_dict(),
-        [part.training for part in model.modules()],
-    )
+    before = bits(model)
+    settings = model.config.to_dict()
+    modes = [part.training for part in model.modules()]
     flags, keys = [weight.requires_grad for weight in model.parameters()], set(vars(model))
     if fails:
         calls = []
@@ -325,9 +323,8 @@ def test_updates_below_the_resolution_of_bfloat16_add_up(method, monkeypatch):
     assert seen == [{torch.float32}], "dtypes of what was trained, at the end of training"
     if method in ("last_layers", "full"):
         before, after = model.lm_head.weight, healed.lm_head.weight
-        coarse = (
-            before.abs() > 2**-7
-        )  # there, a step of 1e-5 is less than half of bfloat16's distance of 2**-14
+        # There, a step of 1e-5 is less than half of bfloat16's distance of 2**-14.
+        coarse = before.abs() > 2**-7
         assert torch.equal(
             before[coarse], (before[coarse] + 1e-5 * torch.ones(())).to(torch.bfloat16)
         )
@@ -573,11 +570,9 @@ def test_accumulated_batches_train_the_same(monkeypatch):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_activations_computed_again_train_the_same(method, monkeypatch):
     model = llama()
-    kept, parts, part = (
-        heal(model, method=method, dropout=0.1),
-        [],
-        transformers.models.llama.modeling_llama.LlamaMLP,
-    )
+    kept = heal(model, method=method, dropout=0.1)
+    parts = []
+    part = transformers.models.llama.modeling_llama.LlamaMLP
     monkeypatch.setattr(healing, "LARGE", 0)
     forward = part.forward
     monkeypatch.setattr(part, "forward", lambda *given: parts.append(1) or forward(*given))
@@ -689,9 +684,8 @@ def test_a_finished_run_is_loaded_without_any_pass(finished, monkeypatch):
         LlamaForCausalLM, "forward", lambda *given, **named: pytest.fail("a forward pass")
     )
     again = heal(llama(), **settings)
-    merged = heal(
-        llama(), merge=True, **settings
-    )  # how the result is handed over is no setting of the training
+    # How the result is handed over is no setting of the training.
+    merged = heal(llama(), merge=True, **settings)
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     assert same(bits(again.model), bits(expected.model)) and again.history.equals(expected.history)
     assert again.trainable_parameters == expected.trainable_parameters and not again.model.training
@@ -819,9 +813,8 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
         heal(llama(), output_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "thesis.tex").unlink()
-    (tmp_path / ".settings.json.k3j2.json").write_text(
-        ""
-    )  # left by a run killed while it wrote its settings
+    # Left by a run killed while it wrote its settings.
+    (tmp_path / ".settings.json.k3j2.json").write_text("")
     assert len(heal(llama(), steps=1, output_dir=tmp_path).history) == 1
 
 

@@ -176,11 +176,9 @@ def test_each_layer_runs_once_for_each_batch_on_as_few_rows_as_there_are_streams
 
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch, caplog):
     model, ids = ARCHITECTURES["llama"](), windows(6)
-    expected, own, sizes = (
-        importance.perplexity_without_layer(model, ids),
-        evaluation.token_losses,
-        [],
-    )
+    expected = importance.perplexity_without_layer(model, ids)
+    own = evaluation.token_losses
+    sizes = []
 
     def scarce(model, rows, *, batch_size):
         sizes.append(len(rows) // (N_LAYERS + 1))

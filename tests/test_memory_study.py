@@ -43,9 +43,8 @@ def test_more_texts_take_more_memory(tiny):
     with shape_study.fresh_processes() as alone:
         small, large = alone.map(functools.partial(_of_a_batch, measure), (1, 512))
     vocabulary = models.load_model(tiny)[0].config.vocab_size
-    assert (
-        large["generated"] - small["generated"] > 4 * 511 * vocabulary
-    )  # each text has a number for every token
+    # Each text has a number for every token.
+    assert large["generated"] - small["generated"] > 4 * 511 * vocabulary
 
 
 def _of_a_batch(measure, batch_size: int) -> dict:

@@ -95,6 +95,7 @@ def test_the_plus_rule_is_shown_for_magnitude_and_taylor(scores):
     model_scores = pd.concat(
         [scores[scores["criterion"] == name] for name in ("taylor", "perplexity", "block of 2")]
     )
+    # Long enough for six protected layers.
     longer = pd.concat(
         [
             model_scores,
@@ -103,7 +104,7 @@ def test_the_plus_rule_is_shown_for_magnitude_and_taylor(scores):
                 for part in range(1, 3)
             ),
         ]
-    )  # long enough for six protected layers
+    )
     found = metric_study.metric_sets(longer, [2], n_random=0)
     assert {"taylor", "taylor+", "perplexity"} < set(found["metric"]) and "perplexity+" not in set(
         found["metric"]
@@ -137,10 +138,8 @@ def test_what_the_notebooks_say_of_the_published_tables():
     table = pd.read_csv(runtime.project_root() / "reference" / "reassessing_tables.csv")
     average = table["quantity"].str.startswith("Avg")
     keys = ["table", "model", "method"]
-    printed, cells = (
-        table[average].set_index(keys)["value"],
-        table[~average].groupby(keys)["value"].mean(),
-    )
+    printed = table[average].set_index(keys)["value"]
+    cells = table[~average].groupby(keys)["value"].mean()
     assert (table[~average].groupby(keys).size() == 8).all()
     apart = (printed - cells)[(printed - cells).abs() > 0.0051]  # Table 6 prints two digits
     assert apart.to_dict() == {

@@ -463,9 +463,8 @@ def test_killed_unpacking_leaves_nothing_that_counts(cache, tmp_path, unpacked):
         timeout=60,
     )
     assert killed.returncode == -9 and killed.stdout == "started\n"
-    assert len(visible(cache)) == 1 and visible(cache)[0].startswith(
-        "."
-    )  # a leftover that no load looks at
+    # A leftover that no load looks at.
+    assert len(visible(cache)) == 1 and visible(cache)[0].startswith(".")
     folder = embedded.embedded_checkpoint()
     assert len(unpacked) == 1 and visible(cache) == [folder.name]  # the leftover is gone
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
@@ -753,9 +752,8 @@ def test_code_that_comes_with_a_model_is_never_run(llama_copy, tmp_path, monkeyp
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit_config(llama_copy, auto_map=classes, model_type="llama" if known else "own")
     if known:
-        assert (
-            type(models.load_model(llama_copy)[0]) is LlamaForCausalLM
-        )  # the library's, not the one beside it
+        # The library's, not the one beside it.
+        assert type(models.load_model(llama_copy)[0]) is LlamaForCausalLM
     else:
         with pytest.raises(
             ValueError, match=f"'{llama_copy}' cannot be loaded: it needs code of its own"
@@ -883,8 +881,7 @@ def test_hub_models(llama, tmp_path):
     ):
         assert answer[0] == "ValueError" and answer[1].startswith(
             f"'{name}' cannot be loaded: there is no such directory in {os.getcwd()}, and on the "
-            "hub "
-            f"(revision {asked}): "
+            f"hub (revision {asked}): "
         )
     assert "nonesuch is not a valid git identifier" in revision[1]
     assert loaded == ["loaded", "LlamaForCausalLM", "</s>"]
@@ -908,8 +905,7 @@ def test_no_hub_at_all(tmp_path):
     ):
         assert kind == "ValueError" and message.startswith(
             f"'{name}' cannot be loaded: there is no such directory in {os.getcwd()}, and on the "
-            "hub "
-            f"(revision {revision}): "
+            f"hub (revision {revision}): "
         )
         assert "cached" in message
 
@@ -984,9 +980,8 @@ def test_parts_are_found_where_the_forward_pass_meets_them(name):
         head.register_forward_hook(lambda module, inputs, output: normed.append(inputs[0]))
         model(input_ids=tokens(vocabulary=128))
     assert order == [*range(8), "norm"] * 2
-    assert torch.equal(
-        normed[0].reshape(states.shape), states
-    )  # what comes out of the backbone is what was normed
+    # What comes out of the backbone is what was normed.
+    assert torch.equal(normed[0].reshape(states.shape), states)
     assert states.shape == (2, 12, 32) and not any(
         module is head for module in models.backbone(model).modules()
     )
@@ -1132,10 +1127,11 @@ def test_quantised_copy_is_what_loading_in_nf4_gives(
         name: type(part) for name, part in expected.items()
     }
     quantised = [part for part in parts.values() if type(part).__name__ == "Linear4bit"]
+    # Until the first forward pass unpacks the scales on a CPU.
     assert quantised and all(
         part.weight.quant_state.nested and part.weight.quant_state.quant_type == "nf4"
         for part in quantised
-    )  # until the first forward pass unpacks the scales on a CPU
+    )
     assert torch.equal(logits(duplicate), logits(loaded))
     assert not torch.equal(logits(duplicate), before)
     assert duplicate.is_quantized and duplicate.is_loaded_in_4bit

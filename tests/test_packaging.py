@@ -81,9 +81,8 @@ CORE = (
 )
 MAX_CORE_STATEMENTS = 1650
 
-OPTIONAL = {
-    "vllm"
-}  # used where it is installed; it brings a torch of its own, so that nothing here may ask for it
+# Used where it is installed; it brings a torch of its own, so that nothing here may ask for it.
+OPTIONAL = {"vllm"}
 
 # Written so that no pattern matches its own text.
 MACHINE_PATH = re.compile(r"(?<![\w.~+/])/(?:(?:work|root|opt)/|(?:home|Users|tmp)/\w)")

@@ -77,9 +77,8 @@ def test_a_folder_that_loads_as_another_model_does_not_stay(factor, pruned, tmp_
     model, tokenizer = pruned
     folder = release.save_release(model, tokenizer, tmp_path / "small", card="# The first\n")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    model.lm_head.register_forward_hook(
-        lambda module, given, logits: factor * logits
-    )  # which no file holds
+    # Which no file holds.
+    model.lm_head.register_forward_hook(lambda module, given, logits: factor * logits)
     for target in (folder, tmp_path / "other"):
         with pytest.raises(ValueError, match="what transformers loads differs from the model by"):
             release.save_release(model, tokenizer, target, card="")

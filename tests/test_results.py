@@ -327,10 +327,8 @@ def test_a_table_is_stamped_anew_where_two_points_have_equal_rows(tmp_path, pack
     results.sweep(POINTS, square, path=path, parameters=SEED)
     package("x + 2")
     monkeypatch.setenv("PRUNING_UTILS_PROVE", "1")
-    stale, again = (
-        results.read_record(path),
-        Counted(lambda point: [{**row, "value": -1.0} for row in square(point)]),
-    )
+    stale = results.read_record(path)
+    again = Counted(lambda point: [{**row, "value": -1.0} for row in square(point)])
     with (
         pytest.warns(results.StaleResult),
         pytest.raises(ValueError, match=r"point \{'n': 3.*other values in value;"),

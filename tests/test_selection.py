@@ -158,14 +158,12 @@ def test_resampled_starts_equal_a_slow_bootstrap_with_the_same_draws(size, keep_
 def test_resampled_starts_of_known_samples():
     one = planted(6, {2: 3})
     assert selection.resampled_starts(one[None], 2, n_samples=5, draws=7).tolist() == [3] * 7
-    two = np.stack(
-        [planted(6, {2: 0}), planted(6, {2: 4})]
-    )  # each sample has its own closest block
+    # Each sample has its own closest block.
+    two = np.stack([planted(6, {2: 0}), planted(6, {2: 4})])
     single = selection.resampled_starts(two, 2, n_samples=1, draws=4000, seed=1)
     assert set(single) == {0, 4} and abs((single == 0).mean() - 0.5) < 4 * 0.5 / math.sqrt(4000)
-    pair = selection.resampled_starts(
-        two, 2, n_samples=2, draws=4000, seed=1
-    )  # a draw of one each is a tie: layer 0
+    # A draw of one each is a tie: layer 0.
+    pair = selection.resampled_starts(two, 2, n_samples=2, draws=4000, seed=1)
     assert abs((pair == 0).mean() - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 4000)
     kept = selection.resampled_starts(two, 2, n_samples=1, draws=200, keep_last=1)
     assert kept.max() <= 3
@@ -199,6 +197,7 @@ SCORES = [0.5, 0.1, math.inf, 0.3, 0.1, 0.9, 0.2, 0.4]
 
 
 def test_the_least_important_layers_by_hand():
+    # Ties: 1 before 4; +inf last.
     assert selection.removal_order(SCORES) == (
         1,
         4,
@@ -208,7 +207,7 @@ def test_the_least_important_layers_by_hand():
         0,
         5,
         2,
-    )  # ties: 1 before 4; +inf last
+    )
     expected = [
         (),
         (1,),
@@ -224,9 +223,8 @@ def test_the_least_important_layers_by_hand():
         assert selection.removal_order(SCORES, n=n) == selection.removal_order(SCORES)[:n]
         assert is_plain(selection.least_important(SCORES, n))
     assert selection.least_important([2, 2, 2, 2], 2) == (0, 1)
-    assert selection.least_important([1, 0] * 50, 20) == tuple(
-        range(1, 41, 2)
-    )  # ties of a deep model
+    # Ties of a deep model.
+    assert selection.least_important([1, 0] * 50, 20) == tuple(range(1, 41, 2))
     assert selection.least_important([math.inf, math.inf, 1, math.inf], 3) == (0, 1, 2)
     assert selection.least_important([-math.inf, -1, 0, 1], 1) == (0,)
     assert selection.least_important(np.array(SCORES, dtype=np.float32), np.int64(3)) == (1, 4, 6)
@@ -234,11 +232,12 @@ def test_the_least_important_layers_by_hand():
 
 def test_protected_layers_stay():
     scores = [0.0, 0.1, 0.2, 0.3, 9.0, 7.0, 8.0, 6.0, 0.05, 0.01]
+    # The "+" rule.
     assert selection.least_important(scores, 3, keep_first=4, keep_last=2) == (
         5,
         6,
         7,
-    )  # the "+" rule
+    )
     assert selection.least_important(scores, 4, keep_first=4, keep_last=2) == (4, 5, 6, 7)
     assert selection.removal_order(scores, keep_first=4, keep_last=2) == (7, 5, 6, 4)
     assert selection.least_important(scores, 1, keep_last=1) == (0,)
@@ -354,9 +353,8 @@ def test_the_number_of_layers_in_a_fraction_rounds_half_up():
     assert (
         selection.count_for_fraction(32, 0.25) == 8 and selection.count_for_fraction(24, 0.27) == 6
     )
-    assert (
-        selection.count_for_fraction(50, 0.29) == 15
-    )  # 14.5, though 50 * 0.29 is 14.499999999999998 in binary
+    # 14.5, though 50 * 0.29 is 14.499999999999998 in binary.
+    assert selection.count_for_fraction(50, 0.29) == 15
     assert (
         selection.count_for_fraction(10, 0.149) == 1
         and selection.count_for_fraction(10, 0.151) == 2

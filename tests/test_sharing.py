@@ -121,9 +121,8 @@ def test_a_beginning_is_run_once(monkeypatch):
     )
     for shape in ("choices", "passages", "shots"):
         seen.clear()
-        requests = [
-            request for request in token_requests(shape) if len(request[0]) != 20
-        ]  # a prompt that is no more
+        # A prompt that is no more.
+        requests = [request for request in token_requests(shape) if len(request[0]) != 20]
         # than the beginning of others is run up to its last token, which each of them then begins
         # with
         sharing.loglikelihoods(model, requests, batch_size=1)
@@ -189,10 +188,8 @@ def layer_calls(model) -> list[int]:
     "name", ["llama", "gpt2", "gptj", "bloom", "olmo2", "qwen3_moe", "gemma2", "mamba"]
 )
 def test_models_share_their_first_layers(name):
-    model, ids = (
-        ARCHITECTURES[name](),
-        torch.randint(3, 128, (4, 7), generator=torch.Generator().manual_seed(0)),
-    )
+    model = ARCHITECTURES[name]()
+    ids = torch.randint(3, 128, (4, 7), generator=torch.Generator().manual_seed(0))
     models_by_block = variants(model)
     expected = {
         block: evaluation.token_losses(each, ids, batch_size=2)

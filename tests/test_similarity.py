@@ -178,9 +178,8 @@ def test_published_formulas_on_the_same_inputs():
     for i in range(L - 1):
         before, after = states[i].flatten(0, 1), states[i + 1].flatten(0, 1)
         inner = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
-        assert found.block_influence[i] == pytest.approx(
-            1 - float(inner.mean()), abs=1e-4
-        )  # arXiv:2403.03853
+        # ArXiv:2403.03853.
+        assert found.block_influence[i] == pytest.approx(1 - float(inner.mean()), abs=1e-4)
         flat = torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0)
         assert found.block_influence_flattened[i] == pytest.approx(1 - float(flat), abs=1e-4)
 
@@ -464,9 +463,8 @@ def test_states_near_the_ends_of_the_float_range_stay_finite(size):
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
     layer = model.model.layers[0]
-    layer.forward = lambda hidden_states, **_: hidden_states.flip(
-        -1
-    )  # so that the states have this size exactly
+    # So that the states have this size exactly.
+    layer.forward = lambda hidden_states, **_: hidden_states.flip(-1)
     model.model.embed_tokens.weight.data.mul_(size / model.model.embed_tokens.weight.abs().max())
     model.model.norm = torch.nn.Identity()
     found = similarity.measure_similarity(model, input_ids)

@@ -197,18 +197,16 @@ def test_fields_cut_to_their_first_entries_would_be_seen(name):
     for field, values in _per_layer(original.config).items():
         setattr(config, field, values[: config.num_hidden_layers])
     if name == "llama4_text":
-        config.moe_layers = (
-            model.config.moe_layers
-        )  # experts have other weights; attention is the question here
+        # Experts have other weights; attention is the question here.
+        config.moe_layers = model.config.moe_layers
     wrong = type(model)(config).eval()
     wrong.load_state_dict(model.state_dict())
     assert (_logits(wrong) - _logits(model)).abs().max() > 1e-3
 
 
 def test_fields_that_speak_of_layers_are_sliced_by_hand_worked_values():
-    model = _dropped(
-        "gemma3_text", (0, 3, 4)
-    )  # full, sliding, sliding, full, sliding, full, full, sliding
+    # Full, sliding, sliding, full, sliding, full, full, sliding.
+    model = _dropped("gemma3_text", (0, 3, 4))
     assert model.config.layer_types == [SLIDING, SLIDING, FULL, FULL, SLIDING]
     model = _dropped("qwen2", (1, 6))  # full attention in layers 0 to 4, a window from 5
     assert (model.config.layer_types, model.config.max_window_layers) == (
@@ -221,9 +219,8 @@ def test_fields_that_speak_of_layers_are_sliced_by_hand_worked_values():
     assert (model.config.moe_layer_start_index, model.config.moe_layer_end_index) == (1, 3)
     assert _dropped("bamba", (0, 1, 4)).config.attn_layer_indices == [0, 2]  # of 1, 2, 5
     assert _dropped("qwen2_moe", (0, 2)).config.mlp_only_layers == [3]  # of 2, 5
-    model = _dropped(
-        "qwen3_moe", (0, 1, 6)
-    )  # experts in 1, 3 and 7: every second layer but 5; 3 and 7 are now 1 and 4
+    # Experts in 1, 3 and 7: every second layer but 5; 3 and 7 are now 1 and 4.
+    model = _dropped("qwen3_moe", (0, 1, 6))
     assert (model.config.decoder_sparse_step, model.config.mlp_only_layers) == (1, [0, 2, 3])
     model = _dropped("llama4_text", (2, 7))  # experts in 1, 2, 5; no rotary embedding in 1, 4, 6
     assert (model.config.moe_layers, model.config.no_rope_layers) == ([1, 4], [1, 0, 1, 0, 1, 0])
@@ -238,9 +235,8 @@ def test_fields_that_speak_of_layers_are_sliced_by_hand_worked_values():
         "recurrent",
         "recurrent",
     ]
-    overrides = _dropped("gemma4_text", (0, 3)).config.to_dict()[
-        "per_layer_config"
-    ]  # full: 0, 3, 5, 7
+    # Full: 0, 3, 5, 7.
+    overrides = _dropped("gemma4_text", (0, 3)).config.to_dict()["per_layer_config"]
     assert overrides == {"3": {"head_dim": 16}, "5": {"head_dim": 16}}
 
 
@@ -642,10 +638,8 @@ def test_a_full_disk_names_the_target_and_leaves_what_was_there(tmp_path, limit)
 
 
 def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path, monkeypatch):
-    path, rename = (
-        surgery.save(_dropped("llama", [2]), None, tmp_path / "model"),
-        surgery.os.replace,
-    )
+    path = surgery.save(_dropped("llama", [2]), None, tmp_path / "model")
+    rename = surgery.os.replace
 
     def refuse(source, target):
         if source.name == "new":

@@ -12,18 +12,20 @@ from transformers import AutoModelForCausalLM
 
 from pruning_utils import healing, models, surgery, width
 
+# Biases of the queries, keys and values; norms of queries and keys.
 LLAMAS = (
     "llama",
     "mistral",
     "qwen2",
     "qwen3",
-)  # biases of the queries, keys and values; norms of queries and keys
+)
+# Fused weights, further norms, another feed-forward network.
 OTHERS = (
     "phi3",
     "gemma2",
     "starcoder2",
     "cohere",
-)  # fused weights, further norms, another feed-forward network
+)
 N_CHANNELS, N_KV_HEADS = SIZES["intermediate_size"], SIZES["num_key_value_heads"]
 TOKENS = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(1))
 
@@ -236,9 +238,8 @@ def test_zero_units_go_first(model):
 
 
 def test_of_equal_channels_the_first_stay(model):
-    signs = 1.0 - 2 * (
-        torch.arange(N_CHANNELS) >> torch.arange(32)[:, None] & 1
-    )  # a column tells its number
+    # A column tells its number.
+    signs = 1.0 - 2 * (torch.arange(N_CHANNELS) >> torch.arange(32)[:, None] & 1)
     for layer in model.model.layers:
         nn.init.ones_(layer.mlp.gate_proj.weight), nn.init.ones_(layer.mlp.up_proj.weight)
         layer.mlp.down_proj.weight.detach().copy_(signs)
