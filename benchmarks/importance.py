@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pruning_utils import data, evaluation, importance, models, runtime, sharing, surgery
+from pruning_utils import data, evaluation, importance, models, runtime, surgery
+from pruning_utils.engine import passes
 
 
 def in_place(model: torch.nn.Module, ids: torch.Tensor, batch_size: int) -> np.ndarray:
     found = []
     for layer in models.decoder_layers(model):
-        with sharing.replaced(layer, "forward", lambda states, *_, **__: states):
+        with passes.replaced(layer, "forward", lambda states, *_, **__: states):
             found.append(evaluation.perplexity(model, ids, batch_size=batch_size))
     return np.array(found)
 

@@ -17,7 +17,8 @@ import time
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-from pruning_utils import evaluation, models, runtime, sharing
+from pruning_utils import evaluation, models, runtime
+from pruning_utils.engine import prefixes
 
 KINDS = {
     "answer texts": (("piqa", "openbookqa", "commonsenseqa", "siqa"), 0),
@@ -60,7 +61,7 @@ def main() -> None:
     stock = HFLM(
         pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=8, softmax_dtype="float32"
     )
-    ours = sharing.language_model(model, tokenizer, 8)
+    ours = prefixes.language_model(model, tokenizer, 8)
     for kind, (tasks, shots) in KINDS.items():
         limit = min(asked.questions, 60) if shots else asked.questions
         seconds, worst, same = {"stock": [], "ours": []}, 0.0, True

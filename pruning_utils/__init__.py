@@ -5,7 +5,6 @@ One module a step, in the order of the work: :mod:`~pruning_utils.models` and
 :mod:`~pruning_utils.importance` scores single layers, :mod:`~pruning_utils.selection` chooses,
 :mod:`~pruning_utils.surgery` removes (:mod:`~pruning_utils.width` makes all layers narrower
 instead), :mod:`~pruning_utils.healing` trains, :mod:`~pruning_utils.evaluation` measures
-(:mod:`~pruning_utils.sharing` runs once what measurements have in common),
 :mod:`~pruning_utils.efficiency` says what a model costs and :mod:`~pruning_utils.evidence` how sure
 a number is, :mod:`~pruning_utils.experiments`, :mod:`~pruning_utils.depth_study`,
 :mod:`~pruning_utils.importance_study` and :mod:`~pruning_utils.shape_study` join the steps for

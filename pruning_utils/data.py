@@ -31,8 +31,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pruning_utils import hub
 from pruning_utils.embedded import embedded_file
+from pruning_utils.engine import hub
 
 # Documents that are tokenised at once at most; the first are few, so that a short text is soon
 # there.

@@ -21,10 +21,10 @@ from pruning_utils import (
     results,
     runtime,
     selection,
-    sharing,
     similarity,
     surgery,
 )
+from pruning_utils.engine import passes
 
 RULES = ("none", "similarity", "deepest")
 # Settings that name a folder of healed adapters.
@@ -210,7 +210,7 @@ class DepthStudy:
             network,
             tokenizer,
             distances,
-            sharing.SharedLayers([block[0] for block in blocks if block]),
+            passes.SharedLayers([block[0] for block in blocks if block]),
         )
 
     def __call__(self, point: dict) -> list[dict]:

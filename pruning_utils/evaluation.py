@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pruning_utils import data, hub, models, sharing
+from pruning_utils import data, models
+from pruning_utils.engine import hub, passes, prefixes
 
 TASK_FILES = Path(__file__).with_name("tasks")
 TASKS = (*data.BENCHMARKS, "mmlu_letter")
@@ -113,7 +114,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _batch_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Losses (B, T - 1): the decoder layers run once, then the model's own head on chunks of their
     output."""
-    backbone, output = sharing.run_backbone(model, batch)
+    backbone, output = passes.run_backbone(model, batch)
     if backbone is None:
         return torch.stack(
             [_losses(model(row[None], use_cache=False).logits[0, :-1], row[1:]) for row in batch]
@@ -121,7 +122,7 @@ def _batch_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     states = output.last_hidden_state[:, :-1].flatten(0, 1)
     targets = batch[:, 1:].flatten()
     losses = []
-    for logits in sharing.head_logits(model, backbone, output, states):
+    for logits in passes.head_logits(model, backbone, output, states):
         losses.append(_losses(logits, targets[: len(logits)]))
         targets = targets[len(logits) :]
     return torch.cat(losses).view(len(batch), -1)
@@ -193,7 +194,7 @@ def evaluate_tasks(
     _check_count("batch_size", batch_size)
     loaded = load_tasks(tasks, num_fewshot=num_fewshot, limit=limit, shot_order=shot_order)
     with _quiet_libraries(), _evaluating(model):
-        scorer = sharing.language_model(model, tokenizer, batch_size)
+        scorer = prefixes.language_model(model, tokenizer, batch_size)
         parts = [_score(scorer, name, found, num_fewshot, limit) for name, found in loaded.items()]
     columns = ["task", "question_id", "correct", "correct_norm", "p_right", "nll"]
     return Evaluation(
@@ -235,7 +236,7 @@ def _quiet_libraries() -> Iterator[None]:
             undo.callback(library.setLevel, library.level)
             library.setLevel(logging.ERROR)
         # Flashing bars.
-        undo.enter_context(sharing.replaced(task, "tqdm", lambda items, **_: items))
+        undo.enter_context(passes.replaced(task, "tqdm", lambda items, **_: items))
         undo.enter_context(warnings.catch_warnings(action="ignore"))
         yield
 

@@ -23,7 +23,7 @@ from pruning_utils import (
     similarity,
     surgery,
 )
-from pruning_utils.bars import tqdm
+from pruning_utils.engine.bars import tqdm
 
 DISTANCES = {"last token": "angular_distance", "all tokens": "angular_distance_all_tokens"}
 # Windows that healing is watched on; windows that the saved model is compared on.

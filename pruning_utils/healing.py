@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pruning_utils import models, runtime
-from pruning_utils.bars import tqdm
+from pruning_utils.engine.bars import tqdm
 
 ADAPTERS = ("lora", "qlora", "dora")
 METHODS = (*ADAPTERS, "last_layers", "full")

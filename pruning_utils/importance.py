@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from pruning_utils import evaluation, models, sharing
-from pruning_utils.bars import tqdm
+from pruning_utils import evaluation, models
+from pruning_utils.engine import passes
+from pruning_utils.engine.bars import tqdm
 
 # Where batch_size is None; on a CPU more leave its caches.
 TOKENS_AT_ONCE = {
@@ -127,7 +128,7 @@ def _taylor(
             undo.callback(weight.register_post_accumulate_grad_hook(reduce).remove)
         for number, layer in enumerate(layers):
             undo.enter_context(
-                sharing.replaced(
+                passes.replaced(
                     layer,
                     "forward",
                     _in_parts(layer.forward, len(input_ids), batch_size, alone and alone[number]),
@@ -192,7 +193,7 @@ class _Unclear(Exception):
 def _mean_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """Mean loss (nats) over all predicted tokens, its head on few tokens at a time, again in the
     backward pass."""
-    backbone, output = sharing.run_backbone(model, input_ids)
+    backbone, output = passes.run_backbone(model, input_ids)
     targets = input_ids[:, 1:].flatten()
     if backbone is None:
         return nn.functional.cross_entropy(
@@ -201,12 +202,12 @@ def _mean_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
     def summed(states: torch.Tensor, follow: torch.Tensor) -> torch.Tensor:
         """Summed loss of the tokens that follow these final states."""
-        (logits,) = sharing.head_logits(model, backbone, output, states)
+        (logits,) = passes.head_logits(model, backbone, output, states)
         return nn.functional.cross_entropy(logits, follow, reduction="sum")
 
     # The backward pass holds the logits of a part four times over: an eighth of what a forward pass
     # may hold.
-    n_tokens = max(1, sharing.LOGITS_AT_ONCE // (8 * model.get_input_embeddings().num_embeddings))
+    n_tokens = max(1, passes.LOGITS_AT_ONCE // (8 * model.get_input_embeddings().num_embeddings))
     parts = zip(
         output.last_hidden_state[:, :-1].flatten(0, 1).split(n_tokens),
         targets.split(n_tokens),
@@ -329,9 +330,7 @@ def _streams(
 
     with contextlib.ExitStack() as undo:
         for number, layer in enumerate(layers):
-            undo.enter_context(
-                sharing.replaced(layer, "forward", forward_of(number, layer.forward))
-            )
+            undo.enter_context(passes.replaced(layer, "forward", forward_of(number, layer.forward)))
         yield
 
 

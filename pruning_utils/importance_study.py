@@ -23,12 +23,12 @@ from pruning_utils import (
     healing,
     importance,
     models,
-    records,
     results,
     runtime,
     selection,
     surgery,
 )
+from pruning_utils.engine import records
 
 CRITERIA = ("magnitude", "magnitude L2", "taylor", "perplexity")
 PLUS = {"keep_first": 4, "keep_last": 2}  # what the "+" rule never removes

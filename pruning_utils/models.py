@@ -14,13 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from pruning_utils import hub, runtime
+from pruning_utils import runtime
 from pruning_utils.embedded import (
     EMBEDDED_GGUF,
     EMBEDDED_SHA256,
     embedded_checkpoint,
     quiet_loading,
 )
+from pruning_utils.engine import hub
 
 EMBEDDED = "embedded"
 QUANTIZATIONS = (None, "nf4", "int8")

@@ -1,20 +1,25 @@
-"""What the pages of the collection share: how a notebook begins, and how it shows the code of an
-idea."""
+"""What the pages of the collection share: how a notebook begins, how it shows the code of an idea,
+and the numbers that it ends with."""
 
 from __future__ import annotations
 
 import ast
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pruning_utils import definitions, runtime
+import pandas as pd
+
+from pruning_utils import runtime
+from pruning_utils.engine import definitions, records
 
 # What the sentences of the notebooks speak of.
 WRITTEN_FOR = {
     "profile": "cpu",
     "model": "embedded",
 }
+SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
 INJECTED = "# Parameters"  # how the cell begins that papermill puts behind the parameters
 
 
@@ -121,3 +126,78 @@ class Note:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
         return {"text/markdown": self.markdown, "text/plain": self.text or self.markdown}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers that tests assert, shown as a small table; notebooks end with it. Made by
+    :func:`summary`.
+
+    Attributes:
+        rows: Per number a dict of ``name``, ``value`` (a number, or a text), ``tolerance``
+            (absolute) and ``reason``.
+    """
+
+    rows: list[dict]
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
+        table = pd.DataFrame(self.rows).astype(str)
+        with pd.option_context("display.max_colwidth", None):
+            return {
+                "text/plain": table.to_string(index=False),
+                "text/html": table.to_html(index=False),
+                SUMMARY_MIME: {"rows": self.rows},
+            }
+
+
+def summary(rows: Mapping[str, tuple[object, float, str]]) -> Summary:
+    """The numbers of a notebook that tests assert, for its last code cell, tagged ``summary``.
+
+    Args:
+        rows: From a number's name to ``(value, tolerance, reason)``: a finite number, kept to six
+            digits, with the absolute difference that another machine may show and why; or a text or
+            tuple, matched exactly, tolerance 0.
+
+    Returns:
+        An object that a notebook shows as a table, and from which the driver reads the numbers
+        back.
+
+    Raises:
+        ValueError: Naming the first entry that is no such thing.
+    """
+    if not isinstance(rows, Mapping) or not rows:
+        raise ValueError(
+            f"a summary needs a dict from names to (value, tolerance, reason), got {rows!r}"
+        )
+    return Summary([_summary_row(name, entry) for name, entry in rows.items()])
+
+
+def _summary_row(name: str, entry: tuple[object, float, str]) -> dict:
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or not isinstance(entry, (tuple, list))
+        or len(entry) != 3
+    ):
+        raise ValueError(
+            f"a summary entry is a name with (value, tolerance, reason), got {name!r}: {entry!r}"
+        )
+    value, tolerance, reason = records.plain(list(entry), f"summary entry {name!r}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and not math.isfinite(value):
+        raise ValueError(f"{name}: the value must be finite, got {value}")
+    if (
+        not isinstance(tolerance, (int, float))
+        or not 0 <= tolerance < math.inf
+        or (tolerance and not number)
+    ):
+        raise ValueError(
+            f"{name}: the tolerance must be a finite number >= 0, and 0 where {value!r} is no "
+            f"number, got {tolerance!r}"
+        )
+    if not isinstance(reason, str) or not reason.strip():
+        raise ValueError(f"{name}: the reason must say why that tolerance, got {reason!r}")
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    shown = float(f"{value:.6g}") if isinstance(value, float) else value if number else str(value)
+    return {"name": name, "value": shown, "tolerance": tolerance, "reason": reason}

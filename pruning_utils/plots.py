@@ -12,7 +12,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pruning_utils import evidence, records, runtime
+from pruning_utils import evidence, runtime
+from pruning_utils.engine import records
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 WIDE, NARROW = 5.5, 3.25  # inches: the text's width and a column's

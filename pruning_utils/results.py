@@ -9,35 +9,31 @@ computing is what any later call returns.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from pruning_utils import definitions, records, runtime, saved_points
-from pruning_utils.bars import tqdm
-from pruning_utils.records import StaleResult, canonical, plain, read_record
+from pruning_utils import runtime
+from pruning_utils.engine import definitions, records, saved_points
+from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.records import StaleResult, canonical, plain, read_record
 
 __all__ = [
     "StaleResult",
-    "Summary",
     "checkpoint_path",
     "load_or_compute",
     "read_record",
     "slug",
     "stale",
-    "summary",
     "sweep",
     "table_path",
 ]
 NO_COMPUTE = "PRUNING_UTILS_NO_COMPUTE"
 PROVE = "PRUNING_UTILS_PROVE"
-SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
 SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -123,7 +119,7 @@ def load_or_compute(
         path: The table's file, from :func:`table_path`.
         compute: Called without arguments when there is no table; returns a tidy DataFrame, or its
             rows as dicts. What it reaches in this package is recorded with the table, see
-            :mod:`pruning_utils.definitions`.
+            :mod:`pruning_utils.engine.definitions`.
         parameters: Everything that decides the numbers, model and data included: plain values,
             nested as you like.
         recompute: Compute and replace the table even when it is there.
@@ -169,9 +165,10 @@ def sweep(
     where it was.
 
     Saved points lie in ``<table>.points/`` until the table is written. A saved point counts only
-    while the code that it was computed with is unchanged (:mod:`pruning_utils.definitions`). Points
-    may be added to a finished sweep later: those in the table are kept (as the table holds them, to
-    six digits), only the new ones are computed.
+    while the code that it was computed with is unchanged, as
+    :mod:`pruning_utils.engine.definitions` tells. Points may be added to a finished sweep later:
+    those in the table are kept (as the table holds them, to six digits), only the new ones are
+    computed.
 
     With the environment variable PRUNING_UTILS_PROVE set, a table that other code computed is
     stamped as today's where the first and the last of its points, computed again, have equal rows;
@@ -323,78 +320,3 @@ def _keep_points(
         commit,
         cost,
     )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The numbers that tests assert, shown as a small table; notebooks end with it. Made by
-    :func:`summary`.
-
-    Attributes:
-        rows: Per number a dict of ``name``, ``value`` (a number, or a text), ``tolerance``
-            (absolute) and ``reason``.
-    """
-
-    rows: list[dict]
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
-        table = pd.DataFrame(self.rows).astype(str)
-        with pd.option_context("display.max_colwidth", None):
-            return {
-                "text/plain": table.to_string(index=False),
-                "text/html": table.to_html(index=False),
-                SUMMARY_MIME: {"rows": self.rows},
-            }
-
-
-def summary(rows: Mapping[str, tuple[object, float, str]]) -> Summary:
-    """The numbers of a notebook that tests assert, for its last code cell, tagged ``summary``.
-
-    Args:
-        rows: From a number's name to ``(value, tolerance, reason)``: a finite number, kept to six
-            digits, with the absolute difference that another machine may show and why; or a text or
-            tuple, matched exactly, tolerance 0.
-
-    Returns:
-        An object that a notebook shows as a table, and from which the driver reads the numbers
-        back.
-
-    Raises:
-        ValueError: Naming the first entry that is no such thing.
-    """
-    if not isinstance(rows, Mapping) or not rows:
-        raise ValueError(
-            f"a summary needs a dict from names to (value, tolerance, reason), got {rows!r}"
-        )
-    return Summary([_summary_row(name, entry) for name, entry in rows.items()])
-
-
-def _summary_row(name: str, entry: tuple[object, float, str]) -> dict:
-    if (
-        not isinstance(name, str)
-        or not name.strip()
-        or not isinstance(entry, (tuple, list))
-        or len(entry) != 3
-    ):
-        raise ValueError(
-            f"a summary entry is a name with (value, tolerance, reason), got {name!r}: {entry!r}"
-        )
-    value, tolerance, reason = plain(list(entry), f"summary entry {name!r}")
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and not math.isfinite(value):
-        raise ValueError(f"{name}: the value must be finite, got {value}")
-    if (
-        not isinstance(tolerance, (int, float))
-        or not 0 <= tolerance < math.inf
-        or (tolerance and not number)
-    ):
-        raise ValueError(
-            f"{name}: the tolerance must be a finite number >= 0, and 0 where {value!r} is no "
-            f"number, got {tolerance!r}"
-        )
-    if not isinstance(reason, str) or not reason.strip():
-        raise ValueError(f"{name}: the reason must say why that tolerance, got {reason!r}")
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    shown = float(f"{value:.6g}") if isinstance(value, float) else value if number else str(value)
-    return {"name": name, "value": shown, "tolerance": tolerance, "reason": reason}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pruning_utils import models
-from pruning_utils.bars import tqdm
+from pruning_utils.engine.bars import tqdm
 
 # Where cos is this near 1 or -1, the fp32 Gram has lost the angle's digits; |u - v| or |u + v|
 # still holds them.

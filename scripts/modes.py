@@ -17,7 +17,8 @@ import notebook_files
 from jobs import COMMITTED, Failed, Job, Refused, notebook_paths
 from running import THREADS, Finished, Run, write_text
 
-from pruning_utils import records, results, runtime
+from pruning_utils import results, runtime
+from pruning_utils.engine import records
 
 TEMPORARY = "smoke"  # the profile whose numbers are never results
 
@@ -90,7 +91,7 @@ def compute_apart(
     if lacking:
         raise Failed(
             f"no summary numbers in {', '.join(lacking)}: a cell tagged summary must show "
-            "results.summary"
+            "pages.summary"
         )
     return summaries
 

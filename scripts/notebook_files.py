@@ -13,8 +13,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from pruning_utils import records
-from pruning_utils.results import SUMMARY_MIME
+from pruning_utils.engine import records
+from pruning_utils.pages import SUMMARY_MIME
 
 INJECTED = "injected-parameters"
 UNRECORDED = {"recompute"}  # parameters that decide how a number is come by, not which
@@ -155,7 +155,7 @@ def machine_traces(notebook: NotebookNode, roots: list[Path]) -> list[str]:
 
 
 def summary_rows(notebook: NotebookNode) -> list[dict]:
-    """The numbers that an executed notebook shows by ``results.summary`` in its cells tagged
+    """The numbers that an executed notebook shows by ``pages.summary`` in its cells tagged
     ``summary``."""
     return [
         row

@@ -27,7 +27,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from pruning_utils import definitions, records, runtime
+from pruning_utils import runtime
+from pruning_utils.engine import definitions, records
 
 # These were left out of the recorded modules; what is reached of them is compared with the commit
 # of the table.

@@ -16,7 +16,8 @@ from jobs import Failed, Job, ready
 from kernels import Kernels, execute
 from nbformat import NotebookNode
 
-from pruning_utils import definitions, records, runtime
+from pruning_utils import runtime
+from pruning_utils.engine import definitions, records
 
 THREADS = "OMP_NUM_THREADS"
 FINISHED = "finished.json"

@@ -6,15 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pruning_utils import (
-    definitions,
-    depth_study,
-    efficiency,
-    importance,
-    importance_study,
-    selection,
-)
-from pruning_utils.definitions import INSTALLED, Package
+from pruning_utils import depth_study, efficiency, importance, importance_study, selection
+from pruning_utils.engine import definitions
+from pruning_utils.engine.definitions import INSTALLED, Package
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -314,12 +308,11 @@ def test_the_code_of_the_tables_is_reached():
         "surgery.drop_layers",
         "selection.best_block",
         "runtime.resolve_dtype",
-        "sharing.SharedLayers",
+        "engine.passes.SharedLayers",
     } <= reached
     assert not {where.partition(".")[0] for where in reached} & {
         "plots",
         "results",
-        "records",
         "evidence",
         "release",
     }
@@ -327,6 +320,7 @@ def test_the_code_of_the_tables_is_reached():
         where.partition(".")[0]
         for where in INSTALLED.stamp(efficiency.machine_limits)["definitions"]
     } == {"efficiency", "runtime"}
+    assert "engine.records" not in {where.rpartition(".")[0] for where in reached}
 
 
 def test_stamps_are_plain_and_alike_in_every_process():

@@ -23,7 +23,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from pruning_utils import definitions
+from pruning_utils.engine import definitions
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -46,7 +46,7 @@ recompute = False
 steps = 10
 rate = 1.0
 limit = 5"""
-# What results.summary shows, without the seconds that importing the package takes.
+# What pages.summary shows, without the seconds that importing the package takes.
 SUMMARY = """
 from IPython.display import display
 rows = [{"name": "steps", "value": steps, "tolerance": 0, "reason": "count"},
@@ -625,7 +625,7 @@ def test_figures_are_redrawn_from_committed_results_alone(project, capfd):
     compute = """
 import os, pathlib
 import pandas as pd
-from pruning_utils import results
+from pruning_utils import pages, results
 path = results.table_path(profile, "00_first", "embedded")
 compute = lambda: pd.DataFrame({"steps": [steps]})
 table = results.load_or_compute(path, compute, parameters={"steps": steps})
@@ -636,7 +636,7 @@ figure.write_text(str(table["steps"][0]))
     write_notebook(
         project / "notebooks" / "00_first.ipynb",
         compute,
-        summary='results.summary({"steps": (steps, 0, "count")})',
+        summary='pages.summary({"steps": (steps, 0, "count")})',
     )
     assert drive(project, "--figures", "--only", "00") == 1
     assert "00_first failed in cell 3 of 4" in capfd.readouterr().err

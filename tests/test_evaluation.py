@@ -16,7 +16,8 @@ from architectures import ARCHITECTURES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pruning_utils import data, evaluation, models, sharing
+from pruning_utils import data, evaluation, models
+from pruning_utils.engine import passes, prefixes
 
 V = 96
 SHARED = {
@@ -108,7 +109,7 @@ def test_losses_equal_the_models_own(name, monkeypatch):
     )
     vocabulary = model.get_input_embeddings().num_embeddings
     # Chunks of five tokens cross the ends of windows.
-    monkeypatch.setattr(sharing, "LOGITS_AT_ONCE", 5 * vocabulary)
+    monkeypatch.setattr(passes, "LOGITS_AT_ONCE", 5 * vocabulary)
     losses = evaluation.token_losses(model, input_ids, batch_size=3)
     assert losses.dtype == torch.float32 and losses.shape == (3, 8)
     assert torch.allclose(losses, expected, atol=5e-5)
@@ -152,7 +153,7 @@ def test_unknown_head_falls_back_on_its_forward():
 @pytest.mark.parametrize("tokens_at_once", [1, 3, 1000])
 def test_batches_and_chunks_change_nothing(batch_size, tokens_at_once, monkeypatch):
     model = tiny_model()
-    monkeypatch.setattr(sharing, "LOGITS_AT_ONCE", tokens_at_once * V)
+    monkeypatch.setattr(passes, "LOGITS_AT_ONCE", tokens_at_once * V)
     assert torch.allclose(
         evaluation.token_losses(model, windows(), batch_size=batch_size),
         own_losses(model, windows()),
@@ -338,7 +339,7 @@ def toy(monkeypatch):
 
     scorer = ToyLM()
     scorer.requests = []
-    monkeypatch.setattr(sharing, "language_model", lambda *_: scorer)
+    monkeypatch.setattr(prefixes, "language_model", lambda *_: scorer)
     return scorer
 
 
@@ -701,7 +702,7 @@ def test_cut_prompts_are_reported(small, caplog):
     ],
 )
 def test_bad_requests_are_refused(arguments, message, monkeypatch):
-    monkeypatch.setattr(sharing, "language_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(prefixes, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match=message):
         evaluation.evaluate_tasks(nn.Identity(), None, **{"tasks": ["piqa"], **arguments})
 
@@ -821,7 +822,7 @@ def test_unreachable_hub_is_one_clear_error(official, monkeypatch):
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    monkeypatch.setattr(sharing, "language_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(prefixes, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(
         ValueError, match="task 'far' could not be read from the hub: Couldn't reach"
     ):
@@ -832,7 +833,7 @@ def test_unreachable_hub_is_one_clear_error(official, monkeypatch):
     "name", ["nope", "lm-eval:nope", "lm-eval:mmlu_letter", "../piqa", None, 3]
 )
 def test_unknown_task_is_refused_before_any_work(official, monkeypatch, name):
-    monkeypatch.setattr(sharing, "language_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(prefixes, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(
         ValueError, match="unknown task .*mmlu, boolq, piqa, openbookqa, commonsenseqa, siqa"
     ):

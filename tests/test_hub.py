@@ -6,7 +6,8 @@ import datasets
 import pytest
 from huggingface_hub import constants, is_offline_mode
 
-from pruning_utils import evaluation, hub, models
+from pruning_utils import evaluation, models
+from pruning_utils.engine import hub
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pruning_utils import records, results, runtime
+from pruning_utils import results, runtime
+from pruning_utils.engine import records
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = sorted(

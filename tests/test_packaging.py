@@ -18,15 +18,15 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pruning_utils"
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "tasks" not in path.parts)
 
-# Imports run one way along the steps of the work. Every module may use `runtime` and `bars`; no
-# step builds on how results are kept (`results` and the two modules under it) or on how they are
-# drawn.
+# Imports run one way along the steps of the work. Every module may use `runtime` and the bars; no
+# step builds on how results are kept (`results` and what lies under it), on how they are drawn, or
+# on a study.
 ORDER = (
     "runtime",
-    "bars",
-    "hub",
+    "engine.bars",
+    "engine.hub",
     "embedded",
     "models",
     "data",
@@ -34,17 +34,18 @@ ORDER = (
     "selection",
     "surgery",
     "healing",
-    "sharing",
+    "engine.passes",
+    "engine.prefixes",
     "evaluation",
     "importance",
     "width",
     "efficiency",
     "evidence",
     "experiments",
-    "definitions",
+    "engine.definitions",
+    "engine.records",
     "pages",
-    "records",
-    "saved_points",
+    "engine.saved_points",
     "results",
     "depth_study",
     "importance_study",
@@ -217,7 +218,7 @@ def test_package_data_covers_every_file():
     installed = {
         path
         for pattern in ("*.py", *project()["tool"]["setuptools"]["package-data"]["pruning_utils"])
-        for path in PACKAGE.glob(pattern)
+        for path in [*PACKAGE.glob(pattern), *MODULES]
     }
     missed = [
         name for name in FILES if name.startswith("pruning_utils/") and ROOT / name not in installed
@@ -240,23 +241,23 @@ def third_party_imports(tree: ast.AST) -> set[str]:
     return names - set(sys.stdlib_module_names) - {"pruning_utils"}
 
 
+def name_of(path: Path) -> str:
+    """A module of the package as ``engine.records``; "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def sibling_imports(tree: ast.AST) -> set[str]:
-    """Modules of the package that a module imports, anywhere in it and in any spelling."""
+    """Modules of the package that a module at its top imports, anywhere in it and in any
+    spelling."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {
-                alias.name.split(".")[1]
-                for alias in node.names
-                if alias.name.startswith("pruning_utils.")
-            }
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = f"pruning_utils.{node.module or ''}".rstrip(".") if node.level else node.module
-            if module == "pruning_utils":
-                names |= {alias.name for alias in node.names}
-            elif module.startswith("pruning_utils."):
-                names.add(module.split(".")[1])
-    return names & set(ORDER)
+            module = ".".join(filter(None, ["pruning_utils" * bool(node.level), node.module]))
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("pruning_utils.") for name in names} & set(ORDER)
 
 
 def misdirected_imports(name: str, tree: ast.AST) -> set[str]:
@@ -275,27 +276,25 @@ def test_sibling_imports_are_found_in_any_spelling():
     )
     for spelling in spellings:
         assert sibling_imports(ast.parse(spelling)) == {"plots"}, spelling
-    assert misdirected_imports("data", ast.parse("from pruning_utils import models, surgery")) == {
-        "surgery"
-    }
-    assert misdirected_imports(
-        "healing", ast.parse("from pruning_utils import results, runtime")
-    ) == {"results"}
-    assert not misdirected_imports(
-        "results", ast.parse("from pruning_utils import records, efficiency")
-    )
+    inner = ("from pruning_utils.engine import records", "import pruning_utils.engine.records")
+    for spelling in inner:
+        assert sibling_imports(ast.parse(spelling)) == {"engine.records"}, spelling
+    wrong = "from pruning_utils import models, surgery"
+    assert misdirected_imports("data", ast.parse(wrong)) == {"surgery"}
+    wrong = "from pruning_utils import results, runtime"
+    assert misdirected_imports("healing", ast.parse(wrong)) == {"results"}
+    right = "from pruning_utils import efficiency\nfrom pruning_utils.engine import records"
+    assert not misdirected_imports("results", ast.parse(right))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_follow_the_order_of_the_steps(path):
-    tree = ast.parse(path.read_text())
+    tree, name = ast.parse(path.read_text()), name_of(path)
     if path.stem == "__init__":
-        assert not sibling_imports(tree), "importing the package imports none of its modules"
+        assert not sibling_imports(tree), "importing a package imports none of its modules"
     else:
-        assert path.stem in ORDER, (
-            "a module that is no step of the work: give it its place in ORDER"
-        )
-        assert not misdirected_imports(path.stem, tree)
+        assert name in ORDER, "a module that is no step of the work: give it its place in ORDER"
+        assert not misdirected_imports(name, tree)
 
 
 def test_third_party_imports_are_declared():
@@ -321,9 +320,7 @@ def test_third_party_imports_are_declared():
 
 
 def test_modules_import_without_network_or_embedded_packages():
-    names = ["pruning_utils"] + [
-        f"pruning_utils.{path.stem}" for path in MODULES if path.stem != "__init__"
-    ]
+    names = [f"pruning_utils.{name_of(path)}".rstrip(".") for path in MODULES]
     child = ROOT / "tests" / "children" / "import_without_network.py"
     finished = subprocess.run(
         [sys.executable, child, *names], cwd=ROOT, capture_output=True, text=True

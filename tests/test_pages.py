@@ -3,6 +3,7 @@
 import inspect
 import textwrap
 
+import numpy as np
 import pytest
 
 from pruning_utils import depth_study, pages, selection
@@ -65,3 +66,43 @@ def test_sources_are_those_of_the_definitions():
 def test_unknown_sources_are_refused(name):
     with pytest.raises(ValueError, match="name must be module.function"):
         pages.source(name)
+
+
+def test_summary_shows_and_carries_the_numbers():
+    shown = pages.summary(
+        {
+            "perplexity": (np.float64(28.612345678), 0.5, "bf16 & threads"),
+            "n": (8, 0, "count"),
+            "layers": ((11, 12), 0, "exact"),
+            "<best>": ("LoRA", 0, "exact"),
+        }
+    )._repr_mimebundle_()
+    assert shown["application/vnd.pruning-utils.summary+json"] == {
+        "rows": [
+            {"name": "perplexity", "value": 28.6123, "tolerance": 0.5, "reason": "bf16 & threads"},
+            {"name": "n", "value": 8, "tolerance": 0, "reason": "count"},
+            {"name": "layers", "value": "11 12", "tolerance": 0, "reason": "exact"},
+            {"name": "<best>", "value": "LoRA", "tolerance": 0, "reason": "exact"},
+        ]
+    }
+    assert "28.6123" in shown["text/plain"] and "bf16 &amp; threads" in shown["text/html"]
+    assert "&lt;best&gt;" in shown["text/html"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({}, "needs a dict"),
+        ({"a": 1}, "'a': 1"),
+        ({"": (1, 0, "x")}, "''"),
+        ({"a": (float("nan"), 0, "x")}, "a: the value must be finite"),
+        ({"a": (1, -1, "x")}, "a: the tolerance .*got -1"),
+        ({"a": (1, float("inf"), "x")}, "a: the tolerance"),
+        ({"a": ("text", 0.1, "x")}, "a: the tolerance .*'text' is no number"),
+        ({"a": (True, 1, "x")}, "a: the tolerance"),
+        ({"a": (1, 0, " ")}, "a: the reason"),
+    ],
+)
+def test_unfit_summaries_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        pages.summary(rows)

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pruning_utils import definitions, records, results, runtime
+from pruning_utils import results, runtime
+from pruning_utils.engine import definitions, records
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILDREN = ROOT / "tests" / "children"
@@ -726,43 +727,3 @@ def test_slug_of_a_directory_and_of_nothing(tmp_path, monkeypatch):
     assert results.slug("org/model") == "model", "a directory, not the hub"
     with pytest.raises(ValueError, match="no file name"):
         results.slug("***")
-
-
-def test_summary_shows_and_carries_the_numbers():
-    shown = results.summary(
-        {
-            "perplexity": (np.float64(28.612345678), 0.5, "bf16 & threads"),
-            "n": (8, 0, "count"),
-            "layers": ((11, 12), 0, "exact"),
-            "<best>": ("LoRA", 0, "exact"),
-        }
-    )._repr_mimebundle_()
-    assert shown["application/vnd.pruning-utils.summary+json"] == {
-        "rows": [
-            {"name": "perplexity", "value": 28.6123, "tolerance": 0.5, "reason": "bf16 & threads"},
-            {"name": "n", "value": 8, "tolerance": 0, "reason": "count"},
-            {"name": "layers", "value": "11 12", "tolerance": 0, "reason": "exact"},
-            {"name": "<best>", "value": "LoRA", "tolerance": 0, "reason": "exact"},
-        ]
-    }
-    assert "28.6123" in shown["text/plain"] and "bf16 &amp; threads" in shown["text/html"]
-    assert "&lt;best&gt;" in shown["text/html"]
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ({}, "needs a dict"),
-        ({"a": 1}, "'a': 1"),
-        ({"": (1, 0, "x")}, "''"),
-        ({"a": (float("nan"), 0, "x")}, "a: the value must be finite"),
-        ({"a": (1, -1, "x")}, "a: the tolerance .*got -1"),
-        ({"a": (1, float("inf"), "x")}, "a: the tolerance"),
-        ({"a": ("text", 0.1, "x")}, "a: the tolerance .*'text' is no number"),
-        ({"a": (True, 1, "x")}, "a: the tolerance"),
-        ({"a": (1, 0, " ")}, "a: the reason"),
-    ],
-)
-def test_unfit_summaries_are_refused(rows, message):
-    with pytest.raises(ValueError, match=message):
-        results.summary(rows)

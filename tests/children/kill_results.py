@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from pruning_utils import records, results
+from pruning_utils import results
+from pruning_utils.engine import records
 
 records.package_commit = lambda: None  # spares three processes a run
 

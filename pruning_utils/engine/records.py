@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pruning_utils import definitions
+from pruning_utils.engine import definitions
 from pruning_utils.runtime import atomic_path, peak_memory_bytes
 
 # Endings of column names whose values differ from run to run.

@@ -10,11 +10,12 @@ import torch
 from architectures import ARCHITECTURES
 from lm_eval.models.huggingface import HFLM
 
-from pruning_utils import evaluation, models, sharing, surgery
+from pruning_utils import evaluation, models, surgery
+from pruning_utils.engine import passes, prefixes
 
 # Architectures whose layers take masks and positions of our making; all others go to the stock
 # backend.
-SHARE = {name for name, factory in ARCHITECTURES.items() if sharing.longest_shared(factory()) > 4}
+SHARE = {name for name, factory in ARCHITECTURES.items() if prefixes.longest_shared(factory()) > 4}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_loglikelihoods_equal_those_of_whole_sequences(name, shape):
     model, requests = ARCHITECTURES[name](), token_requests(shape)
     expected = stock(model, requests)
     for batch_size in (1, 4):
-        found = sharing.loglikelihoods(model, requests, batch_size=batch_size)
+        found = prefixes.loglikelihoods(model, requests, batch_size=batch_size)
         assert [value for value, _ in found] == pytest.approx(
             [value for value, _ in expected], abs=1e-4
         )
@@ -94,7 +95,7 @@ def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(
     questions.build_all_requests(limit=limit)
     both = (
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
-        sharing.language_model(model, tokenizer, 8),
+        prefixes.language_model(model, tokenizer, 8),
     )
     expected, found = (
         backend.loglikelihood(questions.instances, disable_tqdm=True) for backend in both
@@ -115,17 +116,16 @@ def test_a_beginning_is_run_once(monkeypatch):
         with_kwargs=True,
     )
     monkeypatch.setattr(
-        sharing,
+        passes,
         "head_logits",
         lambda model, backbone, output, states: [torch.zeros(len(states), 128)],
     )
     for shape in ("choices", "passages", "shots"):
         seen.clear()
-        # A prompt that is no more.
+        # A prompt that is no more than the beginning of others is run up to its last token, which
+        # each of them then begins with.
         requests = [request for request in token_requests(shape) if len(request[0]) != 20]
-        # than the beginning of others is run up to its last token, which each of them then begins
-        # with
-        sharing.loglikelihoods(model, requests, batch_size=1)
+        prefixes.loglikelihoods(model, requests, batch_size=1)
         sequences = [tuple(prompt + answer) for prompt, answer in requests]
         distinct = {sequence[:stop] for sequence in sequences for stop in range(1, len(sequence))}
         assert sum(ids.numel() for ids in seen) == len(distinct)
@@ -138,15 +138,15 @@ def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, embedded,
     """Through lm-eval's own interface: requests that fit are shared, the others not, and the order
     stays."""
     model, calls = ARCHITECTURES[name](), []
-    own = sharing.loglikelihoods
+    own = prefixes.loglikelihoods
     monkeypatch.setattr(
-        sharing,
+        prefixes,
         "loglikelihoods",
         lambda model, requests, **named: (
             calls.append(len(requests)) or own(model, requests, **named)
         ),
     )
-    scorer = sharing.language_model(model, embedded[1], 2)
+    scorer = prefixes.language_model(model, embedded[1], 2)
     requests = [
         (("", ""), [5, 6, 7, 8, 9], [10, 11]),
         (("", ""), list(range(3, 67)), [12]),
@@ -160,7 +160,7 @@ def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, embedded,
         [value for value, _ in expected], abs=1e-4
     )
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert sharing.longest_shared(model) == (float("inf") if name == "llama" else window)
+    assert prefixes.longest_shared(model) == (float("inf") if name == "llama" else window)
     assert sum(calls) == (
         4 if name == "llama" else sum(len(a) + len(b) - 1 <= window for _, a, b in requests)
     )
@@ -196,7 +196,7 @@ def test_models_share_their_first_layers(name):
         for block, each in models_by_block.items()
     }
     counts = {block: layer_calls(variant) for block, variant in models_by_block.items()}
-    shared = sharing.SharedLayers([block[0] for block in models_by_block if block])
+    shared = passes.SharedLayers([block[0] for block in models_by_block if block])
     for block, variant in models_by_block.items():
         n_shared = block[0] if block else len(models.decoder_layers(model))
         with shared.used_by(variant, n_shared):
@@ -215,7 +215,7 @@ def test_shared_layers_keep_what_fits_and_tell_batches_apart():
         torch.randint(3, 128, (2, 7), generator=torch.Generator().manual_seed(seed))
         for seed in (0, 1)
     )
-    shared, calls = sharing.SharedLayers([4, 6], most_bytes=2 * 7 * 32 * 4), layer_calls(model)
+    shared, calls = passes.SharedLayers([4, 6], most_bytes=2 * 7 * 32 * 4), layer_calls(model)
     with shared.used_by(model, 8):
         for ids, n_calls in (
             (first, 8),
@@ -237,7 +237,7 @@ def test_shared_layers_keep_what_fits_and_tell_batches_apart():
 def test_questions_score_alike_with_shared_layers(embedded):
     model, tokenizer = embedded
     found = {}
-    shared = sharing.SharedLayers([3])
+    shared = passes.SharedLayers([3])
     for name in ("bare", "first", "again"):
         with shared.used_by(model, 3) if name != "bare" else contextlib.nullcontext():
             found[name] = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=4).questions

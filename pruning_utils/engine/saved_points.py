@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from pruning_utils import definitions, records
-from pruning_utils.definitions import stamp_fault
-from pruning_utils.records import canonical, digest
+from pruning_utils.engine import definitions, records
+from pruning_utils.engine.definitions import stamp_fault
+from pruning_utils.engine.records import canonical, digest
 from pruning_utils.runtime import atomic_path
 
 log = logging.getLogger(__name__)

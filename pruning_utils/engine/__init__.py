@@ -1,0 +1,10 @@
+"""How results are computed and kept, never what: no notebook imports anything from here.
+
+:mod:`~pruning_utils.engine.records` reads and writes tables with their run records,
+:mod:`~pruning_utils.engine.definitions` tells which code a number depends on,
+:mod:`~pruning_utils.engine.saved_points` saves each point of a sweep as it ends,
+:mod:`~pruning_utils.engine.passes` runs layers and head apart and shares first layers,
+:mod:`~pruning_utils.engine.prefixes` runs once what prompts share,
+:mod:`~pruning_utils.engine.hub` finds out whether a hub answers, and
+:mod:`~pruning_utils.engine.bars` chooses the progress bars.
+"""
