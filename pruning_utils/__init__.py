@@ -1,23 +1,93 @@
 """Layer pruning of large language models: measure, choose, remove, heal, evaluate.
 
-One module a step, in the order of the work: :mod:`~pruning_utils.models` and
-:mod:`~pruning_utils.data` load, :mod:`~pruning_utils.similarity` compares the states around blocks,
-:mod:`~pruning_utils.importance` scores single layers, :mod:`~pruning_utils.selection` chooses,
-:mod:`~pruning_utils.surgery` removes (:mod:`~pruning_utils.width` makes all layers narrower
-instead), :mod:`~pruning_utils.healing` trains, :mod:`~pruning_utils.evaluation` measures
-:mod:`~pruning_utils.efficiency` says what a model costs and :mod:`~pruning_utils.evidence` how sure
-a number is, :mod:`~pruning_utils.experiments`, :mod:`~pruning_utils.depth_study`,
-:mod:`~pruning_utils.importance_study` and :mod:`~pruning_utils.shape_study` join the steps for
-notebooks, :mod:`~pruning_utils.results` keeps, and :mod:`~pruning_utils.plots` and
-:mod:`~pruning_utils.depth_plots` draw. Importing the package imports none of them.
+The package has three floors:
+
+* The core has one module a step of the work; ``dir(pruning_utils)`` lists it, and each is imported
+  when it is first used.
+* :mod:`~pruning_utils.studies` composes the steps into what the notebooks compute.
+* :mod:`~pruning_utils.engine` computes, keeps and checks results; no notebook imports it.
+
+The map below names, for each notebook, its question, its modules of the studies and its steps of
+the core. All of them load with ``models`` and ``data``. Notebooks 02 to 12 share ``studies.study``,
+which cuts, trains and measures a model, and ``studies.recipes``, which says how.
+
+00  What breaks when eight of thirty layers go, and what does healing bring back?
+    whole_path: similarity, selection, surgery, healing, evaluation
+01  Which layers change the hidden states least?
+    scan: similarity, selection
+02  How many layers can go before the answers fall?
+    depth: similarity, selection, surgery, healing, evaluation
+03  Does healing turn the jump of the loss into a slope?
+    depth: similarity, selection, surgery, healing, evaluation
+04  Is it enough to remove the deepest layers?
+    depth: similarity, selection, surgery, healing, evaluation
+05  How much do the seed, the rank, the rate and the shots matter?
+    depth: similarity, selection, surgery, healing, evaluation
+06  Which layers matter, and does it matter how one asks?
+    scores, sets, rates: importance, selection, surgery, healing, evaluation
+07  Are fewer layers faster than narrower ones?
+    scores, sets, shapes, costs, rates: importance, selection, surgery, width, healing, evaluation,
+    efficiency
+08  Adapters or all weights: what brings a pruned model back?
+    scores, sets, costs, rates: importance, selection, surgery, healing, evaluation, efficiency
+09  Does it matter how the layers are chosen?
+    scores, sets, rates: similarity, importance, selection, surgery, healing, evaluation
+10  Which way of healing is best, each at its own rate?
+    scores, sets, costs, rates: similarity, importance, selection, surgery, healing, evaluation,
+    efficiency
+11  Do rounds, more samples or another text help?
+    scores, sets, rates, swaps: similarity, importance, selection, surgery, healing, evaluation
+12  What does the recommended model give, all in all?
+    scores, sets, costs, rates: similarity, importance, selection, surgery, healing, evaluation,
+    efficiency, release
 """
 
 import os
 
+# By this name, which engine.definitions lets pass: it reads the module behind a dotted name from
+# the files, and never from what the function below returns.
+from importlib import import_module
+from types import ModuleType
+
 __version__ = "0.1.0"
+
+# The core, in the order of the work.
+MODULES = (
+    "runtime",
+    "models",
+    "data",
+    "similarity",
+    "importance",
+    "selection",
+    "surgery",
+    "healing",
+    "evaluation",
+    "efficiency",
+    "evidence",
+    "results",
+    "plots",
+    "depth_plots",
+    "width",
+    "release",
+    "embedded",
+    "instructions",
+    "pages",
+)
 
 # Threads of torch that wait for each other spin by default, at the cost of any other process: two
 # of them, with a thread for each core, then take four times as long as one. GNU's OpenMP reads this
 # when torch is imported; waiting a thousand turns before sleeping costs a single process nothing
 # that can be measured.
 SPIN_COUNT = os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A module of the core, imported when it is first used."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    """What a person is offered after a dot: the core and the version."""
+    return sorted([*MODULES, "__version__"])

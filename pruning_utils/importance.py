@@ -1,8 +1,7 @@
-"""How much each layer matters, one score a layer: its weights, weights times gradients, or the loss
-without it.
+"""How much each layer matters: its weights, its weights times gradients, or the loss without it.
 
-The three criteria of arXiv:2402.02834 (Shortened LLaMA), Sec. 3; layers with low scores are dropped
-first.
+These are the three criteria of arXiv:2402.02834 (Shortened LLaMA), Sec. 3. Each gives one score a
+layer; layers with low scores are dropped first.
 """
 
 from __future__ import annotations
@@ -14,18 +13,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from pruning_utils import evaluation, models
 from pruning_utils.engine import passes
 from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.checks import whole_number
 
-# Where batch_size is None; on a CPU more leave its caches.
-TOKENS_AT_ONCE = {
-    "cpu": 2**12,
-    "cuda": 2**15,
-}
+# Tokens in a batch where batch_size is None. On a CPU, more would leave its caches.
+TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**15}
 logger = logging.getLogger(__name__)
 
 
@@ -45,24 +41,23 @@ def magnitude(model: nn.Module, *, norm: int = 1) -> np.ndarray:
     _refuse_quantized(model)
     if norm not in (1, 2) or isinstance(norm, bool):
         raise ValueError(f"norm must be 1 or 2, got {norm!r}")
-    return _finite(
-        np.array(
-            [
-                sum(
-                    float(weight.detach().float().abs().pow(norm).sum(dtype=torch.float64))
-                    for weight in layer.parameters()
-                )
-                for layer in models.decoder_layers(model)
-            ]
-        )
+    scores = [_layer_magnitude(layer, norm) for layer in models.decoder_layers(model)]
+    return _finite(np.array(scores))
+
+
+def _layer_magnitude(layer: nn.Module, norm: int) -> float:
+    return sum(
+        float(weight.detach().float().abs().pow(norm).sum(dtype=torch.float64))
+        for weight in layer.parameters()
     )
 
 
 def taylor(
     model: nn.Module, input_ids: torch.Tensor, *, batch_size: int | None = None
 ) -> np.ndarray:
-    """First-order change of the loss if a weight were zero, ``|w * dLoss/dw|``, summed over a
-    layer's weights.
+    """Sum over a layer's weights of ``|w * dLoss/dw|``.
+
+    A summand is the first-order change of the loss if that weight were zero.
 
     The loss is one mean over all predicted tokens of all samples; gradients of the samples are
     added with their sign before the absolute value of each element is taken, so the score does not
@@ -88,21 +83,24 @@ def taylor(
     _refuse_quantized(model)
     models.check_input_ids(model, input_ids, shortest=2)
     input_ids = input_ids.to(model.get_input_embeddings().weight.device, torch.long)
-    n_samples = len(input_ids)
-    size = min(n_samples, _checked_size(batch_size, input_ids, 1))
-    alone = None
+    size = min(len(input_ids), _checked_size(batch_size, input_ids, 1))
+    alone: list = [None] * len(models.decoder_layers(model))
     while True:
         try:
             return _finite(_taylor(model, input_ids, size, alone))
-        except _Unclear:
-            alone = _arguments_alone(model, input_ids)
+        except passes.Unclear:
+            alone = passes.arguments_alone(model, input_ids)
         except RuntimeError as error:
             size = _halved(size, error)
 
 
 def _taylor(
-    model: nn.Module, input_ids: torch.Tensor, batch_size: int, alone: list | None
+    model: nn.Module, input_ids: torch.Tensor, batch_size: int, alone: list[list | None]
 ) -> np.ndarray:
+    """The scores with micro-batches of ``batch_size``.
+
+    ``alone`` holds what :func:`passes.arguments_of_rows` needs to know for each layer.
+    """
     layers = models.decoder_layers(model)
     scores = np.zeros(len(layers))
     owner = {weight: number for number, layer in enumerate(layers) for weight in layer.parameters()}
@@ -116,9 +114,7 @@ def _taylor(
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.enable_grad())
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-            module.training = False
+        undo.enter_context(passes.evaluation_mode(model))
         for weight in model.parameters():
             undo.callback(weight.requires_grad_, weight.requires_grad)
             weight.requires_grad_(weight in owner)
@@ -126,93 +122,51 @@ def _taylor(
             undo.callback(setattr, weight, "grad", weight.grad)
             weight.grad = None
             undo.callback(weight.register_post_accumulate_grad_hook(reduce).remove)
-        for number, layer in enumerate(layers):
-            undo.enter_context(
-                passes.replaced(
-                    layer,
-                    "forward",
-                    _in_parts(layer.forward, len(input_ids), batch_size, alone and alone[number]),
-                )
-            )
+        for layer, known in zip(layers, alone, strict=True):
+            forward = _in_parts(layer.forward, len(input_ids), batch_size, known)
+            undo.enter_context(passes.replaced(layer, "forward", forward))
         _mean_loss(model, input_ids).backward()
     return scores
 
 
 def _in_parts(own: Callable, n_rows: int, batch_size: int, alone: list | None) -> Callable:
-    """A layer's forward, a few rows at a time, that keeps nothing but its input for the backward
-    pass."""
+    """A layer's forward on a few rows at a time that keeps only its input for the way back."""
 
-    def forward(states, *given, **named):
+    def forward(states: torch.Tensor, *given: object, **named: object) -> object:
         """The layer on each part, and its outputs joined."""
         outputs = []
         for start, part in zip(range(0, n_rows, batch_size), states.split(batch_size), strict=True):
-            more, by_name = _rows((given, named), slice(start, start + len(part)), n_rows, alone)
+            more, by_name = passes.arguments_of_rows(
+                (given, named), slice(start, start + len(part)), n_rows, alone
+            )
             outputs.append(checkpoint(own, part, *more, use_reentrant=False, **by_name))
-        whole = isinstance(outputs[0], tuple)
-        states = torch.cat([output[0] if whole else output for output in outputs])
-        return (states, *outputs[0][1:]) if whole else states
+        joined = torch.cat([passes.states_in(output) for output in outputs])
+        return passes.with_states(outputs[0], joined)
 
     return forward
 
 
-def _arguments_alone(model: nn.Module, input_ids: torch.Tensor) -> list[list[object]]:
-    """For each layer the arguments beside the states, flat, that it gets for one sequence."""
-    found: list[list[object]] = []
-    with contextlib.ExitStack() as undo:
-        for layer in models.decoder_layers(model):
-            undo.callback(
-                layer.register_forward_pre_hook(
-                    lambda _, given, named: found.append(tree_leaves((given[1:], named))),
-                    with_kwargs=True,
-                ).remove
-            )
-        evaluation.token_losses(model, input_ids[:1])
-    return found
-
-
-def _rows(arguments: tuple, rows: slice, n_rows: int, alone: list | None) -> tuple:
-    """Arguments of a layer for some of ``n_rows`` sequences: of tensors that hold something for
-    each, the part."""
-    leaves, structure = tree_flatten(arguments)
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and leaf.ndim and n_rows > 1 and len(leaf) % n_rows == 0:
-            if alone is None:
-                raise _Unclear
-            if len(leaf) == n_rows * (
-                each := len(alone[place])
-            ):  # perhaps a row for each head of each sequence
-                leaves[place] = leaf[rows.start * each : rows.stop * each]
-    return tree_unflatten(leaves, structure)
-
-
-class _Unclear(Exception):
-    """A layer's argument may hold something for each sequence, or have as many rows for another
-    reason."""
-
-
 def _mean_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean loss (nats) over all predicted tokens, its head on few tokens at a time, again in the
-    backward pass."""
+    """Mean loss (nats) over all predicted tokens.
+
+    The head runs on few tokens at a time, and again in the backward pass.
+    """
     backbone, output = passes.run_backbone(model, input_ids)
     targets = input_ids[:, 1:].flatten()
     if backbone is None:
-        return nn.functional.cross_entropy(
-            model(input_ids, use_cache=False).logits[:, :-1].flatten(0, 1).float(), targets
-        )
+        logits = model(input_ids, use_cache=False).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets)
 
     def summed(states: torch.Tensor, follow: torch.Tensor) -> torch.Tensor:
         """Summed loss of the tokens that follow these final states."""
         (logits,) = passes.head_logits(model, backbone, output, states)
         return nn.functional.cross_entropy(logits, follow, reduction="sum")
 
-    # The backward pass holds the logits of a part four times over: an eighth of what a forward pass
-    # may hold.
+    # The backward pass holds the logits of a part four times over, so a part is an eighth of what a
+    # forward pass may hold.
     n_tokens = max(1, passes.LOGITS_AT_ONCE // (8 * model.get_input_embeddings().num_embeddings))
-    parts = zip(
-        output.last_hidden_state[:, :-1].flatten(0, 1).split(n_tokens),
-        targets.split(n_tokens),
-        strict=True,
-    )
+    states = output.last_hidden_state[:, :-1].flatten(0, 1)
+    parts = zip(states.split(n_tokens), targets.split(n_tokens), strict=True)
     return sum(checkpoint(summed, *part, use_reentrant=False) for part in parts) / len(targets)
 
 
@@ -232,8 +186,7 @@ def perplexity_without_layer(
 def perplexity_without_block(
     model: nn.Module, input_ids: torch.Tensor, *, block_size: int, batch_size: int | None = None
 ) -> np.ndarray:
-    """Perplexity of the model without each run of ``block_size`` layers in turn, all in one sweep
-    through the layers.
+    """Perplexity of the model without each block of layers in turn, in one sweep through them.
 
     The stream of the whole model and those of all models with a block skipped go through a layer in
     one batch; a stream begins where its block ends, from the states that entered it. So each layer
@@ -246,8 +199,8 @@ def perplexity_without_block(
             length.
         block_size: Layers in a block, from 1 to L - 1.
         batch_size: Samples in one pass; None takes as many as make 4,096 tokens of all streams, on
-            a GPU 32,768. It is halved, with a notice, where memory does not suffice; what is done
-            stays.
+            a GPU 32,768. Where memory does not suffice it is halved, with a notice, and the batches
+            that are done count.
 
     Returns:
         float64 perplexities ``(L - block_size + 1,)``, exp of the mean loss over all predicted
@@ -259,18 +212,13 @@ def perplexity_without_block(
     """
     models.check_input_ids(model, input_ids, shortest=2)
     n_layers = len(models.decoder_layers(model))
-    if (
-        isinstance(block_size, bool)
-        or not isinstance(block_size, int | np.integer)
-        or not 1 <= block_size < n_layers
-    ):
-        raise ValueError(
-            f"block_size must be a whole number from 1 to {n_layers - 1}, got {block_size!r}"
-        )
+    block_size = whole_number("block_size", block_size, 1, n_layers - 1)
     input_ids = input_ids.to(model.get_input_embeddings().weight.device, torch.long)
     n_streams = n_layers - block_size + 2
     size = _checked_size(batch_size, input_ids, n_streams)
-    sums, done, alone = np.zeros(n_streams), 0, None
+    sums = np.zeros(n_streams)
+    done = 0
+    alone: list = [None] * len(models.decoder_layers(model))
     with tqdm(total=len(input_ids), desc="without each layer", leave=False) as progress:
         while done < len(input_ids):
             batch = input_ids[done : done + size]
@@ -278,12 +226,13 @@ def perplexity_without_block(
                 with _streams(model, len(batch), block_size, alone):
                     rows = batch.repeat(n_streams, 1)
                     losses = evaluation.token_losses(model, rows, batch_size=len(rows))
-            except _Unclear:
-                alone = _arguments_alone(model, input_ids)
+            except passes.Unclear:
+                alone = passes.arguments_alone(model, input_ids)
                 continue
             except RuntimeError as error:
                 size = _halved(len(batch), error)
                 continue
+            # A row of losses is a sample in one stream; the rows of a stream follow each other.
             sums += losses.double().view(n_streams, -1).sum(1).numpy()
             done += len(batch)
             progress.update(len(batch))
@@ -293,21 +242,23 @@ def perplexity_without_block(
 
 @contextlib.contextmanager
 def _streams(
-    model: nn.Module, n_samples: int, block_size: int, alone: list | None
+    model: nn.Module, n_samples: int, block_size: int, alone: list[list | None]
 ) -> Iterator[None]:
-    """Let the layers run on the stream of the whole model and one for each skipped block,
-    ``n_samples`` rows each.
+    """Let the layers run on the whole model's stream and one stream for each skipped block.
 
-    The model is called with the rows of all streams, so that it makes masks and positions for them;
-    the first layer takes the first stream, and each stream joins after the last layer of its block.
+    A stream has ``n_samples`` rows. The model is called with the rows of all streams, so that it
+    makes masks and positions for them. The first layer takes the rows of the first stream alone;
+    each other stream joins after the last layer of its block, with the states that entered it.
     """
-    layers, entered = models.decoder_layers(model), {}
+    layers = models.decoder_layers(model)
     n_rows = (len(layers) - block_size + 2) * n_samples
+    # States of the whole model before each layer that a block in progress began with.
+    entered: dict[int, torch.Tensor] = {}
 
     def forward_of(number: int, own: Callable) -> Callable:
         """What stands for the forward of one layer."""
 
-        def forward(states, *given, **named):
+        def forward(states: torch.Tensor, *given: object, **named: object) -> object:
             """The layer on all streams that have reached it."""
             if number == 0:
                 if len(states) != n_rows:
@@ -315,16 +266,15 @@ def _streams(
                         f"{type(model).__name__} cannot be run on several sequences at once"
                     )
                 states = states[:n_samples]
-            entered[number] = states[:n_samples]  # of the whole model
-            more, by_name = _rows(
-                (given, named), slice(0, len(states)), n_rows, alone and alone[number]
-            )
+            entered[number] = states[:n_samples]
+            reached = slice(0, len(states))
+            more, by_name = passes.arguments_of_rows((given, named), reached, n_rows, alone[number])
             output = own(states, *more, **by_name)
-            whole = isinstance(output, tuple)
-            states, first = output[0] if whole else output, number - block_size + 1
-            if first >= 0:
-                states = torch.cat([states, entered.pop(first)])
-            return (states, *output[1:]) if whole else states
+            first = number - block_size + 1
+            if first < 0:
+                return output
+            joined = torch.cat([passes.states_in(output), entered.pop(first)])
+            return passes.with_states(output, joined)
 
         return forward
 
@@ -343,28 +293,18 @@ def _refuse_quantized(model: nn.Module) -> None:
 
 
 def _checked_size(batch_size: int | None, input_ids: torch.Tensor, n_streams: int) -> int:
-    if batch_size is None:
-        most = TOKENS_AT_ONCE["cuda" if input_ids.is_cuda else "cpu"]
-        return max(1, most // (n_streams * input_ids.shape[1]))
-    if (
-        isinstance(batch_size, bool)
-        or not isinstance(batch_size, int | np.integer)
-        or batch_size < 1
-    ):
-        raise ValueError(
-            f"batch_size must be a whole number of at least 1, or None, got {batch_size!r}"
-        )
-    return int(batch_size)
+    """The batch size that was asked for; for None as many samples as fill TOKENS_AT_ONCE."""
+    if batch_size is not None:
+        return whole_number("batch_size", batch_size, 1)
+    most = TOKENS_AT_ONCE["cuda" if input_ids.is_cuda else "cpu"]
+    return max(1, most // (n_streams * input_ids.shape[1]))
 
 
 def _halved(size: int, error: RuntimeError) -> int:
-    """Half the batch size after an error that says there is too little memory; any other error is
-    raised again."""
-    if (
-        size == 1
-        or not isinstance(error, torch.OutOfMemoryError)
-        and "allocate memory" not in str(error)
-    ):
+    """Half the batch size after an error for lack of memory; any other error is raised again."""
+    # On a CPU, torch raises no error of its own kind for this.
+    lacks_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    if size == 1 or not lacks_memory:
         raise error
     logger.warning(
         "a batch of %d samples does not fit into memory; going on with %d", size, size // 2
@@ -373,6 +313,7 @@ def _halved(size: int, error: RuntimeError) -> int:
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:
+    """The scores; a ValueError names the first layer whose score is not finite."""
     if not np.isfinite(scores).all():
         worst = int((~np.isfinite(scores)).argmax())
         raise ValueError(

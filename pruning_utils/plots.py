@@ -1,12 +1,12 @@
-"""One function a kind of figure: a tidy table in, a matplotlib Figure out, saved with the origin of
-its numbers."""
+"""One function a kind of figure: a tidy table in, a Figure out, saved with its numbers' origin."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -16,9 +16,10 @@ from pruning_utils import evidence, runtime
 from pruning_utils.engine import records
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
-WIDE, NARROW = 5.5, 3.25  # inches: the text's width and a column's
-# Colour (Okabe and Ito's palette, told apart by colour-blind readers) and marker belong to an
-# entity everywhere.
+# Widths of the text and of a column, in inches.
+WIDE, NARROW = 5.5, 3.25
+# An entity has one colour and one marker everywhere. The colours are those of Okabe and Ito, which
+# colour-blind readers can tell apart.
 ENTITIES = {
     "unpruned": ("#000000", "o"),
     "pruned": ("#D55E00", "s"),
@@ -77,14 +78,22 @@ matplotlib.style.use(STYLE)
 
 
 def colour_of(entity: str) -> str:
-    """Colour of an entity everywhere; one for all that have none of their own."""
+    """Colour of an entity; one colour for all that have none of their own."""
     return ENTITIES[entity][0] if entity in ENTITIES else "#56B4E9"
 
 
 def new_figure(
-    width: float, height: float, columns: int = 1, *, rows: int = 1, **grid
+    width: float, height: float, columns: int = 1, *, rows: int = 1, **grid: Any
 ) -> tuple[Figure, np.ndarray]:
-    """A figure that no interactive window owns, with its axes as a flat array, row by row."""
+    """A figure that no interactive window owns, with its axes as a flat array, row by row.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        columns: Axes in a row.
+        rows: Rows of axes.
+        **grid: Further arguments of matplotlib's ``Figure.subplots``.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(rows, columns, **grid)).ravel()
 
@@ -93,15 +102,14 @@ def need_columns(table: pd.DataFrame, *columns: str) -> None:
     """Raise a ValueError for a table without rows or without one of the columns."""
     missing = [column for column in columns if column not in table]
     if missing or table.empty:
-        raise ValueError(
-            f"the table needs rows and the columns {', '.join(columns)}; "
-            f"{'it is empty' if not missing else 'missing: ' + ', '.join(missing)}"
-        )
+        fault = f"missing: {', '.join(missing)}" if missing else "it is empty"
+        raise ValueError(f"the table needs rows and the columns {', '.join(columns)}; {fault}")
 
 
 def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Figure:
-    """Map of block distances, start against block size: scaled to 0..1 in each row as in
-    arXiv:2403.17887, and raw.
+    """Map of block distances, start against block size.
+
+    On the left each row is scaled to 0..1, as in arXiv:2403.17887; on the right it is raw.
 
     Args:
         table: Columns ``start`` (0-based), ``block_size`` (layers) and ``value``; one row a block.
@@ -114,10 +122,10 @@ def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Fig
     raw = table.pivot(index="block_size", columns="start", values=value).sort_index()
     low, high = raw.min(axis=1), raw.max(axis=1)
     spread = (high - low).where(high > low, 1)
-    figure, axes = new_figure(WIDE, 2.5, 2, sharey=True)
+    figure, (left, right) = new_figure(WIDE, 2.5, 2, sharey=True)
     for axis, values, label in (
-        (axes[0], raw.sub(low, axis=0).div(spread, axis=0), "distance, scaled per row"),
-        (axes[1], raw, "angular distance"),
+        (left, raw.sub(low, axis=0).div(spread, axis=0), "distance, scaled per row"),
+        (right, raw, "angular distance"),
     ):
         sns.heatmap(
             values,
@@ -141,7 +149,7 @@ def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Fig
         axis.invert_yaxis()
         axis.set(xlabel=r"first layer of the block $\ell$ (0-based)", ylabel="")
         axis.tick_params(rotation=0)
-    axes[0].set(ylabel="block size $n$ (layers)")
+    left.set(ylabel="block size $n$ (layers)")
     return figure
 
 
@@ -257,8 +265,9 @@ def chosen_starts(table: pd.DataFrame, *, n_layers: int) -> Figure:
 
 
 def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """Where the closest block begins against its size, both as fractions of the depth, beside
-    published choices.
+    """Where the closest block begins against its size, beside published choices.
+
+    Both are fractions of the depth.
 
     Args:
         chosen: Columns ``model``, ``n_layers``, ``block_size`` and ``start`` (0-based); one row a
@@ -303,12 +312,11 @@ def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
 
 
 def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame) -> Figure:
-    """The whole path in one row: the choice of a block, the loss before and after, and how healing
-    went.
+    """The whole path in one row: choice of a block, loss before and after, and healing.
 
     Args:
         distances: Columns ``start`` (0-based) and ``angular_distance``, of the blocks of one size.
-        losses: Columns ``stage`` and ``loss`` (nats per token), one row a window of evaluation
+        losses: Columns ``stage`` and ``loss`` (nats per token); a row is a window of evaluation
             text.
         history: Columns ``tokens``, ``split`` (``train`` or ``eval``) and ``loss``.
 
@@ -364,16 +372,17 @@ def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame)
 
 
 def save_figure(figure: Figure, name: str, *, tables: Sequence[str | Path], profile: str) -> Path:
-    """Write a figure as PDF and PNG under ``figures/``, with the origin of its numbers inside;
-    bytes are repeatable.
+    """Write a figure as PDF and PNG under ``figures/``, with the origin of its numbers inside.
+
+    The same figure gives the same bytes.
 
     Args:
         figure: Any figure of this module.
-        name: File name without suffix: the notebook's, with a part's name where it has several
-            figures.
-        tables: Result tables the figure was drawn from; their sha256 and commit are written into
-            the files.
-        profile: Profile of the tables; a figure of the smoke profile is stamped, for it is no
+        name: File name without suffix: that of the notebook, with the name of the part where it
+            has several figures.
+        tables: Result tables that the figure was drawn from. Their sha256 and commit are written
+            into the files.
+        profile: Profile of the tables. A figure of the smoke profile is stamped, for it is no
             result.
 
     Returns:

@@ -1,9 +1,7 @@
-"""A pruned model as others get it: a folder that plain transformers loads, with a model card and a
-GGUF file."""
+"""A pruned model as others get it: a folder that plain transformers loads, a card, a GGUF file."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
@@ -11,122 +9,31 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
-import yaml
 from torch import nn
 
-from pruning_utils import (
-    __version__,
-    efficiency,
-    evaluation,
-    models,
-    recipe_study,
-    results,
-    runtime,
-    shape_study,
-    surgery,
-)
+from pruning_utils import __version__, runtime, surgery
 
-CARD, CONVERTER = "README.md", "convert_hf_to_gguf.py"  # the converter is llama.cpp's
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CARD = "README.md"
+CONVERTER = "convert_hf_to_gguf.py"  # of llama.cpp
 GGUF_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
 
-def measure_release(
-    point: dict,
-    *,
-    model: str,
-    revision: str | None,
-    dtype: str,
-    n_windows: int,
-    seq_len: int,
-    batch_size: int,
-) -> dict:
-    """What a released model costs to keep and to run: Table 9 of arXiv:2411.15558.
-
-    Args:
-        point: ``layers`` that are gone (0-based numbers as a text) and ``recipe`` of a
-            :class:`recipe_study.RecipeStudy`, which says whether the head is untied: no cost
-            depends on the weights, so nothing is trained. What else it holds names it.
-        model: Name for :func:`models.load_model`, with ``revision`` and ``dtype``.
-        n_windows: Windows of random tokens that are timed, after a batch that is not.
-        seq_len: Tokens in each.
-        batch_size: Windows in a forward pass.
-
-    Returns:
-        ``parameters``, ``macs`` (multiplications with an addition, of one text of 64 tokens),
-        ``bytes`` of the weights in ``dtype``, and ``seconds`` for all windows.
-    """
-    network, _ = models.load_model(model, revision=revision, dtype=dtype)
-    if point["layers"]:
-        network = surgery.drop_layers(network, [int(layer) for layer in point["layers"].split()])
-    for stage in filter(None, point["recipe"].split(" + ")):
-        method, _, _, *words = stage.split()
-        if method == "last_layers" and recipe_study.further_settings(words).get("untie", True):
-            models.untie_head(network)
-    found = efficiency.stored_parameters(network)
-    vocabulary = network.get_input_embeddings().num_embeddings
-    windows = torch.from_numpy(
-        np.random.default_rng(0).integers(vocabulary, size=(n_windows, seq_len))
-    )
-    evaluation.token_losses(network, windows[:batch_size], batch_size=batch_size)
-    started = time.perf_counter()
-    evaluation.token_losses(network, windows, batch_size=batch_size)
-    return {
-        "parameters": found["total"],
-        "macs": efficiency.forward_flops(network, batch_size=1, n_tokens=64) // 2,
-        "bytes": found["bytes"],
-        "seconds": time.perf_counter() - started,
-    }
-
-
-def release_table(
-    points: Sequence[dict],
-    *,
-    profile: str,
-    notebook: str,
-    model: str,
-    revision: str | None,
-    recompute: bool = False,
-    own_process: bool = True,
-    **settings,
-) -> tuple[pd.DataFrame, Path]:
-    """What :func:`measure_release` finds at these points, read if it is there, and the file that
-    holds it."""
-    path = results.table_path(profile, notebook, f"{results.slug(model)}-release")
-    compute = functools.partial(measure_release, model=model, revision=revision, **settings)
-    return results.sweep(
-        points,
-        compute,
-        path=path,
-        recompute=recompute,
-        executor=shape_study.fresh_processes() if own_process else None,
-        parameters={"model": models.identity(model, revision), **settings},
-    ), path
-
-
-def trained_model(
-    point: dict, *, profile: str, model: str, revision: str | None, **settings
-) -> tuple:
-    """The model of a point of a :class:`recipe_study.RecipeStudy`, and its tokenizer: trained, or
-    as it was kept when a table of this profile trained it. Other arguments, and errors, as
-    there."""
-    kept = recipe_study.checkpoints(profile, settings.get("healing_source"))
-    study = recipe_study.RecipeStudy(
-        [point], model=model, revision=revision, checkpoints=kept, **settings
-    )
-    network, tokenizer, *_ = study.loaded
-    current = study.pruned(network, point)
-    return (study._trained(current, tokenizer, point)[0] if point["recipe"] else current), tokenizer
-
-
 def save_release(
-    model: nn.Module, tokenizer, folder: str | os.PathLike, *, card: str, overwrite: bool = False
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike,
+    *,
+    card: str,
+    overwrite: bool = False,
 ) -> Path:
     """Save a model with its card, as :func:`surgery.save` does, after seeing that plain
     transformers loads the same.
@@ -189,46 +96,45 @@ def model_card(
         raise ValueError(
             "scores must have a row at least: a card without measurements says nothing"
         )
-    header = {
-        "base_model": base,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["layer-pruning", "depth-pruning"],
-    }
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(header, sort_keys=False).strip(),
-            "---",
-            "",
-            f"# {base} without {len(layers)} of its {n_layers} layers",
-            "",
-            f"* Removed: layers {', '.join(map(str, layers))}, counted from 0; "
-            f"{n_layers - len(layers)} are left, {parameters:,} parameters in all.",
-            f"* Trained: {recipe}.",
-            f"* On: {text}.",
-            "",
-            "It is for research on pruning. What the base model may be used for holds for this "
-            "one, and so do its faults; removing layers adds more.",
-            "",
-            "## Scores",
-            "",
-            scores.to_markdown(),
-            "",
-            "## How it was made",
-            "",
-            f"With pruning_utils {__version__}:",
-            "",
-            "```json",
-            json.dumps(record, indent=1, sort_keys=True),
-            "```",
-            "",
-        ]
+    from huggingface_hub import ModelCardData
+
+    header = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["layer-pruning", "depth-pruning"],
     )
+    left = n_layers - len(layers)
+    return f"""---
+{header.to_yaml()}
+---
+
+# {base} without {len(layers)} of its {n_layers} layers
+
+* Removed: layers {", ".join(map(str, layers))}, counted from 0; {left} are left, \
+{parameters:,} parameters in all.
+* Trained: {recipe}.
+* On: {text}.
+
+It is for research on pruning. What the base model may be used for holds for this one, and so do \
+its faults; removing layers adds more.
+
+## Scores
+
+{scores.to_markdown()}
+
+## How it was made
+
+With pruning_utils {__version__}:
+
+```json
+{json.dumps(record, indent=1, sort_keys=True)}
+```
+"""
 
 
 def logit_difference(
-    model: nn.Module, folder: str | os.PathLike, input_ids: torch.Tensor, **loading
+    model: nn.Module, folder: str | os.PathLike, input_ids: torch.Tensor, **loading: Any
 ) -> float:
     """Largest absolute difference of the logits of a model and of what plain transformers loads
     from a folder, given token ids of shape ``(N, T)``; ``loading`` are keywords of its

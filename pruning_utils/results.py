@@ -1,5 +1,4 @@
-"""Compute a table once and keep it: one call, one sweep point by point, and the numbers that tests
-assert.
+"""Compute a table once and keep it, in one call or in a sweep point by point.
 
 A table lives in ``results/<profile>/<NN_slug>/<table>.csv`` with its record in ``run.json`` beside
 it. It is read only while the recorded parameters equal the asked ones; what is returned after
@@ -9,11 +8,13 @@ computing is what any later call returns.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -38,8 +39,7 @@ SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def slug(name: str | os.PathLike) -> str:
-    """A file name for a model: ``org/Name`` becomes ``org--name``, a directory the last part of its
-    path.
+    """A file name for a model: ``org/Name`` becomes ``org--name``, a path its last part.
 
     Raises:
         ValueError: If nothing of the name can be kept.
@@ -54,8 +54,9 @@ def slug(name: str | os.PathLike) -> str:
 
 
 def table_path(profile: str, notebook: str, table: str) -> Path:
-    """Where a notebook's table is kept: ``results/<profile>/<notebook>/<table>.csv`` under the
-    profile's output root.
+    """Where a notebook's table is kept under the profile's output root.
+
+    It is ``results/<profile>/<notebook>/<table>.csv``.
 
     Args:
         profile: Name of the profile, such as ``cpu``.
@@ -80,21 +81,17 @@ def table_path(profile: str, notebook: str, table: str) -> Path:
 
 
 def checkpoint_path(profile: str, trained_by: Sequence[Callable]) -> Path:
-    """Folder for trained weights that depend on these functions of the package: another one for
-    other code."""
-    return (
-        runtime.output_root(profile)
-        / "checkpoints"
-        / definitions.INSTALLED.stamp(*trained_by)["digest"]
+    """Folder for the weights that these functions train; other code has another folder."""
+    return runtime.output_root(profile).joinpath(
+        "checkpoints", definitions.INSTALLED.stamp(*trained_by)["digest"]
     )
 
 
 def stale(path: str | os.PathLike) -> list[str]:
-    """Definitions (``module.name``) that have changed since a table was computed; empty for a fresh
-    one.
+    """Definitions (``module.name``) that have changed since a table was computed.
 
-    A table without a stamp of its code, or with one that cannot be read, is never fresh: the list
-    says so instead.
+    The list of a fresh table is empty. A table without a stamp of its code, or with one that cannot
+    be read, is never fresh: the list says so instead.
 
     Raises:
         ValueError: If the table has no record.
@@ -134,9 +131,9 @@ def load_or_compute(
         FileNotFoundError: If the table is missing and the environment variable
             PRUNING_UTILS_NO_COMPUTE is set.
     """
-    path, parameters = _table_file(path), plain(dict(parameters), "parameters")
+    path, asked = _table_file(path), plain(dict(parameters), "parameters")
     if path.exists() and not recompute:
-        return records.read_table(path, records.checked_record(path, parameters))
+        return records.read_table(path, records.checked_record(path, asked))
     code = _before_computing(path, compute)
     commit = records.package_commit()
     table, cost = records.timed(compute)
@@ -148,7 +145,7 @@ def load_or_compute(
             f"compute must return a DataFrame, or its rows as dicts, for {path}, got "
             f"{type(table).__name__}"
         )
-    _keep(path, table, parameters, commit, {"code": code, **cost})
+    _keep(path, table, asked, commit, {"code": code, **cost})
     return records.read_table(path, read_record(path))
 
 
@@ -161,14 +158,14 @@ def sweep(
     executor: Executor | None = None,
     recompute: bool = False,
 ) -> pd.DataFrame:
-    """Compute a table point by point, saving each as it ends; a run killed at any moment goes on
-    where it was.
+    """Compute a table point by point and save each point as it ends.
 
-    Saved points lie in ``<table>.points/`` until the table is written. A saved point counts only
-    while the code that it was computed with is unchanged, as
-    :mod:`pruning_utils.engine.definitions` tells. Points may be added to a finished sweep later:
-    those in the table are kept (as the table holds them, to six digits), only the new ones are
-    computed.
+    A run that is killed at any moment goes on where it was. Saved points lie in
+    ``<table>.points/`` until the table is written. A saved point counts only while the code that it
+    was computed with is unchanged, as :mod:`pruning_utils.engine.definitions` tells.
+
+    Points may be added to a finished sweep later. Only the new ones are computed; the others are
+    kept as the table holds them, to six digits.
 
     With the environment variable PRUNING_UTILS_PROVE set, a table that other code computed is
     stamped as today's where the first and the last of its points, computed again, have equal rows;
@@ -196,18 +193,18 @@ def sweep(
         RuntimeError: If a point fails (named, after those running beside it were saved), or if
             another process is computing the same table.
     """
-    path, parameters = _table_file(path), plain(dict(parameters), "parameters")
+    path, asked = _table_file(path), plain(dict(parameters), "parameters")
     points, folder = saved_points.checked_points(points), path.with_suffix(".points")
     seeds: list[dict] = []
     if not recompute and not saved_points.unfinished(folder) and path.exists():
-        record = records.checked_record(path, parameters)
+        record = records.checked_record(path, asked)
         if [entry["point"] for entry in record.get("points", [])] == points:
             if os.environ.get(PROVE):
                 record = saved_points.prove(path, record, compute_point)
             return records.read_table(path, record)
         seeds = _reusable(path, record, points)
     code = _before_computing(path, compute_point)
-    with saved_points.opened(folder, parameters, seeds, anew=recompute):
+    with saved_points.opened(folder, asked, seeds, anew=recompute):
         commit = records.package_commit()
         missing = [point for point in points if saved_points.read(folder, point, code) is None]
         with (
@@ -219,13 +216,8 @@ def sweep(
             for outcome in outcomes:
                 saved_points.save(folder, {**outcome, "code": code})
                 progress.update()
-        _keep_points(
-            path,
-            [saved_points.read(folder, point, code) for point in points],
-            parameters,
-            commit,
-            code,
-        )
+        kept = [saved_points.read(folder, point, code) for point in points]
+        _keep_points(path, kept, asked, commit, code)
         saved_points.discard(folder)
     return records.read_table(path, read_record(path))
 
@@ -240,7 +232,10 @@ def _table_file(path: str | os.PathLike) -> Path:
 
 
 def _before_computing(path: Path, compute: Callable) -> dict:
-    """The stamp of the code that computes; what would fail when the table is written fails now."""
+    """The stamp of the code that computes.
+
+    What would fail when the table is written fails now.
+    """
     if os.environ.get(NO_COMPUTE):
         raise FileNotFoundError(
             f"{path} has no finished table with these settings, and {NO_COMPUTE} is set: "
@@ -255,6 +250,7 @@ def _before_computing(path: Path, compute: Callable) -> dict:
 def _keep(
     path: Path, table: pd.DataFrame, parameters: dict, commit: str | None, cost: dict
 ) -> None:
+    """Write a table with its record."""
     record = {
         "parameters": parameters,
         "commit": commit,
@@ -262,14 +258,14 @@ def _keep(
         "device": runtime.device_name(),
         "processor": runtime.processor(),
     }
-    if "dtype" in parameters:  # "auto" is another precision on another machine
+    # "auto" is another precision on another machine.
+    if "dtype" in parameters:
         record["precision"] = runtime.dtype_name(runtime.resolve_dtype(parameters["dtype"]))
     records.write_table(path, table, record | cost)
 
 
 def _reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
-    """The points of a finished table as saved points, so that a sweep with more of them goes on
-    from there."""
+    """The points of a finished table as saved points, from which a longer sweep goes on."""
     asked = {canonical(point) for point in points}
     lost = [
         canonical(entry["point"])
@@ -286,24 +282,23 @@ def _reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
             f"{path} holds {held}; ask for them too, pass recompute=True to replace the table, or "
             "another path to keep both"
         )
-    rows, first, seeds = records.read_table(path, record).to_dict("records"), 0, []
-    for entry in record["points"]:
-        seeds.append(
-            {
-                "point": entry["point"],
-                "rows": rows[first : first + entry["rows"]],
-                "seconds": entry["seconds"],
-                "code": record.get("code"),
-                "peak_memory_bytes": record["peak_memory_bytes"],
-            }
-        )
-        first += entry["rows"]
-    return seeds
+    rows = iter(records.read_table(path, record).to_dict("records"))
+    return [
+        {
+            "point": entry["point"],
+            "rows": list(itertools.islice(rows, entry["rows"])),
+            "seconds": entry["seconds"],
+            "code": record.get("code"),
+            "peak_memory_bytes": record["peak_memory_bytes"],
+        }
+        for entry in record["points"]
+    ]
 
 
 def _keep_points(
-    path: Path, outcomes: list[dict], parameters: dict, commit: str | None, code: dict
+    path: Path, outcomes: list[Any], parameters: dict, commit: str | None, code: dict
 ) -> None:
+    """Write the table of a sweep from the outcomes of its points, of which none is missing."""
     cost = {
         "code": code,
         "seconds": round(sum(outcome["seconds"] for outcome in outcomes), 3),
@@ -313,10 +308,5 @@ def _keep_points(
             for outcome in outcomes
         ],
     }
-    _keep(
-        path,
-        pd.DataFrame([row for outcome in outcomes for row in outcome["rows"]]),
-        parameters,
-        commit,
-        cost,
-    )
+    table = pd.DataFrame([row for outcome in outcomes for row in outcome["rows"]])
+    _keep(path, table, parameters, commit, cost)

@@ -1,5 +1,4 @@
-"""The machine under the experiments: seeds, devices, precision, places on disk, versions, peak
-memory."""
+"""The machine under the experiments: seeds, devices, precision, folders, versions, peak memory."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ import os
 import platform
 import random
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -39,14 +37,14 @@ PACKAGES = (
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 AUTO = "auto"  # bfloat16 where the device multiplies it natively, float32 elsewhere
-# What torch.cpu.get_capabilities calls the instructions that multiply a narrow type: on x86 and on
-# Arm.
+# Names that torch.cpu.get_capabilities has, on x86 and on Arm, for instructions that multiply a
+# narrow type.
 NATIVE_FLAGS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
-# Values of ONEDNN_MAX_CPU_ISA under which oneDNN uses such instructions; without the variable it
-# uses what there is.
+# Parts of values of ONEDNN_MAX_CPU_ISA under which oneDNN uses such instructions. Without the
+# variable it uses what there is.
 NATIVE_LIMITS = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
 
 
@@ -71,9 +69,8 @@ def setup(seed: int = 0) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a debugging aid that takes a tenth of the time
-    )
+    # A debugging aid that takes a tenth of the time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -137,12 +134,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has instructions for products of this type; float32 and wider always count
-    as such.
+    """Whether a device has instructions for products of this type.
 
-    A CUDA GPU multiplies bfloat16 from compute capability 8.0 on, float16 from 7.0 on. For a CPU
-    torch names its instructions; limits that the environment sets (ATEN_CPU_CAPABILITY,
-    ONEDNN_MAX_CPU_ISA) count, so that a better machine can play a weaker one.
+    For float32 and wider types the answer is always yes. A CUDA GPU multiplies bfloat16 from
+    compute capability 8.0 on, float16 from 7.0 on. For a CPU torch names its instructions. Limits
+    that the environment sets (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA) count, so that a better
+    machine can play a weaker one.
     """
     if dtype not in NATIVE_FLAGS:
         return True
@@ -154,16 +151,15 @@ def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
         # Apple's GPUs and others: their makers' word differs from release to release.
         return dtype == torch.float16
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    held_back = torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX") or not any(
-        name in limit for name in NATIVE_LIMITS
-    )
+    torch_allows = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
+    onednn_allows = any(name in limit for name in NATIVE_LIMITS)
     flags = torch.cpu.get_capabilities()
-    return not held_back and any(flags.get(flag) for flag in NATIVE_FLAGS[dtype])
+    return torch_allows and onednn_allows and any(map(flags.get, NATIVE_FLAGS[dtype]))
 
 
 @functools.cache
 def _warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
-    """Once in a process, with a measurement of a fraction of a second."""
+    """Warn, once in a process, with a measurement of a fraction of a second."""
     times = _product_seconds(dtype, device) / _product_seconds(torch.float32, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     warnings.warn(
@@ -176,8 +172,10 @@ def _warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of a linear layer of the embedded model's size on 128 tokens, forwards and backwards,
-    at best."""
+    """Least of two times of a linear layer on 128 tokens, forwards and backwards.
+
+    The layer has the size of one of the embedded model.
+    """
     seconds = []
     with torch.enable_grad():
         weight, states = (
@@ -193,8 +191,7 @@ def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def processor() -> str:
-    """The processor's name with the widest of its instructions that decide speed, such as ``AMD
-    EPYC (AVX2)``."""
+    """The processor and its instructions that decide speed, such as ``AMD EPYC (AVX2)``."""
     flags = torch.cpu.get_capabilities()
     found = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if flags.get(name)]
     name = flags.get("cpu_name") or platform.processor() or platform.machine()
@@ -202,8 +199,7 @@ def processor() -> str:
 
 
 def cache_dir() -> Path:
-    """Per-user folder for what is derived once and kept: ``$PRUNING_UTILS_CACHE``, else the XDG
-    cache."""
+    """Folder of the user for what is derived once: ``$PRUNING_UTILS_CACHE``, else the XDG cache."""
     if configured := os.environ.get("PRUNING_UTILS_CACHE"):
         return Path(configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pruning_utils"
@@ -224,13 +220,13 @@ def output_root(profile: str) -> Path:
     if configured := os.environ.get("PRUNING_UTILS_OUTPUT"):
         return Path(configured)
     if profile == "smoke":
-        return Path(tempfile.gettempdir()) / f"pruning_utils_smoke_{os.getuid()}"
+        # Windows has no numbers of users, and a temporary folder for each of them.
+        return Path(tempfile.gettempdir()) / f"pruning_utils_smoke_{getattr(os, 'getuid', int)()}"
     return project_root()
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages a number can depend on; absent packages are
-    left out."""
+    """Versions of Python and of the installed ones of the packages that a number can depend on."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -239,19 +235,18 @@ def versions() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """Name of the GPU that :func:`choose_device` would take, or ``cpu`` with the number of torch
-    threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"cpu ({torch.get_num_threads()} threads)"
+    """Name of the GPU that :func:`choose_device` takes, or ``cpu`` with the number of threads."""
+    has_gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_name() if has_gpu else f"cpu ({torch.get_num_threads()} threads)"
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process in bytes: allocated CUDA memory where a GPU is used, else
-    resident memory.
+    """Peak memory of this process in bytes.
 
-    On Linux the kernel's own mark is read, for what ``getrusage`` reports begins, in a process
-    started by another, at the size that the other had.
+    With a GPU it is the CUDA memory that torch allocated, else resident memory. On Linux the
+    kernel's own mark is read: what ``getrusage`` reports begins, in a process started by another,
+    at the size that the other had. Windows keeps no such mark that Python reads: there, without a
+    GPU, it is 0.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -260,14 +255,17 @@ def peak_memory_bytes() -> int:
         mark := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
     ):
         return 1024 * int(mark[1])
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` to write a file to; rename it into place only when the
-    block succeeds.
+    """Yield a temporary sibling of ``path`` to write a file to; rename it if the block succeeds.
 
     A reader sees the old file or the whole new one, never a half; on any error the temporary file
     is removed.

@@ -1,5 +1,4 @@
-"""From distances or scores to the layers to drop; every selector returns 0-based layer numbers in
-ascending order."""
+"""From distances or scores to the layers to drop, as 0-based layer numbers in ascending order."""
 
 from __future__ import annotations
 
@@ -9,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pruning_utils.engine.checks import whole_number
+
 
 class Block(NamedTuple):
-    """A run of layers: ``size`` layers from ``start`` on (0-based), and the distance between its
-    two ends."""
+    """``size`` layers from ``start`` on (0-based), and the distance between their two ends."""
 
     start: int
     size: int
@@ -47,8 +47,8 @@ def block_distances(distance: np.ndarray, block_size: int, *, keep_last: int = 0
             f"distance must be a square matrix of L+1 rows, got shape {distance.shape}"
         )
     n_layers = len(distance) - 1
-    _check_count("keep_last", keep_last, 0, n_layers - 1)
-    _check_count("block_size", block_size, 1, n_layers - keep_last)
+    whole_number("keep_last", keep_last, 0, n_layers - 1)
+    whole_number("block_size", block_size, 1, n_layers - keep_last)
     values = np.diagonal(distance, block_size)[: n_layers - keep_last - block_size + 1]
     if np.isnan(values).any():
         raise ValueError(
@@ -58,8 +58,9 @@ def block_distances(distance: np.ndarray, block_size: int, *, keep_last: int = 0
 
 
 def best_block(distance: np.ndarray, block_size: int, *, keep_last: int = 0) -> Block:
-    """The block whose ends are closest, l*(n) of arXiv:2403.17887, Eq. (7); ties take the lower
-    start.
+    """The block whose ends are closest, l*(n) of arXiv:2403.17887, Eq. (7).
+
+    Of equal distances the one with the lower start is taken.
 
     Arguments and errors as for :func:`block_distances`.
     """
@@ -77,8 +78,7 @@ def resampled_starts(
     seed: int = 0,
     keep_last: int = 0,
 ) -> np.ndarray:
-    """First layer of the best block when the calibration samples are drawn again: the bootstrap of
-    :func:`best_block`.
+    """First layer of the best block when the calibration samples are drawn again (bootstrap).
 
     Args:
         samples: ``(N, L+1, L+1)`` distances of single samples, before the mean; all finite.
@@ -101,8 +101,8 @@ def resampled_starts(
             f"with {int((~np.isfinite(samples)).sum())} that are not finite"
         )
     n_starts = len(block_distances(samples[0], block_size, keep_last=keep_last))
-    _check_count("n_samples", n_samples, 1, 10**9)
-    _check_count("draws", draws, 1, 10**9)
+    whole_number("n_samples", n_samples, 1, 10**9)
+    whole_number("draws", draws, 1, 10**9)
     values = np.diagonal(samples, block_size, axis1=1, axis2=2)[:, :n_starts]
     weights = np.random.default_rng(seed).multinomial(
         n_samples, np.full(len(values), 1 / len(values)), draws
@@ -111,10 +111,11 @@ def resampled_starts(
 
 
 def least_important(
-    scores: Sequence[float], n: int, *, keep_first: int = 0, keep_last: int = 0
+    scores: Sequence[float] | np.ndarray, n: int, *, keep_first: int = 0, keep_last: int = 0
 ) -> tuple[int, ...]:
-    """The n layers with the lowest scores: one-shot pruning; ``keep_first=4, keep_last=2`` is the
-    "+" rule.
+    """The n layers with the lowest scores, all removed at once.
+
+    With ``keep_first=4, keep_last=2`` it is the "+" rule of arXiv:2402.02834.
 
     Args:
         scores: One score a layer, shape ``(L,)``; +inf ranks last, NaN is refused.
@@ -132,61 +133,59 @@ def least_important(
 
 
 def removal_order(
-    scores: Sequence[float], *, keep_first: int = 0, keep_last: int = 0, n: int | None = None
+    scores: Sequence[float] | np.ndarray,
+    *,
+    keep_first: int = 0,
+    keep_last: int = 0,
+    n: int | None = None,
 ) -> tuple[int, ...]:
-    """Unprotected layers from the least important on (not ascending): all of them where n is None,
-    or the first n.
+    """Unprotected layers from the least important on, not in ascending order of their numbers.
 
-    Arguments and errors as for :func:`least_important`.
+    All of them where n is None, else the first n. Arguments and errors as for
+    :func:`least_important`.
     """
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != 1 or len(scores) == 0:
-        raise ValueError(f"scores must hold one number a layer, got shape {scores.shape}")
-    if np.isnan(scores).any():
-        raise ValueError(f"the score of layer {int(np.isnan(scores).argmax())} is NaN")
-    n_layers = len(scores)
-    _check_count("keep_first", keep_first, 0, n_layers)
-    _check_count("keep_last", keep_last, 0, n_layers - keep_first)
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"scores must hold one number a layer, got shape {values.shape}")
+    if np.isnan(values).any():
+        raise ValueError(f"the score of layer {int(np.isnan(values).argmax())} is NaN")
+    n_layers = len(values)
+    whole_number("keep_first", keep_first, 0, n_layers)
+    whole_number("keep_last", keep_last, 0, n_layers - keep_first)
     if n is not None:
-        _check_count(
-            "n", n, 0, min(n_layers - keep_first - keep_last, n_layers - 1), "unprotected layers"
-        )
-    order = np.argsort(scores, kind="stable")
+        most = min(n_layers - keep_first - keep_last, n_layers - 1)
+        whole_number("n", n, 0, most, of="unprotected layers")
+    order = np.argsort(values, kind="stable")
     return tuple(int(layer) for layer in order if keep_first <= layer < n_layers - keep_last)[:n]
 
 
 def deepest(n_layers: int, n: int, *, keep_last: int = 1) -> tuple[int, ...]:
-    """The n deepest layers above the last ``keep_last``: the simple rule of arXiv:2403.17887, Sec.
-    4.4, for 1.
+    """The n deepest layers before the last ``keep_last``, which stay.
 
-    With ``keep_last=0`` it is the reverse order of arXiv:2411.15558, which removes the last layer
-    too.
+    With ``keep_last=1`` it is the simple rule of arXiv:2403.17887, Sec. 4.4. With ``keep_last=0``
+    it is the reverse order of arXiv:2411.15558, which removes the last layer too.
     """
-    _check_count("n_layers", n_layers, 1, 10**6)
-    _check_count("keep_last", keep_last, 0, n_layers)
-    _check_count("n", n, 0, min(n_layers - keep_last, n_layers - 1), "unprotected layers")
+    whole_number("n_layers", n_layers, 1, 10**6)
+    whole_number("keep_last", keep_last, 0, n_layers)
+    whole_number("n", n, 0, min(n_layers - keep_last, n_layers - 1), of="unprotected layers")
     return tuple(range(n_layers - keep_last - n, n_layers - keep_last))
 
 
 def alternate(n_layers: int, n: int) -> tuple[int, ...]:
-    """Every second layer from L-2 downwards, then the rest from L-3 downwards; the last layer
-    stays."""
-    _check_count("n_layers", n_layers, 1, 10**6)
-    _check_count("n", n, 0, n_layers - 1, "layers below the last")
+    """Every second layer from L-2 downwards, then the rest from L-3 downwards; layer L-1 stays."""
+    whole_number("n_layers", n_layers, 1, 10**6)
+    whole_number("n", n, 0, n_layers - 1, of="layers below the last")
     order = [*range(n_layers - 2, -1, -2), *range(n_layers - 3, -1, -2)]
     return tuple(sorted(order[:n]))
 
 
 def random_layers(n_layers: int, n: int, *, seed: int) -> tuple[int, ...]:
     """n different layers, all equally likely, drawn by ``seed``, a whole number from 0 on."""
-    _check_count("n_layers", n_layers, 1, 10**6)
-    _check_count("n", n, 0, n_layers - 1)
-    _check_count("seed", seed, 0, 2**64)
-    return tuple(
-        sorted(
-            int(layer) for layer in np.random.default_rng(seed).choice(n_layers, n, replace=False)
-        )
-    )
+    whole_number("n_layers", n_layers, 1, 10**6)
+    whole_number("n", n, 0, n_layers - 1)
+    whole_number("seed", seed, 0, 2**64)
+    drawn = np.random.default_rng(seed).choice(n_layers, n, replace=False)
+    return tuple(sorted(int(layer) for layer in drawn))
 
 
 def count_for_fraction(n_layers: int, fraction: float) -> int:
@@ -195,7 +194,7 @@ def count_for_fraction(n_layers: int, fraction: float) -> int:
     Raises:
         ValueError: If the fraction is outside [0, 1), or would leave no layer.
     """
-    _check_count("n_layers", n_layers, 1, 10**6)
+    whole_number("n_layers", n_layers, 1, 10**6)
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction!r}")
     # 50 * 0.29 is 14.499999999999998 in binary, and rounds up.
@@ -203,15 +202,3 @@ def count_for_fraction(n_layers: int, fraction: float) -> int:
     if n == n_layers:
         raise ValueError(f"fraction {fraction} of {n_layers} layers would leave none")
     return n
-
-
-def _check_count(name: str, value: int, lowest: int, highest: int, of: str = "") -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, np.integer))
-        or not lowest <= value <= highest
-    ):
-        raise ValueError(
-            f"{name} must be a whole number from {lowest} to {highest}{f' ({of})' if of else ''}, "
-            f"got {value!r}"
-        )

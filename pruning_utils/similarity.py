@@ -1,5 +1,4 @@
-"""How alike the hidden states before and after each run of layers are: every block and both token
-rules in one pass."""
+"""How alike the hidden states before and after each block of layers are, all in one pass."""
 
 from __future__ import annotations
 
@@ -12,20 +11,22 @@ from torch import nn
 
 from pruning_utils import models
 from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.checks import whole_number
 
-# Where cos is this near 1 or -1, the fp32 Gram has lost the angle's digits; |u - v| or |u + v|
-# still holds them.
+# Where a cosine is this near to 1 or -1, the float32 Gram matrix has lost the angle's digits. The
+# chord |u - v| or |u + v| still holds them.
 SMALL_ANGLE_COSINE = 0.999
+# Tokens whose states are multiplied at once. A chunk's states fit the processor's cache: the pass
+# is bound by memory, not by arithmetic.
 CHUNK_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Distances between the inputs of layers, and the influence of each layer; L is the number of
-    layers.
+    """Distances between the inputs of layers, and the influence of each of the L layers.
 
     Index i of a state is 0-based: i < L is the input of layer i, and L the raw output of the last
-    layer, before the final norm. All arrays are float64.
+    layer, before the final norm. All means are float64.
 
     Attributes:
         angular_distance: ``(L+1, L+1)``, symmetric with a zero diagonal, in [0, 1] (1 is opposite).
@@ -37,7 +38,8 @@ class Similarity:
         block_influence_flattened: ``(L,)``, 1 minus one cosine over all tokens' states laid end to
             end, as in released code of arXiv:2411.15558; a single token with a huge norm decides
             it.
-        n_samples: Number of samples, and ``n_tokens`` of real tokens, that the means are over.
+        n_samples: Number of samples that the means are over.
+        n_tokens: Number of real tokens that the means are over.
         last_token_samples: ``(n_samples, L+1, L+1)`` float32: the distances at the last token
             before the mean, from which intervals are drawn.
     """
@@ -58,8 +60,7 @@ def measure_similarity(
     *,
     batch_size: int = 8,
 ) -> Similarity:
-    """Measure angular distances of all blocks and block influence of all layers in one pass over
-    the text.
+    """Measure the angular distance of every block and the influence of every layer in one pass.
 
     Per token, the L+1 states are scaled to unit length and multiplied with each other; angles and
     cosines go into running sums, so that the states of only one micro-batch are alive at a time.
@@ -83,12 +84,7 @@ def measure_similarity(
             sample are named).
     """
     models.check_input_ids(model, input_ids)
-    if (
-        isinstance(batch_size, bool)
-        or not isinstance(batch_size, int | np.integer)
-        or batch_size < 1
-    ):
-        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    batch_size = whole_number("batch_size", batch_size, 1)
     rows, lengths = align_right_padded(input_ids, attention_mask)
     sums = _RunningSums(len(models.decoder_layers(model)))
     with _LayerStates(model) as states, torch.no_grad():
@@ -138,8 +134,7 @@ def align_right_padded(
 
 
 class _LayerStates:
-    """Collects the input of every decoder layer and the raw output of the last one while the
-    backbone runs."""
+    """Collects every decoder layer's input, and the last one's raw output, in a forward pass."""
 
     def __init__(self, model: nn.Module):
         self.model, self.layers = model, models.decoder_layers(model)
@@ -147,9 +142,8 @@ class _LayerStates:
 
     def __enter__(self):
         self.modes = {module: module.training for module in self.model.modules()}
-        for module in (
-            self.modes
-        ):  # in evaluation mode, 4-bit layers on a CPU pack their weights and train no more
+        for module in self.modes:
+            # In evaluation mode, 4-bit layers on a CPU pack their weights and train no more.
             module.training = bool(getattr(module, "support_avx512bf16_for_cpu", False))
         self.hooks = [
             layer.register_forward_pre_hook(self._keep_input, with_kwargs=True)
@@ -192,20 +186,24 @@ class _RunningSums:
         self.angles = np.zeros((self.n_states, self.n_states))
         self.influence, self.inner = np.zeros(n_layers), np.zeros(n_layers)
         self.squares = np.zeros(self.n_states)
-        self.n_tokens, self.last = 0, []
+        self.n_tokens = 0
+        self.last: list[np.ndarray] = []
 
     def add(self, states: list[torch.Tensor], lengths: torch.Tensor, first_sample: int) -> None:
-        """Add one micro-batch: L+1 states of shape (batch, seq_len, hidden), and the real tokens of
-        each row."""
-        batch, seq_len, hidden = states[0].shape
+        """Add one micro-batch.
+
+        Args:
+            states: L+1 tensors of shape ``(batch, seq_len, hidden)``.
+            lengths: Real tokens of each row.
+            first_sample: Number of the first row among all samples.
+        """
+        _, seq_len, hidden = states[0].shape
         real = (torch.arange(seq_len, device=lengths.device) < lengths[:, None]).flatten()
         rows = [
             state.flatten(0, 1) if bool(real.all()) else state.flatten(0, 1)[real]
             for state in states
         ]
         n_tokens = len(rows[0])
-        # A chunk's states fit the processor's cache: the pass is bound by memory, not by
-        # arithmetic.
         chunk = rows[0].new_empty(
             min(n_tokens, CHUNK_TOKENS), self.n_states, hidden, dtype=torch.float32
         )
@@ -215,15 +213,11 @@ class _RunningSums:
                 by_token[:, index] = row[start : start + CHUNK_TOKENS]
             angle, cosine, norm = _angles(by_token)
             if not bool(torch.isfinite(angle).all()):
-                index, token = (
-                    int(place) for place in (~torch.isfinite(norm) | (norm == 0)).T.nonzero()[0]
-                )
-                sample = first_sample + int(
-                    torch.searchsorted(lengths.cumsum(0), start + token, right=True)
-                )
+                index, token = (~torch.isfinite(norm) | (norm == 0)).T.nonzero()[0].tolist()
+                among = int(torch.searchsorted(lengths.cumsum(0), start + token, right=True))
                 raise ValueError(
                     f"the input of layer {index} (where {self.n_states - 1} is the output of the "
-                    f"last) is zero or not finite at a token of sample {sample}"
+                    f"last) is zero or not finite at a token of sample {first_sample + among}"
                 )
             self.angles += angle.sum(0, dtype=torch.float64).cpu().numpy()
             neighbours = cosine.diagonal(1, dim1=1, dim2=2).double()
@@ -231,15 +225,12 @@ class _RunningSums:
             self.inner += (neighbours * norm[:, 1:] * norm[:, :-1]).sum(0).cpu().numpy()
             self.squares += norm.square().sum(0).cpu().numpy()
         ends = lengths.cumsum(0) - 1
-        self.last.append(
-            _angles(torch.stack([row[ends] for row in rows], dim=1).double())[0]
-            .float()
-            .cpu()
-            .numpy()
-        )
+        angle, _, _ = _angles(torch.stack([row[ends] for row in rows], dim=1).double())
+        self.last.append(angle.float().cpu().numpy())
         self.n_tokens += n_tokens
 
     def result(self) -> Similarity:
+        """The means over everything that was added."""
         samples = np.concatenate(self.last)
         lengths = np.sqrt(self.squares)
         last, every = samples.mean(0, dtype=np.float64), self.angles / self.n_tokens
@@ -268,9 +259,8 @@ def _angles(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """
     gram = torch.bmm(states, states.transpose(1, 2))
     norm = gram.diagonal(dim1=1, dim2=2).sqrt().double()
-    if not bool(
-        ((norm > 1e-15) & (norm < 1e15)).all()
-    ):  # squares near the ends of the float range lose digits
+    # Squares near the ends of the float range lose digits.
+    if not bool(((norm > 1e-15) & (norm < 1e15)).all()):
         scale = states.abs().amax(-1, keepdim=True)
         states = states / scale
         gram = torch.bmm(states, states.transpose(1, 2))

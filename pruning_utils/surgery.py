@@ -1,5 +1,4 @@
-"""Remove decoder layers from a model, save the smaller model, write the same cut as a mergekit
-plan.
+"""Remove decoder layers from a model, save the smaller one, write the cut as a mergekit plan.
 
 Layers are numbered from 0, in the order in which they run. A cut is planned completely, on a copy
 of the configuration and on two weightless copies of the model, before the model itself changes: an
@@ -9,6 +8,7 @@ error leaves it as it was.
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import re
 import tempfile
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pruning_utils import __version__, runtime
-from pruning_utils.models import decoder_layers
+from pruning_utils.models import decoder_layers, text_config
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,38 +54,40 @@ BOUNDARIES = {
     "moe_layer_start_index": 0,
     "moe_layer_end_index": 1,
 }
-# Of RWKV, which halves weights by layer number as it evaluates, and of Inkling 2, which attends
-# over groups of layers.
+# RWKV halves weights by layer number as it evaluates; Inkling 2 attends over groups of layers.
 COUNTED_WHEN_RUN = ("rescale_every", "n_layers_per_attn_res_block")
 # Lists that may be as long as the model is deep by chance, or that are rewritten by name.
 OTHER_LISTS = re.compile(
     "architectures|.*_token_ids?|.*_multipliers|time_step_limit|mtp_.*|(block|attention)_types"
 )
-# Caches count no tokens.
+# Kinds of layers whose caches count no tokens.
 WITHOUT_LENGTH = frozenset(("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"))
+ABSENT = "absent"  # stands for the value of an attribute that a module does not have
 MARKER = "pruning_utils.json"  # tells our directories from somebody else's
 
 
 def _kept_layers(layers: Iterable[int], n_layers: int) -> list[int]:
-    """Ascending numbers of the layers that stay when ``layers`` go; ValueError for anything but
-    different numbers."""
+    """Ascending numbers of the layers that stay when ``layers`` go, or a ValueError."""
     allowed = f"layers must be different integers in [0, {n_layers})"
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
         raise ValueError(f"{allowed}, got {layers!r}")
-    dropped: set[int] = set()
-    for layer in layers:
-        number = layer.item() if hasattr(layer, "item") else layer  # NumPy and torch scalars
-        if (
-            not isinstance(number, int)
-            or isinstance(number, bool)
-            or not 0 <= number < n_layers
-            or number in dropped
-        ):
-            raise ValueError(f"{allowed}, got {layer!r}{' twice' if number in dropped else ''}")
-        dropped.add(number)
+    # Scalars of NumPy and torch count as the numbers that they hold.
+    dropped = [layer.item() if hasattr(layer, "item") else layer for layer in layers]
+    for place, layer in enumerate(dropped):
+        if type(layer) is not int or not 0 <= layer < n_layers:
+            raise ValueError(f"{allowed}, got {layer!r}")
+        if layer in dropped[:place]:
+            raise ValueError(f"{allowed}, got {layer!r} twice")
     if len(dropped) == n_layers:
         raise ValueError(f"at least one layer must stay, got all {n_layers} to drop")
     return [layer for layer in range(n_layers) if layer not in dropped]
+
+
+def _keep(layers: nn.ModuleList, kept: list[int]) -> None:
+    """Delete, in place, all layers but those with these numbers."""
+    for layer in reversed(range(len(layers))):
+        if layer not in kept:
+            del layers[layer]
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -96,38 +98,50 @@ def _refuse_adapters(model: nn.Module) -> None:
         )
 
 
-def _refuse_unfit(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> None:
-    """ValueError for what no configuration repairs: adapters, shared weights, computations that
-    depend on depth."""
+def refuse_unfit(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> None:
+    """Refuse a cut for reasons that no configuration repairs.
+
+    Args:
+        model: A causal language model.
+        layers: Its decoder layers.
+        kept: Ascending 0-based numbers of the layers that are to stay, at least one.
+
+    Raises:
+        ValueError: If the model carries adapters, layers share weights, or the cache of what stays
+            could not count tokens.
+    """
     _refuse_adapters(model)
     owner: dict[int, int] = {}
     for number, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
             if owner.setdefault(id(parameter), number) != number:
                 raise ValueError(f"layers {owner[id(parameter)]} and {number} share {name}")
-    text = model.config.get_text_config(decoder=True)
-    if types := getattr(text, "layer_types", None):
-        if not WITHOUT_LENGTH.issuperset(types) and WITHOUT_LENGTH.issuperset(
-            types[layer] for layer in kept
-        ):
-            raise ValueError(
-                "no attention layer would stay, and without one the cache cannot count tokens"
-            )
-        if (
-            text.model_type == "minimax" and types[kept[0]] != "full_attention"
-        ):  # its cache asks layer 0 for the length
-            raise ValueError(f"the first layer must be one of full attention, got {types[kept[0]]}")
+    text = text_config(model)
+    types = getattr(text, "layer_types", None) or []
+    left = [types[layer] for layer in kept] if types else []
+    if left and WITHOUT_LENGTH.issuperset(left) and not WITHOUT_LENGTH.issuperset(types):
+        raise ValueError(
+            "no attention layer would stay, and without one the cache cannot count tokens"
+        )
+    # MiniMax's cache asks layer 0 for the length.
+    if left and text.model_type == "minimax" and left[0] != "full_attention":
+        raise ValueError(f"the first layer must be one of full attention, got {left[0]}")
+
+
+# --- the configuration ----------------------------------------------------------------------------
 
 
 def _new_fields(text: PreTrainedConfig, kept: list[int]) -> dict[str, object]:
-    """What changes in a decoder's configuration; ValueError for an unknown field that seems to
-    speak of layers."""
-    n_layers, position = text.num_hidden_layers, {layer: new for new, layer in enumerate(kept)}
+    """What changes in a decoder's configuration.
+
+    ValueError for an unknown field that seems to speak of layers.
+    """
+    n_layers = text.num_hidden_layers
     fields: dict[str, object] = {"num_hidden_layers": len(kept)}
     for name, value in vars(text).items():
         if name in COUNTED_WHEN_RUN and value:
             raise ValueError(f"{name} = {value} counts layers as the model runs")
-        if isinstance(value, int) and name in BOUNDARIES and value < n_layers:
+        if name in BOUNDARIES and isinstance(value, int) and value < n_layers:
             fields[name] = (
                 sum(layer < value + BOUNDARIES[name] for layer in kept) - BOUNDARIES[name]
             )
@@ -136,46 +150,53 @@ def _new_fields(text: PreTrainedConfig, kept: list[int]) -> dict[str, object]:
         if name in ENTRY_PER_LAYER and len(value) == n_layers:
             fields[name] = [value[layer] for layer in kept]
         elif name in LAYER_NUMBERS:
-            fields[name] = [position[layer] for layer in value if layer in position]
+            fields[name] = [kept.index(layer) for layer in value if layer in kept]
         elif len(value) == n_layers or (
             "layer" in name and all(type(entry) is int for entry in value)
         ):
             raise ValueError(
                 f"{name} = {value} seems to speak of single layers in a way that is not known here"
             )
-    if fields.get("attention_layers"):  # GPT-Neo expands its attention_types whenever it is loaded
-        fields["attention_types"] = [[fields["attention_layers"], 1]]
-    if isinstance(
-        getattr(text, "block_types", None), list
-    ):  # a pattern that RecurrentGemma repeats
-        fields["block_types"] = [(text.block_types * n_layers)[layer] for layer in kept]
-    if (
-        step := getattr(text, "decoder_sparse_step", None) or 1
-    ) > 1:  # every step-th layer is a mixture of experts
-        fields |= {
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [
-                position[layer]
-                for layer in kept
-                if (layer + 1) % step or layer in text.mlp_only_layers
-            ],
-        }
-    if overrides := text.to_dict().get("per_layer_config"):
-        fields["per_layer_config"] = {
-            position[int(layer)]: values
+    return fields | _fields_of_own_form(text, fields, kept)
+
+
+def _fields_of_own_form(
+    text: PreTrainedConfig, fields: dict[str, object], kept: list[int]
+) -> dict[str, object]:
+    """Fields in which single architectures speak of layers, each in a form of its own."""
+    found: dict[str, object] = {}
+    # GPT-Neo expands its attention_types whenever it is loaded.
+    if fields.get("attention_layers"):
+        found["attention_types"] = [[fields["attention_layers"], 1]]
+    # RecurrentGemma repeats a pattern.
+    if isinstance(getattr(text, "block_types", None), list):
+        found["block_types"] = [text.block_types[layer % len(text.block_types)] for layer in kept]
+    # Every step-th layer is a mixture of experts, but those that are listed.
+    step = getattr(text, "decoder_sparse_step", None) or 1
+    if step > 1:
+        dense = [layer for layer in kept if (layer + 1) % step or layer in text.mlp_only_layers]
+        found["decoder_sparse_step"] = 1
+        found["mlp_only_layers"] = [kept.index(layer) for layer in dense]
+    overrides = text.to_dict().get("per_layer_config")
+    if overrides:
+        found["per_layer_config"] = {
+            kept.index(int(layer)): values
             for layer, values in overrides.items()
-            if int(layer) in position
+            if int(layer) in kept
         }
-    return fields
+    return found
 
 
 def _planned_configuration(
     config: PreTrainedConfig, kept: list[int]
 ) -> tuple[PreTrainedConfig, PreTrainedConfig]:
-    """The configuration of the smaller model, and the same as it comes back from disk; ValueError
-    if it differs."""
-    old, planned = config.get_text_config(decoder=True), copy.deepcopy(config)
-    new, fields = planned.get_text_config(decoder=True), _new_fields(old, kept)
+    """The configuration of the smaller model, and the same as it comes back from disk.
+
+    ValueError if the two differ.
+    """
+    planned = copy.deepcopy(config)
+    old, new = config.get_text_config(decoder=True), planned.get_text_config(decoder=True)
+    fields = _new_fields(old, kept)
     for field, value in fields.items():
         setattr(new, field, value)
     reloaded = type(planned).from_dict(planned.to_diff_dict())
@@ -199,90 +220,115 @@ def _planned_configuration(
     return planned, reloaded
 
 
-def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """``type(model)(config)`` without memory for weights."""
+def configurations(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The decoder's configuration, and what modules hold of its class: itself, or copies of it."""
+    text = text_config(model)
+    held = (own for part in model.modules() for own in vars(part).values())
+    return [text, *(own for own in held if type(own) is type(text))]
+
+
+# --- weightless copies ----------------------------------------------------------------------------
+
+
+def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the same class as a configuration describes it, without memory for weights.
+
+    Args:
+        model: The model whose class is taken.
+        config: The configuration; it is left as it was.
+
+    Returns:
+        ``type(model)(config)`` on torch's device ``meta``.
+    """
     from transformers.initialization import meta_device_safe_creation_ops
 
     config = copy.deepcopy(config)
-    config._attn_implementation = (
-        "eager"  # the others may ask for hardware that a comparison does not need
-    )
+    # Other implementations may ask for hardware that a comparison does not need.
+    config._attn_implementation = "eager"
     with torch.device("meta"), meta_device_safe_creation_ops():
         return type(model)(config)
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that a checkpoint of ``model`` holds."""
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a checkpoint of ``model`` holds, by their names."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _facts(module: nn.Module) -> dict[tuple[str, str], object]:
-    """Class and plain attributes of every submodule (tuples as lists, as JSON has it), and the
-    shapes of tensors."""
+def facts(module: nn.Module) -> dict[tuple[str, str], object]:
+    """What can be compared of two models without their weights.
 
-    def plain(value: object) -> bool:
-        return (
-            all(map(plain, value))
-            if isinstance(value, (list, tuple))
-            else isinstance(value, plain_types)
-        )
+    Returns:
+        By path and name of an attribute: of every submodule its class, as ``class``, and its plain
+        attributes (tuples as lists, as JSON has it); of every saved tensor its ``shape``.
+    """
+    found: dict[tuple[str, str], object] = {}
+    for path, part in module.named_modules():
+        for name, value in {"class": type(part).__name__, **vars(part)}.items():
+            # Where a model came from says nothing of its layers.
+            if name != "name_or_path" and _is_plain(value):
+                found[path, name] = list(value) if isinstance(value, tuple) else value
+    return found | {(name, "shape"): shape for name, shape in shapes(module).items()}
 
-    plain_types = (type(None), int, float, str, torch.dtype)
-    return {
-        (path, name): list(value) if isinstance(value, tuple) else value
-        for path, part in module.named_modules()
-        for name, value in {"class": type(part).__name__, **vars(part)}.items()
-        if plain(value) and name != "name_or_path"
-    } | {  # where a model came from says nothing of its layers
-        (name, "shape"): shape for name, shape in _shapes(module).items()
-    }
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a number, a text, a dtype or None, or a list or tuple of such values."""
+    plain = isinstance(value, (type(None), int, float, str, torch.dtype))
+    return plain or (isinstance(value, (list, tuple)) and all(map(_is_plain, value)))
 
 
 def _attribute_changes(
     before: PreTrainedModel, after: PreTrainedModel, name: str, kept: list[int]
-) -> list[tuple]:
-    """What makes ``before``, sliced here, an ``after``, skeletons both: (module path, attribute,
-    value).
+) -> list[tuple[str, str, object]]:
+    """What makes ``before``, sliced here, an ``after``: (module path, attribute, value).
 
-    ValueError for what differs beyond numbers of layers, a rule that the new configuration cannot
-    express: a scale by depth, a first layer unlike the others, a shape. ``name`` is the path of the
-    list of layers.
+    Both are skeletons; ``name`` is the path of the list of layers. ValueError for what differs
+    beyond numbers of layers, a rule that the new configuration cannot express: a scale by depth, a
+    first layer unlike the others, a shape.
     """
-    n_layers, changes = len(before.get_submodule(name)), []
-    for layer in sorted(set(range(n_layers)).difference(kept), reverse=True):
-        del before.get_submodule(name)[layer]
-    old, new = _facts(before), _facts(after)
+    n_layers = len(before.get_submodule(name))
+    _keep(before.get_submodule(name), kept)
+    old, new = facts(before), facts(after)
+    changes = []
     for path, attribute in sorted(old.keys() | new.keys()):
-        one, other = (facts.get((path, attribute), "absent") for facts in (old, new))
-        if type(one) is type(other) and one == other:
+        value, other = old.get((path, attribute), ABSENT), new.get((path, attribute), ABSENT)
+        is_same = type(value) is type(other) and value == other
+        is_outside = attribute != "shape" and not path.startswith(f"{name}.")
+        # What is outside the layers may serve a kind of layer that has gone altogether.
+        if is_same or (is_outside and other == ABSENT):
             continue
-        if other == "absent" and attribute != "shape" and not path.startswith(f"{name}."):
-            continue  # belonged to a kind of layer that has gone altogether
-        if type(one) is list:
-            allowed = (
-                [one[layer] for layer in kept] if len(one) == n_layers else None,
-                [kept.index(layer) for layer in one if layer in kept],
-                [kind for kind in one if kind in other],
-            )
-        else:
-            allowed = (
-                (sum(layer < one for layer in kept),)
-                if type(one) is int and 0 <= one <= n_layers
-                else ()
-            )
-        if other not in allowed:
-            raise ValueError(f"{path}.{attribute} is {one}, and would be {other} after a reload")
+        if other not in _renumbered(value, other, kept, n_layers):
+            raise ValueError(f"{path}.{attribute} is {value}, and would be {other} after a reload")
         changes.append((path, attribute, other))
     return changes
 
 
-def drop_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
-    """Remove decoder layers in place: the model computes, generates with a cache, saves and reloads
-    without them.
+def _renumbered(value: object, other: object, kept: list[int], n_layers: int) -> list[object]:
+    """What may become of an attribute once only the layers ``kept`` are left.
 
-    The layers that stay are renumbered, and every field of the configuration that speaks of single
-    layers is cut to match. Weights are neither copied nor converted, tied nor untied. Any error
-    comes before the first change.
+    An integer may be the number of a layer. A list may hold an entry for each layer, numbers of
+    layers, or kinds of layers, of which those in ``other`` are left.
+    """
+    if type(value) is int and 0 <= value <= n_layers:
+        return [sum(layer < value for layer in kept)]
+    if type(value) is not list:
+        return []
+    return [
+        [value[layer] for layer in kept] if len(value) == n_layers else [],
+        [kept.index(layer) for layer in value if layer in kept],
+        [kind for kind in value if isinstance(other, list) and kind in other],
+    ]
+
+
+# --- cutting, saving, describing ------------------------------------------------------------------
+
+
+def drop_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
+    """Remove decoder layers in place.
+
+    The model computes, generates with a cache, saves and reloads without them. The layers that stay
+    are renumbered, and every field of the configuration that speaks of single layers is cut to
+    match. Weights are neither copied nor converted, tied nor untied. Any error comes before the
+    first change.
 
     Args:
         model: A causal language model of transformers, at any dtype, also bitsandbytes-quantised.
@@ -299,34 +345,31 @@ def drop_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMode
             (the message names it).
     """
     decoder = decoder_layers(model)
-    if len(kept := _kept_layers(layers, len(decoder))) == len(decoder):
+    kept = _kept_layers(layers, len(decoder))
+    if len(kept) == len(decoder):
         return model
     try:
-        _refuse_unfit(model, decoder, kept)
+        refuse_unfit(model, decoder, kept)
         name = next(path for path, module in model.named_modules() if module is decoder)
         planned, reloaded = _planned_configuration(model.config, kept)
-        before = _skeleton(model, model.config)
+        before = skeleton(model, model.config)
         # Packed weights have other names and shapes than the skeleton's.
-        if getattr(model, "hf_quantizer", None) is None and _shapes(model) != _shapes(before):
+        if getattr(model, "hf_quantizer", None) is None and shapes(model) != shapes(before):
             raise ValueError("its weights are not those that its configuration describes")
-        changes = _attribute_changes(before, _skeleton(model, reloaded), name, kept)
+        changes = _attribute_changes(before, skeleton(model, reloaded), name, kept)
     except Exception as error:  # the code of the architectures refuses in many ways
         raise ValueError(
             f"{type(model).__name__} cannot be cut to layers {kept}: {error}"
         ) from error
-    for layer in sorted(set(range(len(decoder))).difference(kept), reverse=True):
-        del decoder[layer]
+    _keep(decoder, kept)
     for path, attribute, value in changes:
         setattr(model.get_submodule(path), attribute, value)
-    old, new = (config.get_text_config(decoder=True) for config in (model.config, planned))
-    changed = {field: value for field, value in vars(new).items() if vars(old).get(field) != value}
-    # Modules may hold copies of the configuration, without the fields that differ between layers.
-    for holder in (
-        old,
-        *(own for part in model.modules() for own in vars(part).values() if type(own) is type(old)),
-    ):
-        vars(holder).update(
-            {field: value for field, value in changed.items() if field in vars(holder)}
+    old, new = vars(text_config(model)), vars(planned.get_text_config(decoder=True))
+    changed = {field: value for field, value in new.items() if old.get(field) != value}
+    for config in configurations(model):
+        # Copies that layers hold lack the fields that differ between layers.
+        vars(config).update(
+            {field: value for field, value in changed.items() if field in vars(config)}
         )
     return model
 
@@ -338,8 +381,7 @@ def save(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write a directory that plain ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``
-    load.
+    """Write a directory that plain ``from_pretrained`` of a model and of a tokenizer loads.
 
     It is written beside ``path`` and renamed into place: a reader sees the old directory or the
     whole new one.
@@ -359,7 +401,7 @@ def save(
         OSError: If writing fails (a full disk, say), with ``path`` named; nothing half-written
             stays.
     """
-    path, quantizer = Path(path), getattr(model, "hf_quantizer", None)
+    path = Path(path)
     ours = path.is_dir() and (overwrite or (path / MARKER).is_file() or not any(path.iterdir()))
     if path.exists() and not ours:
         raise ValueError(
@@ -368,14 +410,13 @@ def save(
     _refuse_adapters(model)
     # On some CPUs bitsandbytes repacks 4-bit weights when it first evaluates, rounds their scales
     # and unpacks wrongly.
-    if any(
-        getattr(getattr(weight, "quant_state", 0), "packing_format_for_cpu", 0)
-        for weight in model.parameters()
-    ):
+    states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
         raise ValueError(
             "4-bit weights that have evaluated on this CPU cannot be saved: drop the same layers "
             "from a fresh copy and save it before its first forward pass"
         )
+    quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_serializable():
         raise ValueError(
             f"{type(quantizer).__name__} cannot save its weights: drop the same layers in 16 or 32 "
@@ -384,32 +425,34 @@ def save(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
-            new, old = Path(beside, "new"), Path(beside, "old")
+            new = Path(beside, "new")
             model.save_pretrained(new)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             (new / MARKER).write_text(f'{{"pruning_utils": "{__version__}"}}\n')
             for file in filter(Path.is_file, new.iterdir()):
                 file.chmod(0o644)  # safetensors lets nobody else read
-            if path.exists():
-                os.replace(path, old)
-            try:
-                os.replace(new, path)
-            except OSError:
-                if old.exists():
-                    os.replace(old, path)
-                raise
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # safetensors gives the number of a system error in its text only
-        code = getattr(error, "errno", None) or int(
-            (re.search(r"os error (\d+)", str(error)) or "05")[1]
-        )
+            _replace_directory(path, new, Path(beside, "old"))
+    except (OSError, SafetensorError) as error:
+        # safetensors gives the number of a system error in its text only.
+        told = re.search(r"os error (\d+)", str(error))
+        code = getattr(error, "errno", None) or (int(told[1]) if told else errno.EIO)
         raise OSError(
             code, f"could not write {path}: {getattr(error, 'strerror', None) or error}"
         ) from error
     return path
+
+
+def _replace_directory(path: Path, new: Path, old: Path) -> None:
+    """Rename ``new`` to ``path``; what was there becomes ``old``, or stays if that fails."""
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
 
 
 def mergekit_plan(
@@ -431,25 +474,20 @@ def mergekit_plan(
         ValueError: As :func:`drop_layers`; or for another dtype, an empty name, or ``n_layers``
             below 1.
     """
-    if (
-        not isinstance(model_name, str)
-        or not model_name
-        or type(n_layers) is not int
-        or n_layers < 1
-    ):
+    if not (isinstance(model_name, str) and model_name and type(n_layers) is int and n_layers > 0):
         raise ValueError(
             f"model_name must be a name and n_layers at least 1, got {model_name!r} and "
             f"{n_layers!r}"
         )
     kept = _kept_layers(layers, n_layers)
-    runs = zip(
-        [layer for layer in kept if layer - 1 not in kept],
-        [layer + 1 for layer in kept if layer + 1 not in kept],
-        strict=True,
-    )
+    starts = [layer for layer in kept if layer - 1 not in kept]
+    ends = [layer + 1 for layer in kept if layer + 1 not in kept]
     plan = {
-        "slices": [{"sources": [{"model": model_name, "layer_range": list(run)}]} for run in runs],
+        "slices": [
+            {"sources": [{"model": model_name, "layer_range": [start, end]}]}
+            for start, end in zip(starts, ends, strict=True)
+        ],
         "merge_method": "passthrough",
-        "dtype": str(runtime.resolve_dtype(dtype)).removeprefix("torch."),
+        "dtype": runtime.dtype_name(runtime.resolve_dtype(dtype)),
     }
     return yaml.safe_dump(plan, sort_keys=False, default_flow_style=None)

@@ -1,23 +1,18 @@
-"""Make each layer narrower: fewer feed-forward channels and heads, the baseline that dropping
-layers is held against.
+"""Make each layer narrower, in channels and heads: the baseline that dropping layers has to beat.
 
 Width pruning as in arXiv:2402.02834 (Shortened LLaMA), Sec. 2: all layers stay, and each becomes
 thinner. Each keeps equally many channels and heads, so that a configuration can describe the
 result; the residual stream and the dimension of a head stay. What belongs together is read off the
 dependency graph of Torch-Pruning (arXiv:2301.12900).
 
-A cut consists of ``rows`` and of the number of units that each layer keeps. A unit is what stays or
-goes as a whole: a channel, or a key-value head with its query heads. ``rows`` maps the path of a
-linear module within a layer, and a dimension of its weight (0: it gives the channels, 1: it reads
-them), to the rows or columns, from 0, of each unit: an array ``(n_units, rows of a unit)``.
+A unit is what stays or goes as a whole: a channel, or a key-value head with its query heads.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +21,50 @@ from torch import nn
 from pruning_utils import importance, models, surgery
 
 if TYPE_CHECKING:  # importing it takes seconds
-    from transformers import PreTrainedModel
+    import torch_pruning
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 CRITERIA = ("magnitude", "taylor")
+GIVES = 0  # the dimension of a linear weight that gives the channels
+READS = 1  # the one that reads them
+
+# From the path of a linear module within a layer, and a dimension of its weight, to the rows or
+# columns, from 0, of each unit: an array (n_units, rows of a unit).
+Rows = dict[tuple[str, int], np.ndarray]
+
+
+class _Cut(NamedTuple):
+    """One kind of units of which each layer keeps ``n_kept``."""
+
+    rows: Rows
+    n_kept: int
+
+    @property
+    def n_units(self) -> int:
+        """Units that each layer has."""
+        return len(next(iter(self.rows.values())))
+
+
+class _Plan(NamedTuple):
+    """What a call changes.
+
+    ``fields`` are those of the configuration, ``attributes`` those of modules (path, name, value),
+    and ``result`` is the model as it will be, without weights.
+    """
+
+    fields: dict[str, int]
+    cuts: list[_Cut]
+    attributes: list[tuple[str, str, int]]
+    result: PreTrainedModel
+
+
+class _Share(NamedTuple):
+    """Which scores a weight has a share in: of which cut and layer, along which dimension."""
+
+    cut: int
+    layer: int
+    dim: int
+    units: np.ndarray
 
 
 def prune_width(
@@ -40,14 +76,14 @@ def prune_width(
     input_ids: torch.Tensor | None = None,
     batch_size: int | None = None,
 ) -> PreTrainedModel:
-    """Keep, in place, the feed-forward channels and key-value heads that score highest in each
-    layer.
+    """Keep, in place, the channels and key-value heads that score highest in each layer.
 
-    The score is over all weights that go if the unit goes: for a channel its rows of the gate and
-    up projections and its column of the down projection; for a key-value head its rows of the key
-    and value projections, the rows of its query heads, and their columns of the output projection;
-    each time with the biases of the rows. Of equal scores the first stays. What stays keeps its
-    order. Any error comes before the first change.
+    The channels are those of the feed-forward network. The score is over all weights that go if the
+    unit goes. For a channel these are its rows of the gate and up projections and its column of the
+    down projection. For a key-value head these are its rows of the key and value projections, the
+    rows of its query heads, and their columns of the output projection. The biases of the rows
+    count each time. Of equal scores the first stays. What stays keeps its order. Any error comes
+    before the first change.
 
     Args:
         model: A causal language model in 16 or 32 bits whose layers are alike, such as Llama,
@@ -81,36 +117,26 @@ def prune_width(
         )
     if input_ids is not None:
         models.check_input_ids(model, input_ids, shortest=2)
-    fields, cuts, attributes, _ = _plan(model, intermediate_size, n_kv_heads)
-    if not cuts:
+    plan = _plan(model, intermediate_size, n_kv_heads)
+    if not plan.cuts:
         return model
-    for (rows, n_kept), scores in zip(
-        cuts, _scores(model, cuts, input_ids, batch_size), strict=True
-    ):
-        _remove(model, rows, np.argsort(-scores, axis=1, kind="stable")[:, n_kept:])
-    for path, name, value in attributes:
+    all_scores = _scores(model, plan.cuts, input_ids, batch_size)
+    for cut, scores in zip(plan.cuts, all_scores, strict=True):
+        best_first = np.argsort(-scores, axis=1, kind="stable")
+        _remove(model, cut.rows, best_first[:, cut.n_kept :])
+    for path, name, value in plan.attributes:
         setattr(model.get_submodule(path), name, value)
-    text = models.text_config(model)
-    # Modules may hold copies of the configuration.
-    for config in (
-        text,
-        *(
-            own
-            for part in model.modules()
-            for own in vars(part).values()
-            if type(own) is type(text)
-        ),
-    ):
-        for field, value in fields.items():
-            setattr(config, field, value)
+    for config in surgery.configurations(model):
+        _set_fields(config, plan.fields)
     return model
 
 
 def width_of_equal_size(
     model: PreTrainedModel, n_parameters: int, *, n_kv_heads: int | None = None
 ) -> int:
-    """Feed-forward channels per layer with which a model has the number of parameters nearest to
-    ``n_parameters``.
+    """Channels per layer with which the number of parameters is nearest to ``n_parameters``.
+
+    The channels are those of the feed-forward network.
 
     Args:
         model: As for :func:`prune_width`, with two channels or more; it is left as it was.
@@ -123,10 +149,12 @@ def width_of_equal_size(
     Raises:
         ValueError: As for :func:`prune_width`, or if no size from 1 to the present one leads there.
     """
+    layers = models.decoder_layers(model)
     one, two = (
-        _n_parameters(models.decoder_layers(_plan(model, size, n_kv_heads)[-1])) for size in (1, 2)
+        _n_parameters(models.decoder_layers(_plan(model, size, n_kv_heads).result))
+        for size in (1, 2)
     )
-    least = _n_parameters(model) - _n_parameters(models.decoder_layers(model)) + one
+    least = _n_parameters(model) - _n_parameters(layers) + one
     most = least + (two - one) * (models.text_config(model).intermediate_size - 1)
     if type(n_parameters) is not int or not least <= n_parameters <= most:
         raise ValueError(
@@ -139,93 +167,152 @@ def _n_parameters(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def _plan(
-    model: PreTrainedModel, intermediate_size: int, n_kv_heads: int | None
-) -> tuple[dict, list, list, nn.Module]:
-    """Configuration fields, cuts, module attributes that change (path, name, value), and the result
-    without weights."""
+def _set_fields(config: PreTrainedConfig, fields: dict[str, int]) -> None:
+    for name, value in fields.items():
+        setattr(config, name, value)
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def _plan(model: PreTrainedModel, intermediate_size: int, n_kv_heads: int | None) -> _Plan:
+    """What a call changes, found out without changing the model."""
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantised: load it with quantize=None (bfloat16 or float32)")
-    text, asked, fields, cuts, attributes = models.text_config(model), {}, {}, [], []
-    for name, field, size in (
-        ("intermediate_size", "intermediate_size", intermediate_size),
-        ("n_kv_heads", "num_key_value_heads", n_kv_heads),
-    )[: 1 if n_kv_heads is None else 2]:
-        if type(present := getattr(text, field, None)) is not int:
-            raise ValueError(
-                f"{type(model).__name__} cannot be cut to a width: its {field} is {present}"
-            )
-        if type(size) is not int or not 1 <= size <= present:
-            raise ValueError(f"{name} must be a whole number from 1 to {present}, got {size!r}")
-        if size < present:
-            asked[field] = size
-    layers = models.decoder_layers(model)
+    asked = {"intermediate_size": _checked_size(model, "intermediate_size", intermediate_size)}
+    if n_kv_heads is not None:
+        asked["num_key_value_heads"] = _checked_size(model, "n_kv_heads", n_kv_heads)
+    sizes = {field: size for field, size in asked.items() if size < _present_size(model, field)}
     try:
-        surgery._refuse_unfit(model, layers, list(range(len(layers))))
-        config, before = model.config, surgery._skeleton(model, model.config).eval()
-        if surgery._shapes(model) != surgery._shapes(before):
-            raise ValueError("its weights are not those that its configuration describes")
-        if any(surgery._shapes(layer) != surgery._shapes(layers[0]) for layer in layers):
-            raise ValueError("its layers are not alike")
-        for field, size in asked.items():
-            fields[field] = size
-            if field == "num_key_value_heads":
-                fields["num_attention_heads"] = (
-                    text.num_attention_heads // text.num_key_value_heads * size
-                )
-                # Where it is not written down, fewer heads would be taken for larger ones.
-                fields["head_dim"] = (
-                    getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-                )
-            config = copy.deepcopy(config)
-            for name, value in fields.items():
-                setattr(config.get_text_config(decoder=True), name, value)
-            after = surgery._skeleton(
-                model, type(config).from_dict(config.to_diff_dict())
-            ).eval()  # as it is loaded
-            cuts.append((_coupled_rows(before, after, getattr(text, field)), size))
-            # The rehearsal: what is left of the weightless model must have the shapes of one made
-            # with this size.
-            _remove(before, cuts[-1][0], [range(size, getattr(text, field))] * len(layers))
-            attributes += _changed_attributes(before, after)
-            before = after
+        return _rehearsed(model, sizes)
     except Exception as error:  # the code of the architectures refuses in many ways
-        raise ValueError(f"{type(model).__name__} cannot be cut to {asked}: {error}") from error
-    return fields, cuts, attributes, before
+        raise ValueError(f"{type(model).__name__} cannot be cut to {sizes}: {error}") from error
 
 
-def _coupled_rows(
-    before: PreTrainedModel, after: PreTrainedModel, n_units: int
-) -> dict[tuple[str, int], np.ndarray]:
-    """``rows`` of the cut that turns one weightless model into the other, by tracing the first
-    layer."""
+def _checked_size(model: PreTrainedModel, name: str, size: int) -> int:
+    """A size that an argument asks for, or a ValueError that calls it by the argument's name."""
+    field = "num_key_value_heads" if name == "n_kv_heads" else name
+    present = _present_size(model, field)
+    if type(size) is not int or not 1 <= size <= present:
+        raise ValueError(f"{name} must be a whole number from 1 to {present}, got {size!r}")
+    return size
+
+
+def _present_size(model: PreTrainedModel, field: str) -> int:
+    present = getattr(models.text_config(model), field, None)
+    if type(present) is not int:
+        raise ValueError(
+            f"{type(model).__name__} cannot be cut to a width: its {field} is {present}"
+        )
+    return present
+
+
+def _rehearsed(model: PreTrainedModel, sizes: dict[str, int]) -> _Plan:
+    """The plan for sizes by their fields, each carried out on a model without weights."""
+    layers = models.decoder_layers(model)
+    surgery.refuse_unfit(model, layers, list(range(len(layers))))
+    before = surgery.skeleton(model, model.config).eval()
+    if surgery.shapes(model) != surgery.shapes(before):
+        raise ValueError("its weights are not those that its configuration describes")
+    if any(surgery.shapes(layer) != surgery.shapes(layers[0]) for layer in layers):
+        raise ValueError("its layers are not alike")
+    text = models.text_config(model)
+    config = copy.deepcopy(model.config)
+    fields: dict[str, int] = {}
+    cuts: list[_Cut] = []
+    attributes: list[tuple[str, str, int]] = []
+    for field, size in sizes.items():
+        n_units = _present_size(model, field)
+        fields |= _changed_fields(text, field, size)
+        _set_fields(config.get_text_config(decoder=True), fields)
+        # As it is loaded.
+        after = surgery.skeleton(model, type(config).from_dict(config.to_diff_dict())).eval()
+        rows = _coupled_rows(before, after, n_units)
+        # What is left of the weightless model must be like one that was made with this size.
+        _remove(before, rows, [range(size, n_units)] * len(layers))
+        attributes += _changed_attributes(before, after)
+        cuts.append(_Cut(rows, size))
+        before = after
+    return _Plan(fields, cuts, attributes, before)
+
+
+def _changed_fields(text: PreTrainedConfig, field: str, size: int) -> dict[str, int]:
+    """Fields of a configuration that follow from a new value of one of them."""
+    if field != "num_key_value_heads":
+        return {field: size}
+    queries = text.num_attention_heads // text.num_key_value_heads
+    # Where it is not written down, fewer heads would be taken for larger ones.
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return {field: size, "num_attention_heads": queries * size, "head_dim": head_dim}
+
+
+def _coupled_rows(before: PreTrainedModel, after: PreTrainedModel, n_units: int) -> Rows:
+    """The rows of the cut that turns one weightless model into the other.
+
+    They are read off the dependency graph of the first layer, of which each unit is asked for.
+    """
     import torch_pruning
 
-    short, calls = copy.deepcopy(before), []
-    (layer, *_) = layers = models.decoder_layers(short)
+    short = copy.deepcopy(before)
+    layers = models.decoder_layers(short)
     del layers[1:]
-    paths = {
-        module: path for path, module in layer.named_modules() if isinstance(module, nn.Linear)
+    layer = layers[0]
+    linear = {module: path for path, module in layer.named_modules() if _is_linear(module)}
+    reader = _reader(linear, models.decoder_layers(after)[0])
+    graph = _dependency_graph(short, layer)
+    width = reader.in_features // n_units
+    # One question for each unit; for channels one in all, since the graph then says which row comes
+    # from which column. Where key-value heads are repeated it does not.
+    questions = np.arange(reader.in_features).reshape(-1, width if width > 1 else n_units)
+    found: Rows = {}
+    for unit, columns in enumerate(questions.tolist()):
+        group = graph.get_pruning_group(reader, torch_pruning.prune_linear_in_channels, columns)
+        for item in group:
+            module = item.dep.target.module
+            if module not in linear:
+                continue
+            dim = READS if item.dep.handler == torch_pruning.prune_linear_in_channels else GIVES
+            unit_of_row = np.full(module.weight.shape[dim], -1)
+            unit_of_row = found.setdefault((linear[module], dim), unit_of_row)
+            unit_of_row[item.idxs] = unit if width > 1 else item.root_idxs
+    _refuse_unequal_parts(found, n_units)
+    return {
+        key: np.argsort(unit_of_row, kind="stable").reshape(n_units, -1)
+        for key, unit_of_row in found.items()
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _reader(linear: dict[nn.Module, str], narrow: nn.Module) -> nn.Linear:
+    """The one linear module of a layer that reads fewer channels in the narrow layer."""
     readers = [
         module
-        for module, path in paths.items()
-        if module.in_features != models.decoder_layers(after)[0].get_submodule(path).in_features
+        for module, path in linear.items()
+        if module.in_features != narrow.get_submodule(path).in_features
     ]
     if len(readers) != 1:
         raise ValueError(
             f"{len(readers)} linear modules of a layer, instead of one, would read fewer channels"
         )
+    return readers[0]
+
+
+def _dependency_graph(short: PreTrainedModel, layer: nn.Module) -> torch_pruning.DependencyGraph:
+    """The dependency graph of a layer, from a weightless model that has no other."""
+    import torch_pruning
+
+    calls: list[tuple] = []
     layer.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    # Of one token, the heads that are joined again would look like a flattened image to the graph.
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    # A mask of four dimensions is taken as it is; any other would be looked into, and there is
+    # nothing to see.
+    mask = torch.zeros(1, 1, 2, 2, device="meta")
     with torch.enable_grad():
-        # Of one token, the heads that are joined again would look like a flattened image to the
-        # graph. A mask of four dimensions is taken as it is; any other would be looked into, and
-        # there is nothing to see.
-        short(
-            torch.zeros(1, 2, dtype=torch.long, device="meta"),
-            use_cache=False,
-            attention_mask=torch.zeros(1, 1, 2, 2, device="meta"),
-        )
+        short(ids, use_cache=False, attention_mask=mask)
         graph = torch_pruning.DependencyGraph().build_dependency(
             layer, calls[0], lambda layer, call: layer(*call[0], **call[1]), verbose=False
         )
@@ -236,118 +323,134 @@ def _coupled_rows(
         node.enable_index_mapping = node.type != torch_pruning.ops.OPTYPE.CONCAT
         for dependency in node.dependencies:
             dependency.index_mapping[1] = None
-    reader, width, found = readers[0], readers[0].in_features // n_units, {}
-    # One question for each unit; for channels one in all, since the graph then says which row comes
-    # from which column. Where key-value heads are repeated it does not.
-    for unit, columns in enumerate(
-        np.arange(reader.in_features).reshape(-1, width if width > 1 else n_units).tolist()
-    ):
-        for item in graph.get_pruning_group(
-            reader, torch_pruning.prune_linear_in_channels, columns
-        ):
-            if path := paths.get(module := item.dep.target.module):
-                dim = int(item.dep.handler == torch_pruning.prune_linear_in_channels)
-                rows = found.setdefault((path, dim), np.full(module.weight.shape[dim], -1))
-                rows[item.idxs] = unit if width > 1 else item.root_idxs
-    if any(
-        sorted(units) != sorted([*range(n_units)] * (len(units) // n_units))
-        for units in found.values()
-    ):
-        raise ValueError(
-            f"the rows of {', '.join(path for path, _ in found)} do not fall into {n_units} equal "
-            "parts"
-        )
-    return {
-        key: np.argsort(units, kind="stable").reshape(n_units, -1) for key, units in found.items()
-    }
+    return graph
 
 
-def _remove(model: nn.Module, rows: dict[tuple[str, int], np.ndarray], dropped: Iterable) -> None:
-    """Remove the units with these numbers, one sequence for each layer; numbers in configurations
-    stay as they are."""
+def _refuse_unequal_parts(unit_of_row: Rows, n_units: int) -> None:
+    """ValueError unless each unit has equally many rows, and every row belongs to one."""
+    for units in unit_of_row.values():
+        if sorted(units) != sorted([*range(n_units)] * (len(units) // n_units)):
+            raise ValueError(
+                f"the rows of {', '.join(path for path, _ in unit_of_row)} do not fall into "
+                f"{n_units} equal parts"
+            )
+
+
+def _remove(model: nn.Module, rows: Rows, dropped: Iterable[Sequence[int]]) -> None:
+    """Remove the units with these numbers, one sequence for each layer.
+
+    Numbers in configurations stay as they are.
+    """
     import torch_pruning
 
     for layer, units in zip(models.decoder_layers(model), dropped, strict=True):
         for (path, dim), index in rows.items():
             module = layer.get_submodule(path)
             flags = [weight.requires_grad for weight in module.parameters()]
-            remove = (
-                torch_pruning.prune_linear_in_channels
-                if dim
-                else torch_pruning.prune_linear_out_channels
-            )
-            remove(module, index[units].flatten().tolist())
-            for weight, flag in zip(
-                module.parameters(), flags, strict=True
-            ):  # new ones, which all require gradients
+            numbers = index[units].flatten().tolist()
+            if dim == READS:
+                torch_pruning.prune_linear_in_channels(module, numbers)
+            else:
+                torch_pruning.prune_linear_out_channels(module, numbers)
+            # The weights are new ones, which all require gradients.
+            for weight, flag in zip(module.parameters(), flags, strict=True):
                 weight.requires_grad_(flag)
 
 
 def _changed_attributes(before: nn.Module, after: nn.Module) -> list[tuple[str, str, int]]:
     """Numbers that modules keep and that differ; ValueError for any other difference."""
-    old, new = (
-        {
-            **surgery._facts(model),
-            **{(name, "shape"): tuple(tensor.shape) for name, tensor in (model.named_buffers())},
-        }
-        for model in (before, after)
-    )
-    changed = [key for key in old | new if old.get(key) != new.get(key)]
-    for path, name in changed:
-        if type(new.get((path, name))) is not int:
-            raise ValueError(
-                f"{path}.{name} would be {new.get((path, name))}, but {old.get((path, name))} is "
-                "left"
-            )
-    return [(*key, new[key]) for key in changed]
+    old, new = _facts_and_buffers(before), _facts_and_buffers(after)
+    changed = []
+    for path, name in old | new:
+        was, becomes = old.get((path, name)), new.get((path, name))
+        if was == becomes:
+            continue
+        if type(becomes) is not int:
+            raise ValueError(f"{path}.{name} would be {becomes}, but {was} is left")
+        changed.append((path, name, becomes))
+    return changed
+
+
+def _facts_and_buffers(model: nn.Module) -> dict[tuple[str, str], object]:
+    """As :func:`surgery.facts`, with the shapes of buffers that are not saved."""
+    buffers = {(name, "shape"): tuple(buffer.shape) for name, buffer in model.named_buffers()}
+    return surgery.facts(model) | buffers
+
+
+# --- the scores -----------------------------------------------------------------------------------
 
 
 def _scores(
-    model: nn.Module, cuts: list, input_ids: torch.Tensor | None, batch_size: int | None
+    model: nn.Module, cuts: list[_Cut], input_ids: torch.Tensor | None, batch_size: int | None
 ) -> list[np.ndarray]:
-    """For each cut float64 scores ``(L, n_units)``: Taylor's where there are token ids, else
-    magnitudes."""
-    layers = models.decoder_layers(model)
-    owner = {
-        weight: (place, number, dim, index)
-        for place, (rows, _) in enumerate(cuts)
-        for (path, dim), index in rows.items()
-        for number, layer in enumerate(layers)
-        for name, weight in layer.get_submodule(path).named_parameters()
-        if name == "weight" or dim == 0
-    }
-    parts = {}
+    """For each cut float64 scores ``(L, n_units)``.
+
+    They are Taylor's where there are token ids, else magnitudes.
+    """
+    shares = _shares(model, cuts)
+    if input_ids is None:
+        sums = {weight: _sums_of_squares(weight, share) for weight, share in shares.items()}
+    else:
+        sums = _sums_of_products(model, shares, input_ids, batch_size)
+    n_layers = len(models.decoder_layers(model))
+    scores = [np.zeros((n_layers, cut.n_units)) for cut in cuts]
+    for weight, share in shares.items():
+        scores[share.cut][share.layer] += sums[weight]
+    if not all(np.isfinite(of_cut).all() for of_cut in scores):
+        raise ValueError("a score is not finite, so a weight or its gradient is not")
+    return [np.sqrt(of_cut) for of_cut in scores] if input_ids is None else scores
+
+
+def _shares(model: nn.Module, cuts: list[_Cut]) -> dict[nn.Parameter, _Share]:
+    """All weights that go if units go, each with the scores that it has a share in."""
+    shares: dict[nn.Parameter, _Share] = {}
+    for number, cut in enumerate(cuts):
+        for (path, dim), units in cut.rows.items():
+            for place, layer in enumerate(models.decoder_layers(model)):
+                module = layer.get_submodule(path)
+                shares[module.weight] = _Share(number, place, dim, units)
+                # A bias has an entry for each channel that is given, none for those that are read.
+                if dim == GIVES and module.bias is not None:
+                    shares[module.bias] = _Share(number, place, dim, units)
+    return shares
+
+
+def _sums_of_squares(weight: nn.Parameter, share: _Share) -> np.ndarray:
+    """Sum of squares of what a weight has of each unit, ``(n_units,)``."""
+    values = weight.detach().float()
+    return _sums(values * values, share)
+
+
+def _sums_of_products(
+    model: nn.Module,
+    shares: dict[nn.Parameter, _Share],
+    input_ids: torch.Tensor,
+    batch_size: int | None,
+) -> dict[nn.Parameter, np.ndarray]:
+    """Sums over units of the sizes of products of weights with their gradients."""
+    sums: dict[nn.Parameter, np.ndarray] = {}
 
     def collect(weight: nn.Parameter) -> None:
-        """Sums over what a weight has of each unit; of squares, or of products with the gradient
-        where there is one."""
-        _, _, dim, index = owner[weight]
-        values = weight.detach().float()
-        values = (
-            (values * (values if input_ids is None else weight.grad.float())).abs().movedim(dim, 0)
-        )
-        parts[weight] = (
-            values.reshape(len(values), -1)
-            .sum(1, dtype=torch.float64)
-            .cpu()
-            .numpy()[index]
-            .sum(axis=1)
-        )
+        sums[weight] = _sums(weight.detach().float() * weight.grad.float(), shares[weight])
 
-    with contextlib.ExitStack() as undo:
-        for weight in owner:
-            if input_ids is None:
-                collect(weight)
-            else:  # called before the hooks of the score of layers, which let each gradient go
-                undo.callback(weight.requires_grad_, weight.requires_grad)
-                undo.callback(
-                    weight.requires_grad_(True).register_post_accumulate_grad_hook(collect).remove
-                )
-        if input_ids is not None:
-            importance.taylor(model, input_ids, batch_size=batch_size)
-    scores = [np.zeros((len(layers), len(next(iter(rows.values()))))) for rows, _ in cuts]
-    for weight, (place, number, _, _) in owner.items():
-        scores[place][number] += parts[weight]
-    if not all(np.isfinite(own).all() for own in scores):
-        raise ValueError("a score is not finite, so a weight or its gradient is not")
-    return scores if input_ids is not None else [np.sqrt(own) for own in scores]
+    flags = {weight: weight.requires_grad for weight in shares}
+    hooks = []
+    try:
+        for weight in shares:
+            weight.requires_grad_(True)
+            # It is called before the hooks of the score of layers, which let each gradient go.
+            hooks.append(weight.register_post_accumulate_grad_hook(collect))
+        importance.taylor(model, input_ids, batch_size=batch_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight, flag in flags.items():
+            weight.requires_grad_(flag)
+    return sums
+
+
+def _sums(values: torch.Tensor, share: _Share) -> np.ndarray:
+    """Sums of absolute values over the rows of each unit, in float64, ``(n_units,)``."""
+    rows = values.abs().movedim(share.dim, 0)
+    of_rows = rows.reshape(len(rows), -1).sum(1, dtype=torch.float64).cpu().numpy()
+    return of_rows[share.units].sum(axis=1)

@@ -1,16 +1,22 @@
-"""Notebooks, the values to run them with, and which of them must wait for which."""
+"""Notebooks, the values to run them with, and which of them must wait for which.
+
+:mod:`parameters` says what may be given for a parameter. A dotted name such as ``healing.steps``
+replaces one value that is there; a whole mapping of settings may hold only keys that the notebook
+has, as it reads them by name; mappings of :data:`parameters.CHOSEN_KEYS` may hold any.
+"""
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import notebook_files
 import yaml
+from parameters import Refused, Values, literal, setting_keys
 
-COMMITTED = "cpu"  # the profile whose executed notebooks are the committed ones
+# The profile whose executed notebooks are the committed ones.
+COMMITTED = "cpu"
 READS = "reads its tables, and would compute them beside it"
 TRAINS = "takes models that it trains, and would write the same files beside it"
 # For a notebook those that must have ended before it begins, if they run at all, and why.
@@ -24,10 +30,6 @@ AFTER = {
     "11_one_shot_or_iterative": {"09_seven_metrics": READS, "10_how_to_heal": TRAINS},
     "12_the_recommended_model": {"09_seven_metrics": READS, "11_one_shot_or_iterative": TRAINS},
 }
-
-
-class Refused(ValueError):
-    """The command or a profile asks for what is not there."""
 
 
 class Failed(Exception):
@@ -56,8 +58,7 @@ class Job:
         return self.path.stem
 
     def kept_at(self, project: Path) -> Path:
-        """Where the executed copy is kept in the checkout: it replaces the notebook, or lies beside
-        its results."""
+        """Where the executed copy is kept: in place of the notebook, or beside its results."""
         if self.profile == COMMITTED and not set(self.changes) - notebook_files.UNRECORDED:
             return self.path
         return project / "results" / self.profile / "notebooks" / self.path.name
@@ -84,37 +85,60 @@ def plan(
         Refused: Before anything runs, naming all that is unknown and what is allowed.
     """
     paths = notebook_paths(project)
-    unknown = [start for start in only if not any(name.startswith(start) for name in paths)]
-    if unknown or not paths:
-        raise Refused(
-            f"no notebook {' or '.join(unknown)}; there are: {', '.join(paths) or 'none'}"
-        )
-    chosen = [name for name in paths if not only or name.startswith(tuple(only))]
+    chosen = chosen_names(list(paths), only)
     if given and len(chosen) != 1:
         raise Refused(
             f"-p sets parameters of one notebook, chosen are: {', '.join(chosen)}; name one with "
             "--only"
         )
     sections = read_profile(project / "profiles", profile, list(paths))
-    extra = {name: literal(text) for name, text in given.items()} | (
-        {"recompute": True} if recompute else {}
-    )
-    jobs, faults = [], []
+    commanded = {name: literal(text) for name, text in given.items()}
+    if recompute:
+        commanded["recompute"] = True
+    defaults = {name: own_defaults(path) for name, path in paths.items()}
+    shared = setting_keys(defaults.values())
+    jobs: list[Job] = []
+    faults: list[str] = []
     for name, path in paths.items():
-        try:
-            defaults = notebook_files.parameters_of(notebook_files.read_notebook(path), name)
-        except ValueError as error:
-            raise Refused(str(error)) from error
-        values = {**sections["all"], **sections[name], **(extra if name in chosen else {})}
-        faults += [
-            fault for key in values if (fault := parameter_fault(name, key, values[key], defaults))
-        ]
+        values = Values(name, defaults[name])
+        values.give(sections["all"], known=shared)
+        values.give(sections[name], known=shared)
         if name in chosen:
-            changes = {key: value for key, value in values.items() if value != defaults.get(key)}
-            jobs.append(Job(path, profile, {**defaults, **values}, changes))
+            values.give(commanded, known=setting_keys([defaults[name]]))
+            jobs.append(Job(path, profile, values.now, values.changes()))
+        faults += values.faults
     if faults:
         raise Refused("\n".join(faults))
     return jobs
+
+
+def chosen_names(names: list[str], only: list[str]) -> list[str]:
+    """The notebooks whose names have one of these beginnings; all where there are none.
+
+    Raises:
+        Refused: If a beginning is no notebook's, or there is no notebook at all.
+    """
+    unknown = []
+    for start in only:
+        if not any(name.startswith(start) for name in names):
+            unknown.append(start)
+    if unknown or not names:
+        raise Refused(
+            f"no notebook {' or '.join(unknown)}; there are: {', '.join(names) or 'none'}"
+        )
+    return [name for name in names if not only or name.startswith(tuple(only))]
+
+
+def own_defaults(path: Path) -> dict[str, object]:
+    """Parameters of a notebook with their defaults.
+
+    Raises:
+        Refused: If they cannot be read.
+    """
+    try:
+        return notebook_files.parameters_of(notebook_files.read_notebook(path), path.stem)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def read_profile(folder: Path, profile: str, notebooks: list[str]) -> dict[str, dict]:
@@ -131,14 +155,13 @@ def read_profile(folder: Path, profile: str, notebooks: list[str]) -> dict[str, 
     except yaml.YAMLError as error:
         raise Refused(f"profile {profile} is no YAML: {error}") from error
     allowed = ["all", *notebooks]
-    if not isinstance(sections, dict) or not all(
-        isinstance(values or {}, dict) for values in sections.values()
-    ):
+    if not _maps_to_mappings(sections):
         raise Refused(
             f"profile {profile} must map sections to parameter values; sections are: "
             f"{', '.join(allowed)}"
         )
-    if unknown := [str(name) for name in sections if name not in allowed]:
+    unknown = [str(name) for name in sections if name not in allowed]
+    if unknown:
         raise Refused(
             f"profile {profile} has sections {', '.join(unknown)}; allowed are: "
             f"{', '.join(allowed)}"
@@ -146,29 +169,11 @@ def read_profile(folder: Path, profile: str, notebooks: list[str]) -> dict[str, 
     return {name: sections.get(name) or {} for name in allowed}
 
 
-def parameter_fault(name: str, key: str, value: object, defaults: dict[str, object]) -> str:
-    """What is wrong with a value: the notebook lacks the parameter, or its default has another
-    type; "" if nothing."""
-    if key not in defaults:
-        return f"{name} has no parameter {key}; it has: {', '.join(defaults)}"
-    default = defaults[key]
-    kinds = {float: (int, float), tuple: (list, tuple), list: (list, tuple)}.get(
-        type(default), type(default)
-    )
-    fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
-    if fits or value is None or default is None:
-        return ""
-    kind = type(default).__name__
-    return f"{name}: {key} must be a {kind} like its default {default!r}, got {value!r}"
-
-
-def literal(text: str) -> object:
-    """A value of the command line: a Python literal such as ``3e-4`` or ``[1, 2]``, else what YAML
-    makes of it."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return yaml.safe_load(text)
+def _maps_to_mappings(sections: object) -> bool:
+    """Whether this is a mapping of mappings; an empty section may be None."""
+    if not isinstance(sections, dict):
+        return False
+    return all(isinstance(values or {}, dict) for values in sections.values())
 
 
 def ready(waiting: Collection[Job], running: Collection[Job]) -> list[Job]:

@@ -23,9 +23,12 @@ from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 ENGINE = "stoppable"
-LOG = "kernel.txt"  # beside the copy of a notebook that failed
-PATIENCE = 10  # seconds that a kernel has to clear up what it holds, before it is killed
-START_TIMEOUT = 300  # seconds, for a machine that is busy
+# Beside the copy of a notebook that failed.
+LOG = "kernel.txt"
+# Seconds that a kernel has to clear up what it holds, before it is killed.
+PATIENCE = 10
+# Seconds, for a machine that is busy.
+START_TIMEOUT = 300
 
 
 class Kernels:
@@ -52,8 +55,10 @@ class Kernels:
         """
         self.stopped = True
         for client in list(self.clients):
-            client.stderr_file = None  # what an interrupted cell says of it is no news
-            client.shutdown_kernel = "immediate"  # once its cell has cleared up
+            # What an interrupted cell says of it is no news.
+            client.stderr_file = None
+            # It ends once its cell has cleared up.
+            client.shutdown_kernel = "immediate"
             send_signal(client, signal.SIGINT)
         patient_until = time.monotonic() + PATIENCE
         running = set(threads)
@@ -62,8 +67,10 @@ class Kernels:
                 running = concurrent.futures.wait(running, timeout=0.2).not_done
             except KeyboardInterrupt:
                 patient_until = 0
+            if time.monotonic() <= patient_until:
+                continue
             # Again and again, for one that was about to start is not there the first time.
-            for client in list(self.clients) if time.monotonic() > patient_until else []:
+            for client in list(self.clients):
                 send_signal(client, signal.SIGKILL)
 
 
@@ -157,18 +164,24 @@ def execute(job: Job, project: Path, output: Path, kernels: Kernels) -> Notebook
 def failed_cell(job: Job, error: Exception, partial: Path) -> str:
     """The number, in the notebook's file, of the cell that failed, and the end of what it said."""
     if isinstance(error, PapermillExecutionError):
-        index, said = error.cell_index, error.traceback or [f"{error.ename}: {error.evalue}"]
+        index = error.cell_index
+        said = error.traceback or [f"{error.ename}: {error.evalue}"]
     else:
-        cells = nbformat.read(partial, as_version=4).cells if partial.exists() else []
-        started = [
-            place
-            for place, cell in enumerate(cells)
-            if cell.metadata.get("papermill", {}).get("start_time")
-        ]
-        index, said = max(started, default=0), [str(error)]
+        index = last_started_cell(partial)
+        said = [str(error)]
     cells = notebook_files.read_notebook(job.path).cells
-    first = next(
-        place for place, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])
-    )
-    injected = bool(job.changes) and index > first
+    tagged = [notebook_files.has_tag(cell, "parameters") for cell in cells]
+    # Papermill puts a cell of the given values behind the parameters.
+    injected = bool(job.changes) and index > tagged.index(True)
     return f"cell {index + 1 - injected} of {len(cells)}\n{notebook_files.last_lines(said)}"
+
+
+def last_started_cell(partial: Path) -> int:
+    """The place in an executed copy of the last cell that has begun; 0 where none has."""
+    if not partial.exists():
+        return 0
+    started = [0]
+    for place, cell in enumerate(nbformat.read(partial, as_version=4).cells):
+        if cell.metadata.get("papermill", {}).get("start_time"):
+            started.append(place)
+    return started[-1]

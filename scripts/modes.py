@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,13 +11,15 @@ from pathlib import Path
 import comparisons
 import nbformat
 import notebook_files
+from filelock import FileLock, Timeout
 from jobs import COMMITTED, Failed, Job, Refused, notebook_paths
 from running import THREADS, Finished, Run, write_text
 
 from pruning_utils import results, runtime
 from pruning_utils.engine import records
 
-TEMPORARY = "smoke"  # the profile whose numbers are never results
+# The profile whose numbers are never results.
+TEMPORARY = "smoke"
 
 
 # --- a folder of its own, gone on with --------------------------------------------------------
@@ -44,23 +43,30 @@ def folder_of_regression(project: Path, jobs: list[Job]) -> Path:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone.
+    """Hold a folder for this process alone, by a lock file beside it that goes at the end.
 
     Raises:
         Refused: If another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    path = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(path)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Refused(
-                f"another process computes in {folder}; wait for it to end, or stop it"
-            ) from error
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise Refused(
+            f"another process computes in {folder}; wait for it to end, or stop it"
+        ) from error
+    try:
         yield
     finally:
-        os.close(handle)
+        # On Windows an open file stays, and filelock removes it when it lets go.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
+        # The folder above stays where anything else is in it.
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
 
 
 def compute_apart(
@@ -99,32 +105,40 @@ def compute_apart(
 def begin_anew(output: Path, finished: Finished) -> None:
     """Remove what other versions of packages have computed, saying which they were."""
     now = runtime.versions()
-    then = finished.versions or {}
-    others = [
-        f"{name} {then[name]} (now {now.get(name, 'absent')})"
-        for name in then
-        if then[name] != now.get(name)
-    ]
     if list(output.iterdir()):
-        versions = ", ".join(others) or "unknown versions of packages"
+        versions = other_versions(finished.versions or {}, now)
         print(f"{output} was computed with {versions}: beginning anew")
     for path in output.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-    finished.versions, finished.digests = now, {}
+    finished.versions = now
+    finished.digests = {}
+
+
+def other_versions(then: dict[str, str], now: dict[str, str]) -> str:
+    """The versions of packages that are others now, as a text."""
+    others = []
+    for name, version in then.items():
+        if version != now.get(name):
+            others.append(f"{name} {version} (now {now.get(name, 'absent')})")
+    return ", ".join(others) or "unknown versions of packages"
 
 
 def drop_stale_tables(output: Path) -> None:
     """Remove tables that other code than today's made: they would be read, with a warning."""
     for table in output.glob("results/*/*/*.csv"):
-        try:
-            stale = not table.stem.endswith(".measured") and results.stale(table)
-        except ValueError:  # no sound record
-            stale = True
-        if stale:
+        if not table.stem.endswith(".measured") and is_stale(table):
             table.unlink()
+
+
+def is_stale(table: Path) -> bool:
+    """Whether other code than today's made a table, or it has no sound record."""
+    try:
+        return bool(results.stale(table))
+    except ValueError:
+        return True
 
 
 # --- how long it will take --------------------------------------------------------------------
@@ -139,24 +153,23 @@ def announce(to_run: list[Job], jobs: list[Job], project: Path) -> None:
     if jobs[0].profile != COMMITTED:
         return
     seconds = {job.name: recorded_seconds(project, job) for job in to_run}
-    total = in_words(sum(seconds.values()))
     said = f"{len(jobs)} notebook{'s' * (len(jobs) > 1)}"
     if len(to_run) < len(jobs):
         said += f", {len(jobs) - len(to_run)} of them finished"
-    if not any(seconds.values()):
-        took = ""
-    elif len(to_run) == len(jobs) > 1:
-        took = f"; where they were last computed at {COMMITTED} they took {total} in all"
+    known = sum(seconds.values())
+    if not known:
+        print(said, flush=True)
+        return
+    total = in_words(known)
+    if len(to_run) == len(jobs) > 1:
+        said += f"; where they were last computed at {COMMITTED} they took {total} in all"
     else:
         one = "it" if len(jobs) == 1 else "the rest"
-        took = f"; where {one} was last computed at {COMMITTED} it took {total}"
-    print(said + took, flush=True)
-    if len(to_run) > 1 and took:
-        each = [
-            f"{name.partition('_')[0]} {in_words(count)}"
-            for name, count in seconds.items()
-            if count
-        ]
+        said += f"; where {one} was last computed at {COMMITTED} it took {total}"
+    print(said, flush=True)
+    if len(to_run) > 1:
+        numbers = {name: name.partition("_")[0] for name in seconds}
+        each = [f"{numbers[name]} {in_words(took)}" for name, took in seconds.items() if took]
         print(f"  {', '.join(each)}", flush=True)
 
 
@@ -211,7 +224,8 @@ def regress(
         new = comparisons.summary_table(found)
         old = comparisons.read_summaries(path)
         others = set(notebook_paths(project)) - {job.name for job in jobs}
-        mine = ~old["notebook"].isin(others)  # with the numbers of notebooks that are gone
+        # The numbers of notebooks that are gone are compared too.
+        mine = ~old["notebook"].isin(others)
         agree = print_comparisons(comparisons.compare_summaries(old[mine], new), all_of_them=False)
         if record:
             write_text(path, comparisons.summaries_text([old[~mine], new]))
@@ -220,8 +234,6 @@ def regress(
             print(f"kept: {output}")
         else:
             shutil.rmtree(output)
-            with contextlib.suppress(OSError):  # another one is there
-                output.parent.rmdir()
     return agree or record
 
 
@@ -250,9 +262,12 @@ def reproduce(
             jobs, project, output, recompute=recompute, at_once=at_once, estimated=True
         )
         committed = {job.name: shown_summary(job.kept_at(project)) for job in jobs}
-        compared = comparisons.compare_summaries(*map(comparisons.summary_table, (committed, new)))
-        folders = [root / "results" / profile for root in (project, output)]
-        compared += comparisons.compare_tables(*folders, list(new), tolerance)
+        compared = comparisons.compare_summaries(
+            comparisons.summary_table(committed), comparisons.summary_table(new)
+        )
+        compared += comparisons.compare_tables(
+            project / "results" / profile, output / "results" / profile, list(new), tolerance
+        )
         agree = print_comparisons(compared, all_of_them=True)
         if accept:
             replace_committed(jobs, project, output)
@@ -261,7 +276,9 @@ def reproduce(
 
 def shown_summary(path: Path) -> list[dict]:
     """Summary rows of an executed notebook; none where it is missing or shows none."""
-    return notebook_files.summary_rows(nbformat.read(path, as_version=4)) if path.exists() else []
+    if not path.exists():
+        return []
+    return notebook_files.summary_rows(nbformat.read(path, as_version=4))
 
 
 def print_comparisons(compared: list[comparisons.Comparison], *, all_of_them: bool) -> bool:
@@ -283,9 +300,7 @@ def replace_committed(jobs: list[Job], project: Path, output: Path) -> None:
         folder = project / source.relative_to(output).parent
         with records.locked(folder):
             merged = {**records.read_records(folder), **records.read_records(source.parent)}
-            write_text(
-                folder / "run.json", json.dumps(dict(sorted(merged.items())), indent=1) + "\n"
-            )
+            records.write_records(folder, merged)
     for job in jobs:
         with runtime.atomic_path(job.kept_at(project)) as target:
             shutil.copyfile(output / "notebooks" / job.path.name, target)
@@ -301,38 +316,31 @@ def figures(jobs: list[Job], project: Path, *, at_once: int) -> bool:
     Run(jobs, project, project, {}, at_once=at_once, variables=variables, ordered=False).all()
     after = file_digests(project)
     changed = sorted(name for name in {**before, **after} if before.get(name) != after.get(name))
-    print(
-        f"redrawing has changed: {', '.join(changed)}"
-        if changed
-        else "nothing but figures was written"
-    )
+    if changed:
+        print(f"redrawing has changed: {', '.join(changed)}")
+    else:
+        print("nothing but figures was written")
     return not changed
 
 
 def file_digests(project: Path) -> dict[str, str]:
     """Digests of all files under notebooks/ and results/."""
-    files = (
-        path
-        for folder in ("notebooks", "results")
-        for path in (project / folder).rglob("*")
-        if path.is_file()
-    )
-    return {
-        path.relative_to(project).as_posix(): records.digest(path.read_bytes())
-        for path in files
-        if ".ipynb_checkpoints" not in path.parts
-    }
+    found = {}
+    for path in [*project.glob("notebooks/**/*"), *project.glob("results/**/*")]:
+        if path.is_file() and ".ipynb_checkpoints" not in path.parts:
+            name = path.relative_to(project).as_posix()
+            found[name] = records.digest(path.read_bytes())
+    return found
 
 
 def run(
     jobs: list[Job], project: Path, output: Path | None, *, recompute: bool, at_once: int
 ) -> bool:
     """Run the notebooks and keep their executed copies."""
-    keep = {}
-    for job in jobs:
-        keep[job.name] = (
-            job.kept_at(project) if output is None else output / "notebooks" / job.path.name
-        )
+    if output is None:
+        keep = {job.name: job.kept_at(project) for job in jobs}
+    else:
+        keep = {job.name: output / "notebooks" / job.path.name for job in jobs}
     if recompute:
         announce(jobs, jobs, project)
     Run(jobs, project, output or project, keep, at_once=at_once).all()

@@ -1,5 +1,4 @@
-"""Notebook files: their parameters, executed copies that two machines agree on, and the summary
-numbers inside."""
+"""Notebook files: parameters, executed copies that two machines agree on, and summary numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ from pruning_utils.engine import records
 from pruning_utils.pages import SUMMARY_MIME
 
 INJECTED = "injected-parameters"
-UNRECORDED = {"recompute"}  # parameters that decide how a number is come by, not which
+# Parameters that decide how a number is come by, not which.
+UNRECORDED = {"recompute"}
 KEPT_METADATA = {"tags", "jupyter", "slideshow", "editable"}
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -31,10 +31,13 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 def read_notebook(path: Path) -> NotebookNode:
     """A notebook without the cell of parameters that an earlier run may have put in."""
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells = [
-        cell for cell in notebook.cells if INJECTED not in cell.metadata.get("tags", [])
-    ]
+    notebook.cells = [cell for cell in notebook.cells if not has_tag(cell, INJECTED)]
     return notebook
+
+
+def has_tag(cell: NotebookNode, tag: str) -> bool:
+    """Whether a cell carries a tag."""
+    return tag in cell.metadata.get("tags", [])
 
 
 def parameters_of(notebook: NotebookNode, name: str) -> dict[str, object]:
@@ -44,49 +47,59 @@ def parameters_of(notebook: NotebookNode, name: str) -> dict[str, object]:
         ValueError: If there is not exactly one such cell, or it holds anything but assignments of
             plain literals.
     """
-    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [cell for cell in notebook.cells if has_tag(cell, "parameters")]
     if len(tagged) != 1:
         raise ValueError(f"{name} must have one cell tagged parameters, it has {len(tagged)}")
     values = {}
-    for node in ast.parse(tagged[0].source).body:
+    for statement in ast.parse(tagged[0].source).body:
         try:
-            (target,) = node.targets if isinstance(node, ast.Assign) else [node.target]
-            values[target.id] = ast.literal_eval(
-                node.value if not isinstance(node, ast.AugAssign) else node
-            )
-        except (AttributeError, ValueError) as error:
+            target, value = _assignment(statement)
+            values[target] = ast.literal_eval(value)
+        except ValueError as error:
             raise ValueError(
                 f"{name}: the parameters cell must assign plain literals, one name a line; this is "
-                f"none: {ast.unparse(node)}"
+                f"none: {ast.unparse(statement)}"
             ) from error
     return values
 
 
+def _assignment(statement: ast.stmt) -> tuple[str, ast.expr]:
+    """The one name that a statement assigns to, and the value.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign):
+        targets = [statement.target]
+    else:
+        raise ValueError("no assignment")
+    if len(targets) != 1 or not isinstance(targets[0], ast.Name) or statement.value is None:
+        raise ValueError("no assignment to one name")
+    return targets[0].id, statement.value
+
+
 def source_digest(notebook: NotebookNode) -> str:
     """sha256 of what is written in a notebook; its outputs do not count."""
-    return records.digest(
-        records.canonical([[cell.cell_type, cell.source] for cell in notebook.cells])
-    )
+    written = [[cell.cell_type, cell.source] for cell in notebook.cells]
+    return records.digest(records.canonical(written))
 
 
 def scrub(notebook: NotebookNode) -> None:
-    """Remove from an executed notebook, in place, what differs from run to run or from machine to
-    machine.
+    """Remove from an executed notebook, in place, what differs between runs or machines.
 
     Raises:
         ValueError: If a code cell was not executed.
     """
     notebook.metadata = nbformat.from_dict(METADATA)
-    cells, count = [], 0
+    cells = []
+    count = 0
     for number, cell in enumerate(notebook.cells, start=1):
-        if INJECTED in cell.metadata.get("tags", []) and not _name_injected(cell):
+        if has_tag(cell, INJECTED) and not _name_injected(cell):
             continue
         cells.append(cell)
-        cell.metadata = nbformat.from_dict(
-            {key: value for key, value in cell.metadata.items() if key in KEPT_METADATA}
-        )
-        if not cell.metadata.get("tags", True):
-            del cell.metadata["tags"]
+        _scrub_metadata(cell)
         if cell.cell_type != "code":
             continue
         if cell.source.strip() and cell.execution_count is None:
@@ -99,9 +112,18 @@ def scrub(notebook: NotebookNode) -> None:
 
 
 def _name_injected(cell: NotebookNode) -> bool:
+    """Give the cell of given parameters its name, and tell whether any is left to be recorded."""
     lines = [line for line in cell.source.splitlines() if line.split(" = ")[0] not in UNRECORDED]
-    cell.source, cell.id = "\n".join(lines), INJECTED
+    cell.source = "\n".join(lines)
+    cell.id = INJECTED
     return any(" = " in line for line in lines)
+
+
+def _scrub_metadata(cell: NotebookNode) -> None:
+    kept = {key: value for key, value in cell.metadata.items() if key in KEPT_METADATA}
+    if kept.get("tags") == []:
+        del kept["tags"]
+    cell.metadata = nbformat.from_dict(kept)
 
 
 def _scrubbed_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]:
@@ -112,7 +134,8 @@ def _scrubbed_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookN
         if output.output_type == "execute_result":
             output.execution_count = count
         if output.output_type == "stream" and kept and kept[-1].get("name") == output.name:
-            kept[-1].text += output.text  # one print may arrive in several messages
+            # One print may arrive in several messages.
+            kept[-1].text += output.text
         else:
             kept.append(output)
     return kept
@@ -126,45 +149,48 @@ def machine_traces(notebook: NotebookNode, roots: list[Path]) -> list[str]:
         roots: Folders to look for; this Python's, the home and the temporary folder are looked for
             anyway.
     """
-    folders = {
-        str(form)
-        for root in [*roots, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir())]
-        for form in (root.absolute(), root.resolve())
-        if len(form.parts) > 1
-    }
-    named = re.compile(
-        "|".join(
-            rf"(?<![\w.]){re.escape(folder)}(?![\w-])" for folder in sorted(folders, reverse=True)
-        )
-    )
+    own = [Path.home(), Path(sys.prefix), Path(tempfile.gettempdir())]
+    named = _any_of([*roots, *own])
     found = []
     for number, cell in enumerate(notebook.cells, start=1):
         for output in cell.get("outputs", []):
-            shown = {
-                kind: data
-                for kind, data in output.get("data", {}).items()
-                if not kind.startswith("image/")
-            }
-            text = output.get("text", "") + json.dumps(shown)
-            found += [
-                f"cell {number}: {text[max(0, match.start() - 40) : match.end() + 40]!r}"
-                for pattern in (named, ADDRESS)
-                for match in pattern.finditer(text)
-            ]
+            text = _shown_text(output)
+            matches = [*named.finditer(text), *ADDRESS.finditer(text)]
+            for match in matches:
+                around = text[max(0, match.start() - 40) : match.end() + 40]
+                found.append(f"cell {number}: {around!r}")
     return found
 
 
+def _any_of(folders: list[Path]) -> re.Pattern:
+    """Finds each of these folders as a whole name; a root of all files is left out."""
+    names = set()
+    for folder in folders:
+        for form in (folder.absolute(), folder.resolve()):
+            if len(form.parts) > 1:
+                names.add(str(form))
+    # The longer of two names that begin alike comes first.
+    patterns = [rf"(?<![\w.]){re.escape(name)}(?![\w-])" for name in sorted(names, reverse=True)]
+    return re.compile("|".join(patterns))
+
+
+def _shown_text(output: NotebookNode) -> str:
+    """What an output shows, images left out."""
+    data = output.get("data", {})
+    texts = {kind: shown for kind, shown in data.items() if not kind.startswith("image/")}
+    return output.get("text", "") + json.dumps(texts)
+
+
 def summary_rows(notebook: NotebookNode) -> list[dict]:
-    """The numbers that an executed notebook shows by ``pages.summary`` in its cells tagged
-    ``summary``."""
-    return [
-        row
-        for cell in notebook.cells
-        if "summary" in cell.metadata.get("tags", [])
-        for output in cell.get("outputs", [])
-        if SUMMARY_MIME in output.get("data", {})
-        for row in output.data[SUMMARY_MIME]["rows"]
-    ]
+    """The numbers that ``pages.summary`` shows in the cells tagged ``summary``."""
+    rows: list[dict] = []
+    for cell in notebook.cells:
+        if not has_tag(cell, "summary"):
+            continue
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {}).get(SUMMARY_MIME)
+            rows += shown["rows"] if shown else []
+    return rows
 
 
 def last_lines(traceback: list[str], limit: int = 12) -> str:

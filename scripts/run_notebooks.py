@@ -12,11 +12,31 @@ import argparse
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-STOPPED = 130  # as a shell has it for what Ctrl-C ended
+from parameters import CHOSEN_KEYS
 
+if TYPE_CHECKING:
+    from jobs import Job
+
+# As a shell has it for what Ctrl-C ended.
+STOPPED = 130
+# Shown below the options; the rules in full stand in parameters.py.
+VALUES = f"""\
+values of parameters:
+  -p healing.steps=64 replaces one value inside the mapping healing, and the
+  notebook gets the whole mapping. A profile may hold such a name too, as
+  "healing.steps: 64". A dotted name only replaces what is there, by a value of
+  the same type; of one source it comes after whole values.
+
+  -p healing="{{rank: 4, steps: 64}}" replaces the whole mapping. It may hold only
+  keys that the notebook has there, as the notebook reads them by name. Other
+  keys may be given where they are names that you choose:
+{textwrap.indent(textwrap.fill(", ".join(CHOSEN_KEYS), 76), "  ")}.
+"""
 
 # --- command line -----------------------------------------------------------------------------
 
@@ -30,7 +50,10 @@ def whole_number(text: str) -> int:
 
 def parsed(words: list[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=VALUES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--profile", default="cpu", help="file of values in profiles/ (default: %(default)s)"
     )
@@ -40,11 +63,12 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-p",
         dest="values",
-        nargs=2,
+        nargs="+",
         action="append",
         default=[],
-        metavar=("NAME", "VALUE"),
-        help="set a parameter of the one chosen notebook (repeatable)",
+        metavar="NAME=VALUE",
+        help="set parameters of the one chosen notebook, or with a dotted name a value inside one "
+        "(see below); may be repeated, and -p NAME VALUE sets one too",
     )
     parser.add_argument("--recompute", action="store_true", help="compute anew what is stored")
     parser.add_argument(
@@ -102,12 +126,17 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         "--project", type=Path, metavar="DIR", help="the checkout (default: that of the package)"
     )
     options = parser.parse_args(words)
-    for name, needs in (
-        ("record", "regress"),
-        ("keep", "regress"),
-        ("accept", "reproduce"),
-        ("tolerance", "reproduce"),
-    ):
+    try:
+        options.values = assigned(options.values)
+    except ValueError as error:
+        parser.error(str(error))
+    needed = {
+        "record": "regress",
+        "keep": "regress",
+        "accept": "reproduce",
+        "tolerance": "reproduce",
+    }
+    for name, needs in needed.items():
         if getattr(options, name) not in (None, False) and not getattr(options, needs):
             parser.error(f"--{name} goes with --{needs}")
     if options.output and (options.regress or options.reproduce or options.figures):
@@ -115,6 +144,25 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
             "--output goes with none of --regress, --reproduce and --figures: each has a place"
         )
     return options
+
+
+def assigned(groups: list[list[str]]) -> dict[str, str]:
+    """Values by name, as texts, from the words behind each -p; the last of a name counts.
+
+    Raises:
+        ValueError: If words are neither NAME=VALUE, one or more, nor NAME and VALUE.
+    """
+    values = {}
+    for words in groups:
+        if len(words) == 2 and "=" not in words[0]:
+            values[words[0]] = words[1]
+            continue
+        for word in words:
+            name, sign, value = word.partition("=")
+            if not name or not sign:
+                raise ValueError(f"-p takes NAME=VALUE, or NAME VALUE, got {' '.join(words)}")
+            values[name] = value
+    return values
 
 
 # --- signals ----------------------------------------------------------------------------------
@@ -159,7 +207,8 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
     if signals:
         on_signals(leave)
     options = parsed(words)
-    import jobs  # these take seconds, as they import torch; a wrong option is refused before
+    # These take seconds, as they import torch; a wrong option is refused before.
+    import jobs
     import modes
     import running
 
@@ -169,26 +218,11 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
         if signals:
             on_signals(signal.default_int_handler)
         # A folder of its own begins anew by dropping what is there; notebooks read what is left.
-        apart = options.regress or options.reproduce
-        chosen = jobs.plan(
-            project,
-            options.profile,
-            options.only,
-            dict(options.values),
-            options.recompute and not apart,
-        )
-        if apart:
-            agree = computed_apart(options, chosen, project)
-        elif options.figures:
-            agree = modes.figures(chosen, project, at_once=options.jobs)
-        else:
-            output = options.output and options.output.resolve()
-            if output is None and options.profile == modes.TEMPORARY:
-                output = modes.temporary_output()
-            kept = output or project
-            agree = modes.run(
-                chosen, project, output, recompute=options.recompute, at_once=options.jobs
-            )
+        recompute = options.recompute and not computes_apart(options)
+        chosen = jobs.plan(project, options.profile, options.only, options.values, recompute)
+        output = output_folder(options)
+        kept = output or project
+        agree = carried_out(options, chosen, project, output)
     except jobs.Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -196,29 +230,72 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
         print(error, file=sys.stderr)
         return 1
     except running.Stopped as stop:
-        for failure in stop.failures:
-            print(failure, file=sys.stderr)
         where = " in " + ", ".join(stop.names) if stop.names else ""
-        print(f"stopped{where}; {after_stop(options, kept)}", file=sys.stderr)
+        stopped = f"stopped{where}; {after_stop(options, kept)}"
+        print("\n".join([*stop.failures, stopped]), file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
         print(f"stopped; {after_stop(options, kept)}", file=sys.stderr)
         return STOPPED
     finally:
+        # All is said; one more signal must not end in a traceback.
         if signals:
-            on_signals(signal.SIG_IGN)  # all is said; one more must not end in a traceback
+            on_signals(signal.SIG_IGN)
     return 0 if agree else 1
 
 
-def computed_apart(options: argparse.Namespace, chosen: list, project: Path) -> bool:
-    """Compute into a folder that nothing else reads, and give whether the numbers agree."""
+def computes_apart(options: argparse.Namespace) -> bool:
+    """Whether it is computed into a folder that nothing else reads."""
+    return options.regress or options.reproduce
+
+
+def output_folder(options: argparse.Namespace) -> Path | None:
+    """Where notebooks that are simply run write their results; None: in the checkout."""
     import modes
 
-    how = {"recompute": options.recompute, "at_once": options.jobs}
+    if options.output:
+        return options.output.resolve()
+    if options.profile != modes.TEMPORARY or options.figures or computes_apart(options):
+        return None
+    return modes.temporary_output()
+
+
+def carried_out(
+    options: argparse.Namespace, chosen: list[Job], project: Path, output: Path | None
+) -> bool:
+    """Do what the options ask for, and give whether the numbers agree.
+
+    Args:
+        options: The command line.
+        chosen: The notebooks to run.
+        project: The checkout.
+        output: Where notebooks that are simply run write; None: in the checkout.
+    """
+    import modes
+
+    recompute: bool = options.recompute
+    at_once: int = options.jobs
     if options.regress:
-        return modes.regress(chosen, project, record=options.record, keep=options.keep, **how)
-    tolerance = 1e-3 if options.tolerance is None else options.tolerance
-    return modes.reproduce(chosen, project, accept=options.accept, tolerance=tolerance, **how)
+        return modes.regress(
+            chosen,
+            project,
+            record=options.record,
+            keep=options.keep,
+            recompute=recompute,
+            at_once=at_once,
+        )
+    if options.reproduce:
+        return modes.reproduce(
+            chosen,
+            project,
+            accept=options.accept,
+            tolerance=1e-3 if options.tolerance is None else options.tolerance,
+            recompute=recompute,
+            at_once=at_once,
+        )
+    if options.figures:
+        return modes.figures(chosen, project, at_once=at_once)
+    return modes.run(chosen, project, output, recompute=recompute, at_once=at_once)
 
 
 if __name__ == "__main__":

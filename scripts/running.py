@@ -33,7 +33,8 @@ class Stopped(Exception):
 
     def __init__(self, names: list[str], failures: list[str]):
         super().__init__(", ".join(names))
-        self.names, self.failures = names, failures
+        self.names = names
+        self.failures = failures
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,7 +61,9 @@ class Finished:
         unsound = (FileNotFoundError, ValueError, KeyError, TypeError)
         with contextlib.suppress(*unsound):
             state = json.loads(self.path.read_text(encoding="utf-8"))
-            self.versions, self.digests = dict(state["versions"]), dict(state["finished"])
+            versions = dict(state["versions"])
+            self.digests = dict(state["finished"])
+            self.versions = versions
 
     def set(self, name: str, digest: str) -> None:
         """A notebook has finished."""
@@ -99,8 +102,12 @@ class Run:
         variables: dict[str, str] | None = None,
         ordered: bool = True,
     ):
-        self.jobs, self.project, self.output = jobs, project, output
-        self.keep, self.finished, self.ordered = keep, finished, ordered
+        self.jobs = jobs
+        self.project = project
+        self.output = output
+        self.keep = keep
+        self.finished = finished
+        self.ordered = ordered
         self.at_once = min(at_once, len(jobs))
         own = {
             "PRUNING_UTILS_OUTPUT": str(output),
@@ -135,8 +142,9 @@ class Run:
             except BaseException as error:
                 names = [job.name for job, *_ in self.running.values()]
                 self.kernels.stop(self.running)
+                # The line of one that runs alone is begun, and ends here.
                 if self.at_once == 1:
-                    print(flush=True)  # ends the line of the one that ran
+                    print(flush=True)
                 if isinstance(error, KeyboardInterrupt):
                     raise Stopped(names, self.failures) from None
                 raise
@@ -219,6 +227,5 @@ def run_digest(job: Job) -> str:
     values = dict(job.values)
     for name in notebook_files.UNRECORDED:
         values.pop(name, None)
-    return records.digest(
-        records.canonical([source, records.plain(values), definitions.INSTALLED.digest()])
-    )
+    parts = [source, records.plain(values), definitions.INSTALLED.digest()]
+    return records.digest(records.canonical(parts))

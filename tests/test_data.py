@@ -1,5 +1,4 @@
-"""Questions and texts against the raw files, the 13-word rule against sets of words, windows packed
-by hand."""
+"""Questions and texts against the raw files, the 13-word rule against sets, windows by hand."""
 
 import importlib.util
 import json
@@ -57,7 +56,7 @@ class LetterTokenizer:
 def test_questions_are_complete_and_well_formed(task):
     questions, (count, n_choices) = data.load_questions(task), COUNTS[task]
     assert len(questions) == count
-    assert len({question[1:] for question in questions}) == count  # no question is counted twice
+    assert len({question[1:] for question in questions}) == count, "a question is counted twice"
     ids = [question.question_id for question in questions]
     assert ids == sorted(set(ids))
     for question in questions:
@@ -402,7 +401,7 @@ def test_pack_stops_at_its_limit():
             return super().__call__(texts, **options)
 
     data.pack(Counting(), texts, 7, limit=2)
-    assert 0 < len(seen) <= 64  # not the whole corpus for two windows
+    assert 0 < len(seen) <= 64, "two windows do not need the whole corpus"
 
 
 @pytest.mark.parametrize(
@@ -432,8 +431,7 @@ def test_pack_refuses_a_tokenizer_without_a_separator():
 
 
 def texts_in(windows: torch.Tensor) -> list[str]:
-    """The whole documents in packed windows of letters, in order; the last one may be cut and is
-    left out."""
+    """The whole documents in packed windows of letters, in order, without the last, cut one."""
     return "".join(map(chr, windows.flatten().tolist())).split("\0")[:-1]
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pruning_utils import depth_study, efficiency, importance, importance_study, selection
+from pruning_utils import efficiency, importance, selection
 from pruning_utils.engine import definitions
 from pruning_utils.engine.definitions import INSTALLED, Package
+from pruning_utils.studies.study import Study, loaded
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -263,16 +264,14 @@ def test_roots_of_compute_functions():
         magnitude
     ]
     assert roots([functools.partial(map, importance.magnitude)]) == [magnitude]
-    study = importance_study.SetStudy.__new__(importance_study.SetStudy)
+    study = Study.__new__(Study)
     assert (
         roots([study])
         == roots([study.__call__])
         == roots([type(study)])
-        == [("importance_study", "SetStudy")]
+        == [("studies.study", "Study")]
     )
-    assert roots([importance_study._load]) == [("importance_study", "_load")], (
-        "cached functions too"
-    )
+    assert roots([loaded]) == [("studies.study", "loaded")], "cached functions too"
     assert roots([lambda: [importance.magnitude(None), selection]]) == [magnitude]
     inner = importance.magnitude
     assert roots([lambda: lambda: inner]) == [magnitude], (
@@ -296,10 +295,10 @@ def test_every_module_that_may_compute_can_be_read():
 
 def test_the_code_of_the_tables_is_reached():
     """Names that a trained and evaluated model surely depends on, and some that it does not."""
-    reached = set(INSTALLED.stamp(depth_study.DepthStudy)["definitions"])
+    reached = set(INSTALLED.stamp(Study)["definitions"])
     assert {
         "healing.heal",
-        "healing._trainer",
+        "engine.trainer.train",
         "models.load_model",
         "embedded.EMBEDDED_SHA256",
         "data.healing_windows",
@@ -316,14 +315,13 @@ def test_the_code_of_the_tables_is_reached():
         "evidence",
         "release",
     }
-    assert {
-        where.partition(".")[0]
-        for where in INSTALLED.stamp(efficiency.machine_limits)["definitions"]
-    } == {"efficiency", "runtime"}
-    assert "engine.records" not in {where.rpartition(".")[0] for where in reached}
+    limits = INSTALLED.stamp(efficiency.machine_limits)["definitions"]
+    modules = {where.rpartition(".")[0] for where in limits}
+    assert modules == {"efficiency", "runtime", "engine.checks"}
+    assert "engine.records.write_table" not in reached, "how a table is kept does not count"
 
 
 def test_stamps_are_plain_and_alike_in_every_process():
-    stamp = INSTALLED.stamp(depth_study.DepthStudy)
-    another = Package(definitions.PACKAGE).stamp_of([("depth_study", "DepthStudy")])
+    stamp = INSTALLED.stamp(Study)
+    another = Package(definitions.PACKAGE).stamp_of([("studies.study", "Study")])
     assert json.loads(json.dumps(stamp)) == stamp == another

@@ -2,7 +2,6 @@
 compared numbers."""
 
 import ast
-import fcntl
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from filelock import FileLock
 
 from pruning_utils.engine import definitions
 
@@ -32,6 +32,7 @@ import comparisons  # noqa: E402
 import jobs  # noqa: E402
 import modes  # noqa: E402
 import notebook_files  # noqa: E402
+import parameters  # noqa: E402
 import run_notebooks  # noqa: E402
 import running  # noqa: E402
 
@@ -264,6 +265,189 @@ def test_only_the_notebooks_own_values_replace_the_committed_one(project):
     assert places["cpu"] == places["again"] == committed
     assert places["set"] == project / "results" / "cpu" / beside
     assert places["smoke"] == project / "results" / "smoke" / beside
+
+
+# --- values inside mappings -----------------------------------------------------------------------
+
+NESTED = f"""{PARAMETERS}
+healing = {{"targets": "all", "rank": 8, "rate": 0.01, "source": None, "inner": {{"steps": 1}}}}
+tasks = {{"piqa": 0, "boolq": 0}}"""
+OTHERS = {"targets": "all", "rate": 0.01, "source": None, "inner": {"steps": 1}}
+
+
+@pytest.fixture
+def nested(project) -> Path:
+    """The same checkout, where the first notebook has a mapping of settings and one of tasks."""
+    write_notebook(project / "notebooks" / "00_first.ipynb", parameters=NESTED)
+    return project
+
+
+def planned(project: Path, **given: str) -> jobs.Job:
+    """The first notebook's job at profile cpu with values of the command line."""
+    dotted = {name.replace("__", "."): text for name, text in given.items()}
+    (job,) = jobs.plan(project, "cpu", ["00"], dotted, False)
+    return job
+
+
+def test_a_dotted_name_replaces_one_value_of_the_whole_mapping(nested):
+    job = planned(nested, healing__rank="4", healing__inner__steps="7", tasks__boolq="5")
+    healing = {"targets": "all", "rank": 4, "rate": 0.01, "source": None, "inner": {"steps": 7}}
+    assert job.changes == {"healing": healing, "tasks": {"piqa": 0, "boolq": 5}}
+    assert job.values["healing"] == healing and job.values["steps"] == 10
+    assert list(job.values["healing"]) == list(healing), "the order of keys stays"
+    assert planned(nested, healing__rank="8").changes == {}, "the notebook's own value"
+    assert planned(nested, healing__rate="1").values["healing"]["rate"] == 1
+    assert planned(nested, healing__source="c4").values["healing"]["source"] == "c4"
+    assert planned(nested, healing__targets="null").values["healing"]["targets"] is None
+
+
+def test_dotted_names_of_profile_and_command_are_merged_in_turn(nested):
+    profile = nested / "profiles" / "cpu.yaml"
+    profile.write_text("00_first:\n  healing.rank: 16\n  healing.targets: mlp\n")
+    assert planned(nested).changes == {"healing": {**OTHERS, "targets": "mlp", "rank": 16}}
+    job = planned(nested, healing__rank="4")
+    assert job.changes == {"healing": {**OTHERS, "targets": "mlp", "rank": 4}}
+    profile.write_text("00_first:\n  healing.rank: 16\n  healing: {rank: 2, rate: 0.1}\n")
+    assert planned(nested).values["healing"] == {"rank": 16, "rate": 0.1}, "the whole comes first"
+    assert planned(nested, healing__rate="0.2").values["healing"] == {"rank": 16, "rate": 0.2}
+    job = planned(nested, healing__rate="0.2", healing="{rank: 3, rate: 1}")
+    assert job.values["healing"] == {"rank": 3, "rate": 0.2}, "it replaces what the profile has"
+
+
+def test_the_command_line_sets_several_values_at_once(nested, monkeypatch):
+    seen = []
+    monkeypatch.setattr(running, "execute", lambda job, *_: seen.append(job) or executed(job))
+    words = ["-p", "healing.rank=4", "healing.source=a=b", "-p", "steps=3", "-p", "model", "x=y"]
+    assert drive(nested, "--only", "00", *words) == 0
+    (job,) = seen
+    assert job.changes == {
+        "healing": {**OTHERS, "rank": 4, "source": "a=b"},
+        "steps": 3,
+        "model": "x=y",
+    }
+
+
+def test_a_notebook_gets_the_whole_mapping(nested, capfd):
+    write_notebook(
+        nested / "notebooks" / "00_first.ipynb", "print(sorted(healing))", parameters=NESTED
+    )
+    assert drive(nested, "--only", "00", "-p", "healing.rank=4") == 0
+    path = nested / "results" / "cpu" / "notebooks" / "00_first.ipynb"
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[3].outputs[0].text == "['inner', 'rank', 'rate', 'source', 'targets']\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "profile", "message"),
+    [
+        (
+            ["-p", "healing.ranks=4"],
+            "",
+            "00_first: healing has no ranks; it has: targets, rank, rate, source, inner\n",
+        ),
+        (["-p", "healing.inner.rank=4"], "", "00_first: healing.inner has no rank; it has: steps"),
+        (["-p", "tasks.siqa=4"], "", "00_first: tasks has no siqa; it has: piqa, boolq"),
+        (["-p", "steps.rank=4"], "", "00_first: steps is no mapping but 10, so it has no rank"),
+        (
+            ["-p", "healing.rank.a=4"],
+            "",
+            "00_first: healing.rank is no mapping but 8, so it has no",
+        ),
+        (["-p", "heeling.rank=4"], "", "00_first has no parameter heeling; it has: profile, "),
+        (
+            ["-p", "healing.rank=1.5"],
+            "",
+            "00_first: healing.rank must be a int like its default 8, got 1.5",
+        ),
+        (
+            ["-p", "healing.rank=true"],
+            "",
+            "healing.rank must be a int like its default 8, got True",
+        ),
+        (["-p", "healing.inner=3"], "", "healing.inner must be a dict like its default"),
+        (
+            ["-p", "healing={rank: 4, ranks: 4, 1: 2}"],
+            "",
+            "00_first: healing has no ranks, 1; it has: targets, rank, rate, source, inner\n",
+        ),
+        (["-p", "healing={alpha: 4}"], "", "00_first: healing has no alpha; it has: targets"),
+        ([], "00_first:\n  healing.ranks: 4\n", "00_first: healing has no ranks; it has: targets"),
+        ([], "00_first:\n  healing.rate: 1e-4\n", "healing.rate must be a float like .* '1e-4'"),
+        ([], "00_first:\n  healing: {ranks: 4}\n", "00_first: healing has no ranks"),
+        (
+            ["-p", "healing.rank=x", "-p", "healing.ranks=4"],
+            "",
+            "healing.rank must be a int .* got 'x'\n00_first: healing has no ranks",
+        ),
+        (["-p", "healing={rank: "], "", "'{rank: ' is neither a Python literal nor YAML"),
+    ],
+)
+def test_values_inside_mappings_are_refused_before_anything_runs(
+    nested, no_run, capsys, words, profile, message
+):
+    if profile:
+        (nested / "profiles" / "cpu.yaml").write_text(profile)
+    assert drive(nested, "--only", "00", *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and re.search(message.replace("{", "\\{"), error), error
+
+
+def test_keys_that_the_user_chooses_may_be_new_in_a_whole_mapping(nested):
+    job = planned(nested, tasks="{siqa: 3}", healing="{rank: 2}")
+    assert job.changes == {"tasks": {"siqa": 3}, "healing": {"rank": 2}}
+
+
+def test_sections_of_a_profile_may_share_a_mapping_of_settings(nested):
+    write_notebook(
+        nested / "notebooks" / "01_second.ipynb",
+        parameters=f'{PARAMETERS}\nhealing = {{"rank": 8, "alpha": 16}}',
+    )
+    profile = nested / "profiles" / "cpu.yaml"
+    profile.write_text("all:\n  healing: {rank: 2, alpha: 4}\n")
+    first, second = jobs.plan(nested, "cpu", [], {}, False)
+    assert first.values["healing"] == second.values["healing"] == {"rank": 2, "alpha": 4}
+    with pytest.raises(jobs.Refused, match="00_first: healing has no alpha; it has: targets, rank"):
+        planned(nested, healing="{rank: 2, alpha: 4}")
+
+
+@pytest.mark.parametrize("words", [["steps"], ["steps", "3", "4"], ["=3"], ["steps=3", "rate"]])
+def test_words_that_set_nothing_are_refused(project, no_run, capsys, words):
+    with pytest.raises(SystemExit) as caught:
+        drive(project, "--only", "00", "-p", *words)
+    assert caught.value.code == 2
+    assert f"-p takes NAME=VALUE, or NAME VALUE, got {' '.join(words)}" in capsys.readouterr().err
+
+
+def test_help_says_what_may_be_set(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_notebooks.main(["--help"])
+    said = capsys.readouterr().out
+    assert caught.value.code == 0 and "-p healing.steps=64" in said
+    assert all(name in said for name in parameters.CHOSEN_KEYS)
+
+
+def test_the_notebooks_mappings_are_settings_or_have_keys_that_the_user_chooses():
+    """A new mapping is one of settings, unless it is added to CHOSEN_KEYS."""
+    defaults = [jobs.own_defaults(path) for path in jobs.notebook_paths(ROOT).values()]
+    mappings = {
+        name for values in defaults for name, value in values.items() if isinstance(value, dict)
+    }
+    assert set(parameters.CHOSEN_KEYS) <= mappings
+    assert mappings - set(parameters.CHOSEN_KEYS) == {
+        "healing",
+        "quantised",
+        "rates",
+        "samples",
+        "speed",
+        "study",
+        "timed",
+        "window",
+    }
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "profiles").iterdir()))
+def test_committed_profiles_fit_the_notebooks(profile):
+    assert len(jobs.plan(ROOT, profile, [], {}, False)) == len(jobs.notebook_paths(ROOT))
 
 
 # --- executed copies ------------------------------------------------------------------------------
@@ -756,11 +940,12 @@ def test_what_other_versions_computed_is_not_gone_on_with(recorded, quick, monke
 def test_a_folder_that_another_process_computes_in_is_refused(recorded, quick, capfd):
     folder = recorded / "regressed" / "smoke"
     folder.mkdir(parents=True)
-    handle = os.open(folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    assert drive(recorded, "--regress", "--profile", "smoke") == 2
-    os.close(handle)
-    assert f"error: another process computes in {folder}" in capfd.readouterr().err and quick == []
+    with FileLock(folder.with_name("smoke.lock")):
+        assert drive(recorded, "--regress", "--profile", "smoke") == 2
+        assert f"error: another process computes in {folder}" in capfd.readouterr().err
+        assert quick == []
+    assert drive(recorded, "--regress", "--profile", "smoke") == 0
+    assert not (recorded / "regressed").exists(), "neither the folder nor its lock is left"
 
 
 # --- stopped by a signal --------------------------------------------------------------------------
@@ -1022,8 +1207,9 @@ def test_notebooks_wait_for_those_whose_tables_they_read():
     programs = {
         path.stem: code_of(path) for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     }
-    owners = {}  # of tables that a function of the package reads for whoever calls it
-    for path in (ROOT / "pruning_utils").glob("*.py"):
+    # Owners of tables that a function of the package reads for whoever calls it.
+    owners = {}
+    for path in (ROOT / "pruning_utils").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef):
                 owners[node.name] = texts_in(node) & set(programs)
@@ -1045,19 +1231,17 @@ def test_notebooks_wait_for_those_whose_tables_they_read():
 
 
 def test_notebooks_that_train_the_same_models_run_one_after_the_other():
-    # They keep trained models where the others look for them.
-    trainers = (
-        "recipe_table",
-        "depth_table",
-    )
+    # They keep trained models where the others look for them. Those with the same models choose
+    # the layers by the same function.
+    chosen_by = {"depth_points": 3, "metric_table": 4}
     programs = {
         path.stem: code_of(path) for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     }
-    for function in trainers:
+    for function, count in chosen_by.items():
         names = [name for name, program in programs.items() if function in called_in(program)]
         # It owns no table.
         names = [name for name in names if name != "03_depth_and_next_token_loss"]
-        assert len(names) == 3
+        assert len(names) == count
         for place, name in enumerate(names):
             assert set(names[:place]) <= must_wait_for(name), (
                 f"{name} trains beside {names[:place]}"

@@ -62,8 +62,7 @@ def test_quantised_weights_are_counted_in_bytes_alone(llama):
 
 
 def test_flops_by_hand(llama):
-    """Two operations for each weight of a matrix and token; attention: two products of T x T x D a
-    layer."""
+    """Two operations a weight and token; attention: two products of T x T x D a layer."""
     batch, length, width = 3, 7, llama.config.hidden_size
     weights = sum(
         module.weight.numel() for module in llama.modules() if isinstance(module, torch.nn.Linear)

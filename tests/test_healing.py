@@ -1,5 +1,4 @@
-"""What healing trains and what it leaves alone, to the last bit, and that an interrupted run ends
-like any other."""
+"""What healing trains and leaves alone, to the last bit; an interrupted run ends like any other."""
 
 import copy
 import json
@@ -20,6 +19,7 @@ from architectures import ARCHITECTURES
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pruning_utils import evaluation, healing, models
+from pruning_utils.engine import trainer
 
 CHILDREN = Path(__file__).resolve().parent / "children"
 L, V, T = 4, 128, 16
@@ -45,8 +45,7 @@ class Tokenizer:
 
 
 def llama(tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A random model; its rotary frequencies are float32 whatever its dtype, as those of a loaded
-    one."""
+    """A random model; as in a loaded one, rotary frequencies are float32 whatever its dtype."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -224,10 +223,8 @@ def test_full_trains_everything(tied):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (
-            {"rank": 4},
-            4 * sum(sum(shape) for shape in LINEAR.values()) * L,
-        ),  # rank * (in + out) a linear weight
+        # rank * (in + out) a linear weight.
+        ({"rank": 4}, 4 * 464 * L),
         ({"rank": 1, "targets": ["q_proj", "down_proj"]}, (32 + 32 + 48 + 32) * L),
         ({"rank": 2, "targets": "mlp"}, 2 * (80 + 80 + 80) * L),
         ({"method": "qlora"}, 4 * 464 * L),
@@ -238,10 +235,8 @@ def test_full_trains_everything(tied):
     ],
 )
 def test_numbers_of_trained_parameters_by_hand(settings, expected):
-    assert (
-        sum(a * b for a, b in LINEAR.values()) == 7680
-        and sum(a + b for a, b in LINEAR.values()) == 464
-    )
+    assert sum(a * b for a, b in LINEAR.values()) == 7680
+    assert sum(a + b for a, b in LINEAR.values()) == 464
     assert heal(llama(), steps=1, **settings).trainable_parameters == expected
 
 
@@ -254,7 +249,8 @@ def test_the_input_model_is_left_as_it_was(method, fails, monkeypatch):
     before = bits(model)
     settings = model.config.to_dict()
     modes = [part.training for part in model.modules()]
-    flags, keys = [weight.requires_grad for weight in model.parameters()], set(vars(model))
+    flags = [weight.requires_grad for weight in model.parameters()]
+    keys = set(vars(model))
     if fails:
         calls = []
         monkeypatch.setattr(
@@ -270,12 +266,10 @@ def test_the_input_model_is_left_as_it_was(method, fails, monkeypatch):
     else:
         heal(model, method=method, eval_ids=windows(3))
     assert same(bits(model), before) and model.lm_head.weight is model.model.embed_tokens.weight
-    assert [
-        part.training for part in model.modules()
-    ] == modes and model.config.to_dict() == settings
-    assert [weight.requires_grad for weight in model.parameters()] == flags and set(
-        vars(model)
-    ) == keys
+    assert [part.training for part in model.modules()] == modes
+    assert model.config.to_dict() == settings
+    assert [weight.requires_grad for weight in model.parameters()] == flags
+    assert set(vars(model)) == keys
     assert all(weight.grad is None for weight in model.parameters())
 
 
@@ -332,10 +326,8 @@ def test_updates_below_the_resolution_of_bfloat16_add_up(method, monkeypatch):
 
 
 def test_evaluations_on_the_way_do_not_change_what_is_trained():
-    for method in (
-        "qlora",
-        "lora",
-    ):  # 4-bit weights that were repacked for inference would pass no gradient
+    # 4-bit weights that were repacked for inference would pass no gradient.
+    for method in ("qlora", "lora"):
         model = llama(dtype=torch.bfloat16)
         settings = {"method": method, "steps": 8, "dropout": 0.2}
         alone, evaluated = heal(model, **settings), heal(model, eval_ids=windows(3), **settings)
@@ -481,9 +473,9 @@ def test_the_history_by_hand():
 
 
 def test_evaluations_come_eight_times_and_saves_four_times(tmp_path, monkeypatch):
-    saves, digests = [], healing._file_digests
+    saves, digests = [], trainer.file_digests
     monkeypatch.setattr(
-        healing, "_file_digests", lambda folder: saves.append(folder.name) or digests(folder)
+        trainer, "file_digests", lambda folder: saves.append(folder.name) or digests(folder)
     )
     history = heal(
         llama(),
@@ -525,12 +517,19 @@ def test_each_pass_takes_every_window_once_in_a_new_order_and_batches_are_full(m
     assert [len(batch) for batch in found] == [4] * 5
     rows = sum(found, [])
     passes = [rows[:6], rows[6:12], rows[12:18]]
-    assert (
-        all(sorted(order) == list(range(6)) for order in passes)
-        and passes[0] != passes[1] != passes[2]
-    )
+    assert all(sorted(order) == list(range(6)) for order in passes)
+    assert passes[0] != passes[1] != passes[2]
     assert batches(steps=5, batch_size=4) == found != batches(steps=5, batch_size=4, seed=1)
     assert len(batches(steps=1, batch_size=8)[0]) == 8, "more than there are windows"
+
+
+@pytest.mark.parametrize(
+    "batch_size, seq_len, expected",
+    [(4, 16, 4), (6, 4096, 2), (6, 2048, 3), (5, 4096, 1), (8, 9000, 1)],
+)
+def test_micro_batches_by_hand(batch_size, seq_len, expected):
+    """The largest divisor of the batch size that makes no more than 8,192 tokens."""
+    assert trainer.micro_batch_size(batch_size, seq_len) == expected
 
 
 def test_accumulated_batches_train_the_same(monkeypatch):
@@ -546,7 +545,7 @@ def test_accumulated_batches_train_the_same(monkeypatch):
     for tokens, parts in ((2 * T, 3), (T, 6), (T - 1, 6), (5 * T, 2)):
         calls, mean_loss = [], healing._mean_loss
         with monkeypatch.context() as patch:
-            patch.setattr(healing, "MICRO_BATCH_TOKENS", tokens)
+            patch.setattr(trainer, "MICRO_BATCH_TOKENS", tokens)
             patch.setattr(
                 healing,
                 "_mean_loss",
@@ -573,7 +572,7 @@ def test_activations_computed_again_train_the_same(method, monkeypatch):
     kept = heal(model, method=method, dropout=0.1)
     parts = []
     part = transformers.models.llama.modeling_llama.LlamaMLP
-    monkeypatch.setattr(healing, "LARGE", 0)
+    monkeypatch.setattr(trainer, "LARGE", 0)
     forward = part.forward
     monkeypatch.setattr(part, "forward", lambda *given: parts.append(1) or forward(*given))
     again = heal(model, method=method, dropout=0.1)
@@ -743,11 +742,9 @@ def test_without_any_whole_checkpoint_the_run_begins_anew(finished, monkeypatch)
     for seal in settings["output_dir"].glob("*/complete.json"):
         seal.unlink()
     steps, again = steps_again(monkeypatch, settings)
-    assert (
-        steps == 8
-        and same(bits(again.model), bits(expected.model))
-        and again.history.equals(expected.history)
-    )
+    assert steps == 8
+    assert same(bits(again.model), bits(expected.model))
+    assert again.history.equals(expected.history)
 
 
 @pytest.mark.parametrize(
@@ -873,7 +870,7 @@ REFUSED = [
     ("settings", "message"), REFUSED, ids=[str(settings)[:40] for settings, _ in REFUSED]
 )
 def test_wrong_arguments_are_refused_before_any_work(settings, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(healing, "_trainable_copy", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(healing, "trainable_copy", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match=message):
         heal(llama(), output_dir=tmp_path / "run", **settings)
     assert not list(tmp_path.iterdir())

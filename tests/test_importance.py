@@ -1,5 +1,4 @@
-"""Scores of layers against plain reference code, layer calls against their floor, and the published
-orders."""
+"""Scores of layers against plain reference code, layer calls counted, and published orders."""
 
 import copy
 import functools
@@ -110,8 +109,7 @@ def test_gradients_that_were_there_neither_count_nor_go():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_taylor_keeps_the_gradients_of_one_layer(batch_size):
-    """A layer's gradients are reduced, and gone, before the layer two below it begins its backward
-    pass."""
+    """A layer's gradients are gone before the layer two below it begins its backward pass."""
     model, events, alive = ARCHITECTURES["llama"](), [], []
 
     def seen(number: int, weight: torch.Tensor) -> None:
@@ -122,9 +120,8 @@ def test_taylor_keeps_the_gradients_of_one_layer(batch_size):
         layer.self_attn.register_forward_pre_hook(
             lambda *_, number=number: events.append(("run", number))
         )
-        for weight in (
-            layer.parameters()
-        ):  # first a hook of ours, that sees the gradient, then that of the scores
+        # This hook sees the gradient before that of the scores does.
+        for weight in layer.parameters():
             weight.register_post_accumulate_grad_hook(functools.partial(seen, number))
     importance.taylor(model, windows(), batch_size=batch_size)
     assert set(alive) == {1}, "each gradient is gone before the next one comes"
@@ -270,8 +267,7 @@ REFERENCE = runtime.project_root() / "reference"
 
 
 def test_published_scores_give_the_published_orders_and_removed_sets():
-    """Twenty rankings of eight models, with and without the "+" rule (first four and last two
-    stay)."""
+    """Twenty rankings of eight models; by the "+" rule the first four and last two layers stay."""
     scores, published = (
         pd.read_csv(REFERENCE / f"shortened_block_{kind}.csv") for kind in ("scores", "orders")
     )

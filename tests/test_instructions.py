@@ -90,9 +90,27 @@ def test_windows_are_drawn_by_seed(tokenizer):
     assert first.shape == (4, 32) and first.equal(same) and not first.equal(other)
 
 
-def test_hub_sets_are_read_from_where_they_are_said_to_be(tokenizer, monkeypatch):
+def test_pairs_are_filtered_once_in_a_process(tokenizer):
+    instructions._clean_pairs.cache_clear()
+    for seed in (0, 1):
+        instructions.instruction_windows(tokenizer, 1, 32, source="fiqa", seed=seed)
+    assert instructions._clean_pairs.cache_info().misses == 1
+    instructions.instruction_texts(tokenizer, "fiqa").clear()
+    assert instructions.instruction_texts(tokenizer, "fiqa")
+
+
+def test_a_file_that_has_changed_is_read_again(tokenizer, tmp_path):
+    for answer in ("Hi", "Hello"):
+        path = write(tmp_path, [{"instruction": "Greet.", "input": "", "output": answer}])
+        (text,) = instructions.instruction_texts(tokenizer, path)
+        assert text.endswith(f"\n{answer}<|im_end|>\n")
+
+
+def test_hub_sets_are_read_from_where_they_are_said_to_be(tokenizer, monkeypatch, request):
     import datasets
 
+    instructions._clean_pairs.cache_clear()
+    request.addfinalizer(instructions._clean_pairs.cache_clear)
     asked = []
 
     def load(*where, split):

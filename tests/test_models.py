@@ -768,8 +768,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a model hub as loading needs: a model with two revisions, one that vanishes
-    halfway, one gated."""
+    """As much of a hub as loading needs: two revisions, a model that vanishes midway, one gated."""
 
     folder: Path
 

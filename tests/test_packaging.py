@@ -1,5 +1,4 @@
-"""The repository as a whole: pins, imports, shape of the package, text of the files, committed
-notebooks, commands."""
+"""The repository as a whole: pins, imports, the package's shape, its texts, notebooks, commands."""
 
 import ast
 import fnmatch
@@ -15,6 +14,12 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import pruning_utils
+from pruning_utils.engine import definitions
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pruning_utils"
@@ -25,6 +30,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "tasks" not in path.p
 # on a study.
 ORDER = (
     "runtime",
+    "engine.checks",
     "engine.bars",
     "engine.hub",
     "embedded",
@@ -33,6 +39,7 @@ ORDER = (
     "similarity",
     "selection",
     "surgery",
+    "engine.trainer",
     "healing",
     "engine.passes",
     "engine.prefixes",
@@ -41,24 +48,24 @@ ORDER = (
     "width",
     "efficiency",
     "evidence",
-    "experiments",
     "engine.definitions",
     "engine.records",
     "pages",
     "engine.saved_points",
     "results",
-    "depth_study",
-    "importance_study",
-    "shape_study",
-    "memory_study",
-    "metric_study",
     "instructions",
-    "recipe_study",
-    "rate_study",
-    "choice_study",
-    "iterative_study",
-    "cost_study",
     "release",
+    "studies.recipes",
+    "studies.study",
+    "studies.depth",
+    "studies.scores",
+    "studies.sets",
+    "studies.swaps",
+    "studies.rates",
+    "studies.shapes",
+    "studies.costs",
+    "studies.scan",
+    "studies.whole_path",
     "plots",
     "depth_plots",
 )
@@ -122,31 +129,97 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def requirements_of_project(*extras: str) -> dict[str, Requirement]:
+    """Requirements by normalised name: of the package, and of these extras."""
+    known = project()["project"]
+    asked = list(known["dependencies"])
+    for extra in extras:
+        asked += known["optional-dependencies"][extra]
+    requirements = [Requirement(text) for text in asked]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
 def pins(requirements: list[str]) -> dict[str, str]:
-    """Versions by normalised name; a requirement that is not of the form name==version is
-    refused."""
+    """Versions by normalised name; anything that is not of the form name==version is refused."""
     found = {}
     for requirement in requirements:
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", requirement)
         assert match, f"{requirement!r} is not pinned as name==version"
-        found[re.sub(r"[-_.]+", "-", match[1]).lower()] = match[2]
+        found[canonicalize_name(match[1])] = match[2]
     return found
 
 
-def installed_by_make() -> dict[str, str]:
-    """Pins of what the Makefile installs: the dependencies and the extras `notebooks` and
-    `test`."""
-    extras = project()["project"]["optional-dependencies"]
-    return pins(project()["project"]["dependencies"] + extras["notebooks"] + extras["test"])
+def requirement_lines(name: str) -> list[str]:
+    """Requirements of a file that pip reads, without comments, each on one line."""
+    text = re.sub(r"^ *#.*\n", "", (ROOT / name).read_text(), flags=re.MULTILINE)
+    return text.replace("\\\n", " ").strip().splitlines()
+
+
+def locked() -> dict[str, str]:
+    """Versions that are installed here, by normalised name: the lock's, and that of torch."""
+    found = pins(requirement_lines("requirements-torch.txt"))
+    for line in requirement_lines("requirements.lock"):
+        requirement, _, marker = line.partition(" --hash=")[0].partition(" ; ")
+        if not marker or Marker(marker.strip()).evaluate():
+            found |= pins([requirement.strip()])
+    return found
+
+
+# What only the CUDA build of torch needs.
+CUDA = re.compile(r"triton|(cuda|nvidia)-.*")
 
 
 # --- one source of pins ---------------------------------------------------------------------------
 
 
-def test_environment_repeats_pins():
+def test_lock_holds_what_make_installs():
+    versions = locked()
+    for name, requirement in requirements_of_project("notebooks", "test").items():
+        assert versions[name] in requirement.specifier, f"{requirement} against {versions[name]}"
+    for requirement in map(Requirement, project()["build-system"]["requires"]):
+        assert versions[requirement.name] in requirement.specifier, (
+            "the package is built with what the lock installs"
+        )
+
+
+def test_lock_is_complete():
+    """Whatever a locked package needs on this machine is locked too."""
+    versions = locked()
+    for name in versions:
+        for text in importlib.metadata.requires(name) or []:
+            needed = Requirement(text)
+            is_asked = needed.marker is None or needed.marker.evaluate({"extra": ""})
+            if is_asked and not CUDA.fullmatch(needed.name):
+                assert canonicalize_name(needed.name) in versions, f"{name} needs {text}"
+
+
+def test_lock_has_hashes_of_all_but_torch():
+    lines = requirement_lines("requirements.lock")
+    for line in lines:
+        assert re.search(r"( +--hash=sha256:[0-9a-f]{64})+ *$", line), line
+    names = {line.partition("==")[0] for line in lines}
+    assert "torch" not in names, "its builds differ; requirements-torch.txt has its version"
+    assert not [name for name in names if CUDA.fullmatch(name)]
+
+
+def test_installed_versions_are_the_locked_ones():
+    """Of what is asked for by name; conda's users may have other versions of what that needs."""
+    wrong, versions = {}, locked()
+    for name in requirements_of_project("notebooks", "test"):
+        installed = importlib.metadata.version(name)
+        if installed.split("+")[0] != versions[name]:
+            wrong[name] = (installed, versions[name])
+    assert not wrong, f"installed versions differ from the locked ones: {wrong}"
+
+
+def test_conda_environment_repeats_the_lock():
     dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    (from_pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
-    assert pins(from_pip) == installed_by_make()
+    (from_pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
+    assert from_pip[-1] == "-e .", "the package itself"
+    repeated, versions = pins(from_pip[:-1]), locked()
+    assert set(repeated) == set(requirements_of_project("notebooks", "test"))
+    for name, version in repeated.items():
+        assert version == versions[name], name
     oldest = project()["project"]["requires-python"].removeprefix(">=")
     assert f"python={oldest}" in dependencies, (
         "results are computed with the oldest supported Python"
@@ -155,40 +228,20 @@ def test_environment_repeats_pins():
 
 def test_environment_gives_reasons():
     lines = (ROOT / "environment.yml").read_text().partition("dependencies:")[2].splitlines()
-    bare = [
-        line.strip()
-        for line in lines
-        if re.match(r" +- (?!pip:)", line) and not re.search(r"  # .{15,}", line)
-    ]
+    dependencies = [line.strip() for line in lines if re.match(r" +- (?!pip:)", line)]
+    bare = [line for line in dependencies if not re.search(r"  # .{15,}", line)]
     assert not bare, "dependencies without a reason beside them"
 
 
-def test_extras_are_pinned():
-    for name, extra in project()["project"]["optional-dependencies"].items():
-        assert pins(extra), name
-
-
-def test_environment_holds_pinned_versions():
-    wrong = {
-        name: importlib.metadata.version(name)
-        for name, version in installed_by_make().items()
-        if importlib.metadata.version(name).split("+")[0] != version
-    }
-    assert not wrong, f"installed versions differ from pyproject.toml: {wrong}"
-
-
 def test_embedded_packages_have_hashes():
-    text = re.sub(
-        r"^#.*\n", "", (ROOT / "requirements-embedded.txt").read_text(), flags=re.MULTILINE
-    )
-    requirements = text.replace("\\\n", " ").strip().splitlines()
+    requirements = requirement_lines("requirements-embedded.txt")
     assert len(requirements) == 2
     for requirement in requirements:
         assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+( +--hash=sha256:[0-9a-f]{64})+", requirement), (
             requirement
         )
     names = {requirement.partition("==")[0] for requirement in requirements}
-    assert not names & installed_by_make().keys(), (
+    assert not names & locked().keys(), (
         "an embedded package is installed without dependencies, never with"
     )
 
@@ -305,15 +358,13 @@ def test_third_party_imports_are_declared():
         for path in sorted((ROOT / folder).glob("*.py"))
     ]
     for paths, allowed in (
-        (MODULES, pins(project()["project"]["dependencies"])),
-        (tooling, installed_by_make()),
+        (MODULES, requirements_of_project()),
+        (tooling, requirements_of_project("notebooks", "test")),
     ):
         for path in paths:
             ours = {module.stem for module in tooling} | OPTIONAL
             for name in third_party_imports(ast.parse(path.read_text())) - ours:
-                owners = {
-                    re.sub(r"[-_.]+", "-", owner).lower() for owner in distributions.get(name, [])
-                }
+                owners = {canonicalize_name(owner) for owner in distributions.get(name, [])}
                 assert owners & allowed.keys(), (
                     f"{path.relative_to(ROOT)} imports {name}, which nothing declares"
                 )
@@ -326,6 +377,142 @@ def test_modules_import_without_network_or_embedded_packages():
         [sys.executable, child, *names], cwd=ROOT, capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
+
+
+# --- what a person meets --------------------------------------------------------------------------
+
+LAZY = """
+import sys
+import pruning_utils
+loaded = [name for name in sys.modules if name.partition(".")[0] in ("pruning_utils", "torch")]
+assert loaded == ["pruning_utils"], loaded
+assert "selection" in dir(pruning_utils)
+assert pruning_utils.selection.best_block
+assert "pruning_utils.selection" in sys.modules and "pruning_utils.healing" not in sys.modules
+"""
+
+
+def test_core_is_imported_when_it_is_used():
+    finished = subprocess.run(
+        [sys.executable, "-c", LAZY], cwd=ROOT, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+
+
+def test_package_shows_its_core():
+    files = {name_of(path) for path in PACKAGE.glob("*.py")} - {""}
+    assert set(pruning_utils.MODULES) == files, "a module of the core for every file beside it"
+    assert set(dir(pruning_utils)) == files | {"__version__"}
+    for name in ("best_block", "__all__"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(pruning_utils, name)
+
+
+# --- the map of notebooks, studies and steps ------------------------------------------------------
+
+# Question, studies and steps of a notebook.
+Row = tuple[str, list[str], list[str]]
+
+# What a notebook composes, in the order of the work.
+STEPS = (
+    "similarity",
+    "importance",
+    "selection",
+    "surgery",
+    "width",
+    "healing",
+    "evaluation",
+    "efficiency",
+    "release",
+)
+# They cut, train and measure whatever a study says, so every step is within their reach.
+SHARED_STUDIES = {"study", "recipes"}
+
+
+def map_of_docstring() -> dict[str, Row]:
+    """Rows of the package's docstring by the notebook's number."""
+    rows = {}
+    found = re.findall(r"^(\d\d)  (.+)\n((?: {4}.+\n)+)", pruning_utils.__doc__, re.MULTILINE)
+    for number, question, listed in found:
+        studies, steps = " ".join(listed.split()).split(": ")
+        rows[number] = question, studies.split(", "), steps.split(", ")
+    return rows
+
+
+def map_of_notebooks() -> dict[str, Row]:
+    """Rows of notebooks/README.md by the notebook's number; each must link to the notebook."""
+    rows = {}
+    for line in (ROOT / "notebooks" / "README.md").read_text().splitlines():
+        if not line.startswith("| ["):
+            continue
+        link, question, studies, steps = line.strip("| ").split(" | ")
+        number, file = re.fullmatch(r"\[(\d\d)\]\((.+)\)", link).groups()
+        assert file.startswith(number) and (ROOT / "notebooks" / file).is_file(), file
+        rows[number] = question, studies.split(", "), steps.split(", ")
+    return rows
+
+
+def names_used_by(name: str) -> list[definitions.Definition]:
+    """What a notebook names of the package: (module, "") for a module, else its definition."""
+    sources = definitions.INSTALLED.sources
+    modules, used = {}, []
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    cells = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    nodes = [node for cell in cells for node in ast.walk(ast.parse(cell))]
+    for node in nodes:
+        if not isinstance(node, ast.ImportFrom) or not node.module.startswith("pruning_utils"):
+            continue
+        origin = node.module.removeprefix("pruning_utils").lstrip(".")
+        for alias in node.names:
+            inner = f"{origin}.{alias.name}".lstrip(".")
+            if inner in sources:
+                modules[alias.asname or alias.name] = inner
+                used.append((inner, ""))
+            else:
+                used.append((origin, alias.name))
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in modules:
+                used.append((modules[node.value.id], node.attr))
+    return used
+
+
+def steps_within_reach(used: list[definitions.Definition]) -> set[str]:
+    """Steps that these names are of, or reach; what draws reaches none."""
+    reached = {module for module, _ in used}
+    for module, name in used:
+        if name and module not in ("plots", "depth_plots"):
+            root, _ = definitions.INSTALLED.target(module, [name])
+            reached |= {inner for inner, _ in definitions.INSTALLED.reached([root])}
+    return reached & set(STEPS)
+
+
+def test_both_maps_are_the_same_and_name_every_notebook():
+    assert map_of_docstring() == map_of_notebooks()
+    numbers = [Path(name).name[:2] for name in NOTEBOOKS]
+    assert list(map_of_notebooks()) == numbers
+    for question, studies, steps in map_of_notebooks().values():
+        assert question.endswith("?")
+        assert all((PACKAGE / "studies" / f"{study}.py").is_file() for study in studies)
+        assert steps == [step for step in STEPS if step in steps], "in the order of the work"
+
+
+def test_every_study_serves_a_notebook():
+    files = {path.stem for path in (PACKAGE / "studies").glob("[!_]*.py")}
+    named = {study for _, studies, _ in map_of_notebooks().values() for study in studies}
+    assert files == named | SHARED_STUDIES
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_map_agrees_with_the_notebook(name):
+    _, studies, steps = map_of_notebooks()[Path(name).name[:2]]
+    used = names_used_by(name)
+    imported = {module.removeprefix("studies.") for module, _ in used if "studies." in module}
+    assert set(studies) == imported - SHARED_STUDIES
+    within_reach = steps_within_reach(used)
+    assert {module for module, _ in used} & set(STEPS) <= set(steps) <= within_reach
+    if not imported & SHARED_STUDIES:
+        assert set(steps) == within_reach, "nothing else could be meant"
 
 
 # --- shape of the package -------------------------------------------------------------------------
@@ -522,8 +709,8 @@ def run_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run make beside a copy of the Makefile, without what a make that runs these tests has
     exported."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    for name in ("Makefile", "pyproject.toml", "requirements-embedded.txt"):
-        shutil.copyfile(ROOT / name, folder / name)
+    for path in (ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("requirements*")):
+        shutil.copyfile(path, folder / path.name)
     return subprocess.run(
         ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -542,6 +729,7 @@ def test_make_alone_lists_the_targets(tmp_path):
         "figures",
         "regress",
         "lab",
+        "lock",
         "clean",
     ]
 

@@ -6,7 +6,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from pruning_utils import depth_study, pages, selection
+from pruning_utils import pages, selection
+from pruning_utils.studies.study import Study
 
 PARAMETERS = 'profile = "cpu"  # words\nmodel = "embedded"\nrevision = None\nseed = 0\n'
 VALUES = {"profile": "cpu", "model": "embedded"}
@@ -50,18 +51,18 @@ def test_sources_are_those_of_the_definitions():
     assert pages.source("selection.best_block").text + "\n" == inspect.getsource(
         selection.best_block
     )
-    method = textwrap.dedent(inspect.getsource(depth_study.DepthStudy.__call__))
-    shown = pages.source("depth_study.DepthStudy.__call__")
+    method = textwrap.dedent(inspect.getsource(Study.__call__))
+    shown = pages.source("studies.study.Study.__call__")
     assert shown.text + "\n" == method
     bundle = shown._repr_mimebundle_()
     assert bundle == {"text/markdown": f"```python\n{shown.text}\n```", "text/plain": shown.text}
-    assert pages.source("depth_study.DepthStudy.loaded").text.startswith(
+    assert pages.source("studies.study.Study._prepared").text.startswith(
         "@functools.cached_property\n"
     )
 
 
 @pytest.mark.parametrize(
-    "name", ["selection", "selection.none", "none.best_block", "depth_study.DepthStudy.none", ""]
+    "name", ["selection", "selection.none", "none.best_block", "studies.study.Study.none", ""]
 )
 def test_unknown_sources_are_refused(name):
     with pytest.raises(ValueError, match="name must be module.function"):

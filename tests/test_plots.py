@@ -1,5 +1,4 @@
-"""Figures show the numbers of their tables, refuse tables that lack them, and are saved the same to
-the byte."""
+"""Figures show the numbers of their tables, refuse tables without them, and repeat their bytes."""
 
 import itertools
 
@@ -158,8 +157,7 @@ def test_smoke_figures_are_stamped(blocks, tmp_path, monkeypatch):
 
 @pytest.fixture
 def curves():
-    """Two panels, two series of three depths; the value is 1, 2, 3 for the first and 10 times that
-    for the second."""
+    """Two panels, two series of three depths; values are 1, 2, 3, and 10, 20, 30."""
     return pd.DataFrame(
         [
             {

@@ -1,5 +1,4 @@
-"""What is shared must change nothing: log-likelihoods against whole sequences, skipped layers
-against whole passes."""
+"""What is shared changes nothing: against whole sequences, and against whole passes."""
 
 import contextlib
 import copy
@@ -10,7 +9,7 @@ import torch
 from architectures import ARCHITECTURES
 from lm_eval.models.huggingface import HFLM
 
-from pruning_utils import evaluation, models, surgery
+from pruning_utils import data, evaluation, models, surgery
 from pruning_utils.engine import passes, prefixes
 
 # Architectures whose layers take masks and positions of our making; all others go to the stock
@@ -20,7 +19,8 @@ SHARE = {name for name, factory in ARCHITECTURES.items() if prefixes.longest_sha
 
 @pytest.fixture(scope="module")
 def embedded():
-    return models.load_model()
+    """The embedded model in float32, where batches change nothing but the last digits."""
+    return models.load_model(dtype="float32")
 
 
 def token_requests(shape: str) -> list[tuple[list[int], list[int]]]:
@@ -30,9 +30,8 @@ def token_requests(shape: str) -> list[tuple[list[int], list[int]]]:
     def some(n: int) -> list[int]:
         return torch.randint(3, 128, (n,), generator=generator).tolist()
 
-    if (
-        shape == "choices"
-    ):  # answers that begin alike, one of a single token, one the beginning of another
+    # Answers that begin alike, one of a single token, one the beginning of another.
+    if shape == "choices":
         prompts, same = [some(n) for n in (5, 9, 2, 7, 6, 1)], some(2)
         return [
             (prompt, answer)
@@ -47,7 +46,8 @@ def token_requests(shape: str) -> list[tuple[list[int], list[int]]]:
             for _ in range(2)
             for answer in (some(1), some(2))
         ]
-    shots = some(20)  # more prompts than rows in a batch, one of them the shots alone
+    # More prompts than rows in a batch, one of them the shots alone.
+    shots = some(20)
     tails = [*(some(n) for n in (4, 6, 3, 5, 4)), []]
     return [(shots + tail, answer) for tail in tails for answer in (some(2), some(1))]
 
@@ -83,19 +83,28 @@ def test_loglikelihoods_equal_those_of_whole_sequences(name, shape):
 
 
 @pytest.mark.parametrize(
-    "task, num_fewshot, limit", [("piqa", 0, 6), ("boolq", 0, 3), ("mmlu", 3, 2)]
+    "task, num_fewshot, limit, longest",
+    [("piqa", 0, 3, 800), ("boolq", 0, 3, 250), ("mmlu", 2, 3, 80)],
 )
 def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(
-    task, num_fewshot, limit, embedded
+    task, num_fewshot, limit, longest, embedded, monkeypatch
 ):
-    """Answers of some forty tokens through thirty layers, in float32: rounding adds up here if
-    anywhere."""
-    model, tokenizer = copy.deepcopy(embedded[0]).float(), copy.deepcopy(embedded[1])
+    """Through thirty layers in float32 rounding adds up if anywhere.
+
+    Answers to piqa have some forty tokens. Passages and shots are of the shortest questions, of at
+    most ``longest`` characters. The shots are cached: more prompts share them than fit a batch.
+    """
+    model, tokenizer = embedded
+    texts = {
+        row: row.passage + row.question + "".join(row.choices) for row in data.load_questions(task)
+    }
+    short = [row for row, text in texts.items() if len(text) <= longest]
+    monkeypatch.setattr(data, "load_questions", lambda _: short)
     questions = evaluation.load_tasks([task], num_fewshot=num_fewshot)[task]["tasks"][task]
     questions.build_all_requests(limit=limit)
     both = (
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
-        prefixes.language_model(model, tokenizer, 8),
+        HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=8),
+        prefixes.language_model(model, tokenizer, 2),
     )
     expected, found = (
         backend.loglikelihood(questions.instances, disable_tqdm=True) for backend in both
@@ -108,8 +117,7 @@ def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(
 
 
 def test_a_beginning_is_run_once(monkeypatch):
-    """Tokens that pass through the model are the distinct beginnings of the sequences, whatever
-    shares them."""
+    """Only the distinct beginnings of the sequences pass through the model."""
     model, seen = ARCHITECTURES["llama"](), []
     models.backbone(model).register_forward_pre_hook(
         lambda _, given, named: seen.append(given[0] if given else named["input_ids"]),
@@ -135,8 +143,7 @@ def test_a_beginning_is_run_once(monkeypatch):
     "name, window", [("mistral", 4), ("qwen2", 4), ("gemma2", 4), ("mamba", 0), ("llama", 64)]
 )
 def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, embedded, monkeypatch):
-    """Through lm-eval's own interface: requests that fit are shared, the others not, and the order
-    stays."""
+    """Through lm-eval's own interface; only requests that fit are shared, and the order stays."""
     model, calls = ARCHITECTURES[name](), []
     own = prefixes.loglikelihoods
     monkeypatch.setattr(
@@ -217,13 +224,8 @@ def test_shared_layers_keep_what_fits_and_tell_batches_apart():
     )
     shared, calls = passes.SharedLayers([4, 6], most_bytes=2 * 7 * 32 * 4), layer_calls(model)
     with shared.used_by(model, 8):
-        for ids, n_calls in (
-            (first, 8),
-            (first, 4),
-            (second, 8),
-            (second, 8),
-            (first, 4),
-        ):  # room for one output
+        # There is room for one output.
+        for ids, n_calls in ((first, 8), (first, 4), (second, 8), (second, 8), (first, 4)):
             calls.clear()
             found = evaluation.token_losses(model, ids)
             assert len(calls) == n_calls
@@ -240,6 +242,6 @@ def test_questions_score_alike_with_shared_layers(embedded):
     shared = passes.SharedLayers([3])
     for name in ("bare", "first", "again"):
         with shared.used_by(model, 3) if name != "bare" else contextlib.nullcontext():
-            found[name] = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=4).questions
+            found[name] = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=2).questions
     pd.testing.assert_frame_equal(found["bare"], found["first"], check_exact=True)
     pd.testing.assert_frame_equal(found["bare"], found["again"], check_exact=True)

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from test_depth_study import N_LAYERS, save_tiny_model
+from tiny_model import N_LAYERS
 
 from pruning_utils import models, release, surgery
+from pruning_utils.studies import study
 
 SCORES = pd.DataFrame({"pruned": [4.5, 0.25]}, index=["loss on XSum", "accuracy"])
 CARD = {
@@ -24,11 +25,6 @@ CARD = {
     "record": {"seed": 0, "versions": {"torch": "2"}},
 }
 TOKENS = torch.arange(8)[None]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
 @pytest.fixture
@@ -85,55 +81,6 @@ def test_a_folder_that_loads_as_another_model_does_not_stay(factor, pruned, tmp_
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-SETTINGS = {"revision": None, "dtype": "float32", "n_windows": 4, "seq_len": 16, "batch_size": 2}
-
-
-def test_costs_are_those_of_the_model_as_it_is_saved(tiny, pruned):
-    model, _ = pruned
-    weights = {id(weight): weight for weight in model.parameters()}.values()
-    head = model.get_input_embeddings().weight.numel()
-    recipes = (
-        "",
-        "lora 0.001 4",
-        "last_layers 0.001 4 last_k=1 untie=false",
-        "last_layers 0.001 4 last_k=1 + lora 0.001 4",
-    )
-    found = {
-        recipe: release.measure_release({"layers": "1 3", "recipe": recipe}, model=tiny, **SETTINGS)
-        for recipe in recipes
-    }
-    count = sum(weight.numel() for weight in weights)
-    assert [row["parameters"] for row in found.values()] == [count, count, count, count + head]
-    assert all(
-        row["bytes"] >= 4 * row["parameters"] and row["seconds"] > 0 for row in found.values()
-    )
-    macs = [row["macs"] for row in found.values()]
-    assert macs[0] >= 64 * (count - head) and len({*macs}) == 1, (
-        "a head is used whether or not it is stored twice"
-    )
-    whole = release.measure_release({"layers": "", "recipe": ""}, model=tiny, **SETTINGS)
-    assert whole["parameters"] - count == sum(
-        weight.numel()
-        for layer in models.decoder_layers(model)[:2]
-        for weight in layer.parameters()
-    )
-
-
-def test_costs_are_measured_once(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
-    asked = dict(
-        points=[{"run": 0, "layers": "1", "recipe": ""}],
-        profile="smoke",
-        notebook="x",
-        model=tiny,
-        own_process=False,
-        **SETTINGS,
-    )
-    first, path = release.release_table(**asked)
-    monkeypatch.setattr(release, "measure_release", lambda *_, **__: pytest.fail("measured again"))
-    assert release.release_table(**asked)[0].equals(first) and path.is_file()
-
-
 def test_a_trained_model_is_that_of_its_point(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
     healing = {
@@ -158,8 +105,8 @@ def test_a_trained_model_is_that_of_its_point(tiny, tmp_path, monkeypatch):
         seed=0,
         healing_settings=healing,
     )
-    plain, _ = release.trained_model({"layers": "1 3", "recipe": "", "seed": 0}, **given)
-    healed, _ = release.trained_model(
+    plain, _ = study.trained_model({"layers": "1 3", "recipe": "", "seed": 0}, **given)
+    healed, _ = study.trained_model(
         {"layers": "1 3", "recipe": "last_layers 0.01 1 last_k=1", "seed": 0}, **given
     )
     assert len(models.decoder_layers(plain)) == len(models.decoder_layers(healed)) == N_LAYERS - 2
@@ -172,7 +119,7 @@ def test_a_trained_model_is_that_of_its_point(tiny, tmp_path, monkeypatch):
         )
     ]
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
-    again, _ = release.trained_model(
+    again, _ = study.trained_model(
         {"layers": "1 3", "recipe": "last_layers 0.01 1 last_k=1", "seed": 0}, **given
     )
     assert torch.equal(again.get_output_embeddings().weight, healed.get_output_embeddings().weight)

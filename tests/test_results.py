@@ -1,9 +1,9 @@
-"""Tables that are computed once and kept: bytes on disk, what is refused, and what a kill at any
-moment leaves."""
+"""Tables that are computed once and kept: bytes on disk, what is refused, what a kill leaves."""
 
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -380,7 +380,7 @@ def test_commit_is_recorded_only_for_unchanged_sources(tmp_path, monkeypatch):
     folder = tmp_path / "package"
     folder.mkdir()
     monkeypatch.setattr(definitions, "PACKAGE", folder)
-    (folder / "records.py").write_text("a = 1\n")
+    (folder / "__init__.py").write_text("a = 1\n")
     git = [
         "git",
         "-C",
@@ -405,7 +405,7 @@ def test_commit_is_recorded_only_for_unchanged_sources(tmp_path, monkeypatch):
     ).stdout.strip()
     (tmp_path / "other").write_text("changed results change no source")
     assert records.package_commit() == head
-    (folder / "records.py").write_text("a = 2\n")
+    (folder / "__init__.py").write_text("a = 2\n")
     assert records.package_commit() is None
 
 
@@ -620,6 +620,42 @@ def test_kills_and_two_processes(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.startswith("killed")
+
+
+def test_one_thread_at_a_time_changes_the_records_of_a_folder(tmp_path):
+    folder = tmp_path / "new"
+    order = []
+
+    def second():
+        with records.locked(folder):
+            order.append("second")
+
+    with records.locked(folder):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        time.sleep(0.2)
+        order.append("first")
+    waiting.join(10)
+    assert order == ["first", "second"] and os.listdir(folder) == []
+
+
+def test_a_lock_that_a_killed_run_left_is_taken_and_removed(tmp_path):
+    (tmp_path / records.LOCK).touch()
+    results.load_or_compute(tmp_path / "t.csv", frame, parameters=SEED)
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "t.csv", "t.measured.csv"]
+
+
+def test_points_that_are_being_computed_are_refused(tmp_path):
+    path = tmp_path / "s.csv"
+
+    def compute_again(point: dict) -> dict:
+        return results.sweep(POINTS, never, path=path, parameters=SEED)
+
+    said = f"RuntimeError: another process is computing the points in {path.with_suffix('.points')}"
+    with pytest.raises(RuntimeError, match=re.escape(said)):
+        results.sweep(POINTS, compute_again, path=path, parameters=SEED)
+    results.sweep(POINTS, square, path=path, parameters=SEED)
+    assert path.read_bytes() == TABLE
 
 
 def refuse_writes(monkeypatch, when: str, target: str) -> None:

@@ -146,3 +146,14 @@ def test_waiting_threads_sleep_in_every_process():
 def test_the_processor_is_named(machine):
     machine(*MACHINES["AMX"][:3])
     assert runtime.processor() == "A CPU (AVX512, amx_bf16, avx512_bf16)"
+
+
+def test_peak_memory_is_0_where_the_system_keeps_no_mark(monkeypatch):
+    """As on Windows, which has neither the kernel's file nor the module ``resource``."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.peak_memory_bytes() > 10**7
+    monkeypatch.setattr(runtime.Path, "is_file", lambda path: False)
+    assert runtime.peak_memory_bytes() > 10**7
+    monkeypatch.setattr(runtime.sys, "platform", "win32")
+    monkeypatch.setitem(runtime.sys.modules, "resource", None)
+    assert runtime.peak_memory_bytes() == 0

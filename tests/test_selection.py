@@ -1,5 +1,4 @@
-"""From numbers to layers, against values worked out by hand: no block is off by one, and none is
-left out."""
+"""From numbers to layers, by hand: no block is off by one, and none is left out."""
 
 import math
 
@@ -19,8 +18,7 @@ def is_plain(layers) -> bool:
 
 
 def planted(n_layers: int, starts: dict[int, int], low: float = 0.1) -> np.ndarray:
-    """Distances that grow with the block, but are low for the block of each size n that starts at
-    ``starts[n]``."""
+    """Distances that grow with the block, but are low where size n starts at ``starts[n]``."""
     distance = (
         np.abs(np.subtract.outer(np.arange(n_layers + 1.0), np.arange(n_layers + 1.0)))
         / (n_layers + 1)
@@ -361,7 +359,8 @@ def test_the_number_of_layers_in_a_fraction_rounds_half_up():
     )
     for n_layers in range(1, 60):
         for percent in range(0, 100):
-            exact = (2 * n_layers * percent + 100) // 200  # the rule in whole numbers
+            # The rule in whole numbers.
+            exact = (2 * n_layers * percent + 100) // 200
             if exact < n_layers:
                 found = selection.count_for_fraction(n_layers, percent / 100)
                 assert found == exact and type(found) is int

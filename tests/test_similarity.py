@@ -1,5 +1,4 @@
-"""Distances between layers against plain float64 arithmetic on all states, and the published
-metrics' own formulas."""
+"""Distances between layers against plain float64 arithmetic and the metrics' own formulas."""
 
 import dataclasses
 import math
@@ -19,8 +18,7 @@ RESULTS = (*MATRICES, "block_influence", "block_influence_flattened")
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A random llama whose final norm turns states, so that it matters on which side of it the last
-    one is taken."""
+    """A random llama whose final norm turns states: before it the last one is another."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -46,8 +44,7 @@ def windows(n: int = 5, length: int = 12, vocabulary: int = V) -> torch.Tensor:
 
 
 def kept_states(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Inputs of all layers and the raw output of the last, float64 (L+1, samples, tokens, hidden),
-    from plain hooks."""
+    """Inputs and the last raw output, float64 (L+1, samples, tokens, hidden), by plain hooks."""
     layers, states, outputs = models.decoder_layers(model), {}, []
 
     def keep(index):
@@ -164,9 +161,8 @@ def test_published_formulas_on_the_same_inputs():
     with torch.no_grad():
         states = model(input_ids, output_hidden_states=True).hidden_states
 
-    for i in range(
-        L
-    ):  # arXiv:2403.17887: angular distance of last tokens, states as transformers returns them
+    # arXiv:2403.17887: angular distance of last tokens, states as transformers returns them.
+    for i in range(L):
         for j in range(L):
             cosine = torch.nn.functional.cosine_similarity(
                 states[i][:, -1], states[j][:, -1], dim=-1

@@ -42,8 +42,7 @@ TOKENS = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_quiet_thread():
-    """Models this small are faster on one thread; a progress bar would count as a file when the
-    disk is full."""
+    """One thread is faster for small models; a progress bar would be a file on the full disk."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -85,8 +84,7 @@ def _dropped(name: str, layers: Iterable[int]):
 
 
 def _state(model) -> tuple:
-    """Everything that a refused cut must leave alone: configuration, layer objects, plain
-    attributes, weights."""
+    """What a refused cut must leave alone: configuration, layers, plain attributes, weights."""
     attributes = [
         (path, name, value)
         for path, part in model.named_modules()
@@ -190,8 +188,7 @@ def test_a_saved_cut_loads_plainly_and_is_the_same(name, tmp_path):
     ],
 )
 def test_fields_cut_to_their_first_entries_would_be_seen(name):
-    """The patterns and the windows are such that a configuration cut short gives other logits: the
-    tests have teeth."""
+    """A configuration cut short would give other logits, with these patterns and windows."""
     model, original = _dropped(name, DROPS[name][0]), _original(name)
     config = copy.deepcopy(model.config)
     for field, values in _per_layer(original.config).items():

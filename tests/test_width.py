@@ -1,5 +1,4 @@
-"""Narrower layers: the units that a plain selection keeps, the numbers of a hand-sliced copy, and
-files that load."""
+"""Narrower layers: a plain selection's units, a hand-sliced copy's numbers, and files that load."""
 
 import copy
 
@@ -13,19 +12,9 @@ from transformers import AutoModelForCausalLM
 from pruning_utils import healing, models, surgery, width
 
 # Biases of the queries, keys and values; norms of queries and keys.
-LLAMAS = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 # Fused weights, further norms, another feed-forward network.
-OTHERS = (
-    "phi3",
-    "gemma2",
-    "starcoder2",
-    "cohere",
-)
+OTHERS = ("phi3", "gemma2", "starcoder2", "cohere")
 N_CHANNELS, N_KV_HEADS = SIZES["intermediate_size"], SIZES["num_key_value_heads"]
 TOKENS = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(1))
 
@@ -45,8 +34,10 @@ def logits(model) -> torch.Tensor:
 
 
 def assert_same_logits(one, other):
-    """Of models whose sums have other lengths, and so round otherwise on each processor: compared
-    in float64, in which a logit of some hundred terms is right to a hundred times 1e-16."""
+    """Compare in float64: sums of other lengths round otherwise on each processor.
+
+    There a logit of some hundred terms is right to a hundred times 1e-16.
+    """
     one, other = (copy.deepcopy(part).double() for part in (one, other))
     torch.testing.assert_close(logits(one), logits(other), rtol=1e-12, atol=1e-12)
 
@@ -74,8 +65,7 @@ def state(model) -> tuple:
 
 
 def reference_scores(model, ids=None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer the scores of its channels and of its key-value heads, from gradients that are
-    all kept."""
+    """For each layer the scores of channels and of key-value heads, from gradients all kept."""
     model = copy.deepcopy(model).double().requires_grad_()
     if ids is not None:
         model(ids, labels=ids).loss.backward()
@@ -162,8 +152,7 @@ def test_the_best_units_stay_in_their_order_and_compute_what_a_hand_sliced_copy_
 )
 @pytest.mark.parametrize("config_class", ["LlamaConfig", "Qwen3Config"])
 def test_a_head_goes_with_its_query_heads_whatever_their_number(config_class, heads):
-    """Also where two query heads share a key-value head, which the dependency graph by itself goes
-    round in circles."""
+    """Also where two query heads share one: there the dependency graph would go in circles."""
     n_heads, n_kv_heads, n_kept = heads
     model = tiny(
         config_class,
@@ -182,7 +171,7 @@ def test_a_head_goes_with_its_query_heads_whatever_their_number(config_class, he
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures_compute_what_zeroed_columns_compute(name):
     model = ARCHITECTURES[name]()
-    _, cuts, _, _ = width._plan(model, 20, 1)
+    cuts = width._plan(model, 20, 1).cuts
     found, zeroed = pruned(model, 20, n_kv_heads=1), copy.deepcopy(model)
     for (rows, n_kept), scores in zip(cuts, width._scores(model, cuts, None, None), strict=True):
         ((path, _),) = [key for key in rows if key[1] == 1]
@@ -198,7 +187,7 @@ def test_other_architectures_compute_what_zeroed_columns_compute(name):
 
 def test_taylor_scores_equal_the_plain_way_and_leave_no_gradient(model):
     before, expected = state(model), reference_scores(model, TOKENS)
-    _, cuts, _, _ = width._plan(model, 1, 1)
+    cuts = width._plan(model, 1, 1).cuts
     for batch_size in (None, 1, 2):
         channels, heads = width._scores(model, cuts, TOKENS, batch_size)
         for layer, (of_channels, of_heads) in enumerate(expected):
@@ -209,7 +198,7 @@ def test_taylor_scores_equal_the_plain_way_and_leave_no_gradient(model):
 
 def test_magnitudes_are_exact_in_16_bits():
     model = ARCHITECTURES["qwen2"]().bfloat16()
-    _, cuts, _, _ = width._plan(model, 1, 1)
+    cuts = width._plan(model, 1, 1).cuts
     channels, heads = width._scores(model, cuts, None, None)
     for layer, (of_channels, of_heads) in enumerate(reference_scores(model)):
         assert channels[layer] == pytest.approx(of_channels.numpy(), rel=1e-6)
@@ -291,7 +280,7 @@ def test_files_load_as_they_are(model, tmp_path):
     )
     assert not any(report.values())
     assert torch.equal(logits(loaded), logits(found))
-    assert surgery._facts(loaded.model) == surgery._facts(found.model)
+    assert surgery.facts(loaded.model) == surgery.facts(found.model)
     again = pruned(loaded, 8)
     assert_same_logits(again, sliced(found, 8, 1))
 
@@ -321,7 +310,7 @@ def test_the_result_can_be_healed(model):
     )
     losses = healed.history.query("split == 'eval'")["loss"]
     assert losses.iloc[-1] < losses.iloc[0]
-    assert surgery._shapes(healed.model) == surgery._shapes(found)
+    assert surgery.shapes(healed.model) == surgery.shapes(found)
 
 
 def test_nothing_changes_where_everything_stays(model):
@@ -335,8 +324,7 @@ def test_nothing_changes_where_everything_stays(model):
 
 
 def test_only_the_cut_is_seen():
-    """Dtype, tied embeddings, training flags and what requires gradients stay, and so do the fields
-    of heads."""
+    """Dtype, tied embeddings, modes, what requires gradients and the fields of heads stay."""
     model = tiny("LlamaConfig", tie_word_embeddings=True).bfloat16()
     frozen = [
         name
@@ -450,16 +438,12 @@ def with_another_shape(model):
     ],
 )
 def test_bad_input_is_refused_before_the_first_change(options, message):
-    model = (change := options.get("change", copy.deepcopy))(ARCHITECTURES["llama"]())
+    asked = {"intermediate_size": 20, "n_kv_heads": 1, **options}
+    change = asked.pop("change", copy.deepcopy)
+    model = change(ARCHITECTURES["llama"]())
     before = state(model)
     with pytest.raises(ValueError, match=message):
-        width.prune_width(
-            model,
-            **(
-                {"intermediate_size": 20, "n_kv_heads": 1}
-                | {name: option for name, option in options.items() if option is not change}
-            ),
-        )
+        width.prune_width(model, **asked)
     assert repr(state(model)) == repr(before)  # as NaN differs from itself
 
 

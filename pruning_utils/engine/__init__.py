@@ -5,6 +5,8 @@
 :mod:`~pruning_utils.engine.saved_points` saves each point of a sweep as it ends,
 :mod:`~pruning_utils.engine.passes` runs layers and head apart and shares first layers,
 :mod:`~pruning_utils.engine.prefixes` runs once what prompts share,
+:mod:`~pruning_utils.engine.trainer` runs and saves trainings,
+:mod:`~pruning_utils.engine.checks` refuses numbers out of range,
 :mod:`~pruning_utils.engine.hub` finds out whether a hub answers, and
 :mod:`~pruning_utils.engine.bars` chooses the progress bars.
 """

@@ -1,5 +1,4 @@
-"""Progress bars: real ones in JupyterLab; text for a terminal, where the driver that runs a
-notebook asks for it."""
+"""Progress bars: real ones in JupyterLab, text where the driver of the notebooks asks for it."""
 
 import os
 

@@ -1,5 +1,4 @@
-"""Which code of this package a number depends on: the definitions that its compute function
-reaches.
+"""Which code of this package a number depends on: the definitions that its function reaches.
 
 A definition is a function, a class or an assigned name at the top of a module. It reaches what it
 names, wherever that lies in the package, and so on. The digest of what is reached tells whether a
@@ -22,18 +21,24 @@ import ast
 import functools
 import hashlib
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
-STAMP_VERSION = 1  # of the form of a stamp; a table stamped in a later form is never called fresh
+# The form of a stamp. A table that is stamped in a later form is never called fresh.
+STAMP_VERSION = 1
 UNSTAMPED = "unstamped"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 UNSEEN_CALLS = {"globals", "eval", "exec", "__import__", "importlib.import_module", "sys.modules"}
-SHOWN_CHARACTERS = 8  # of a definition's own digest, which only serves to name what has changed
+# Characters of a definition's own digest, which only serves to name what has changed.
+SHOWN_CHARACTERS = 8
 
-Definition = tuple[str, str]  # module and name, such as ("selection", "best_block")
+# Module and name, such as ("selection", "best_block").
+Definition = tuple[str, str]
+# The text of a definition is a list of these: plain text, and the definitions that it names.
+Part = str | Definition
 
 
 @dataclass
@@ -78,11 +83,13 @@ class Package:
             if path.is_file() and path.suffix not in (".py", ".pyc")
         }
         self._modules: dict[str, Module] = {}
-        self._parts: dict[Definition, list] = {}
+        self._parts: dict[Definition, list[Part]] = {}
 
     def _module_name(self, path: Path) -> str:
         parts = path.relative_to(self.folder).with_suffix("").parts
-        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        return ".".join(parts)
 
     def digest(self) -> str:
         """Digest of every file of the package, comments and all."""
@@ -123,8 +130,7 @@ class Package:
         }
 
     def reached(self, roots: list[Definition]) -> list[Definition]:
-        """All definitions that these roots reach, in the order in which a walk through their texts
-        meets them."""
+        """All definitions that these roots reach, as a walk through their texts meets them."""
         found: dict[Definition, None] = {}
         waiting = list(reversed(roots))
         while waiting:
@@ -136,34 +142,36 @@ class Package:
 
     def own_digest(self, one: Definition) -> str:
         """A short digest of one definition, in which others count by their names alone."""
-        text = "".join(part if isinstance(part, str) else f"@{part[1]}" for part in self._text(one))
+        pieces = [part if isinstance(part, str) else f"@{part[1]}" for part in self._text(one)]
+        text = "".join(pieces)
         return hashlib.sha256(text.encode()).hexdigest()[:SHOWN_CHARACTERS]
 
-    def changes(self, recorded: object) -> list[str]:
-        """What has changed since a stamp was made: places of definitions, or what is wrong with the
-        stamp; [] if none.
+    def changes(self, recorded: Any) -> list[str]:
+        """What has changed since a stamp was made; [] if nothing.
 
-        A definition that is now reached for the first time is named, one that is not reached any
+        A definition that is reached for the first time is named, and one that is not reached any
         more too.
+
+        Args:
+            recorded: What a record holds as its stamp, sound or not.
+
+        Returns:
+            Places of definitions, or as the one entry what is wrong with the stamp.
         """
         fault = stamp_fault(recorded)
         if fault:
             return [fault]
-        named = recorded["root"].split(", ") if recorded["root"] else []
-        roots = [self._found_again(*where.rsplit(".", 1)) for where in named]
-        if None in roots:
-            return [f"{recorded['root']} is gone"]
+        roots = []
+        for where in _root_places(recorded["root"]):
+            module, _, name = where.rpartition(".")
+            root = self._found_again(module, name)
+            if root is None:
+                return [f"{recorded['root']} is gone"]
+            roots.append(root)
         today = self.stamp_of(roots)
         if today["digest"] == recorded["digest"]:
             return []
-        then, now = recorded["definitions"], today["definitions"]
-        changed = {where for where, digest in now.items() if digest not in then.values()}
-        bare = {where.rpartition(".")[2] for where in changed}
-        changed |= {
-            where
-            for where, digest in then.items()
-            if digest not in now.values() and where.rpartition(".")[2] not in bare
-        }
+        changed = _differing_places(recorded["definitions"], today["definitions"])
         return sorted(changed) or [recorded["root"]]
 
     def _found_again(self, module: str, name: str) -> Definition | None:
@@ -186,15 +194,16 @@ class Package:
         digest = hashlib.sha256()
         for one in reached:
             for part in self._text(one):
-                digest.update((part if isinstance(part, str) else f"@{number[part]}").encode())
+                text = part if isinstance(part, str) else f"@{number[part]}"
+                digest.update(text.encode())
             digest.update(b"\n")
         return digest.hexdigest()[:16]
 
     def _references(self, one: Definition) -> list[Definition]:
         return [part for part in self._text(one) if not isinstance(part, str)]
 
-    def _text(self, one: Definition) -> list:
-        """The text of a definition: pieces of text, and the definitions that stand between them."""
+    def _text(self, one: Definition) -> list[Part]:
+        """The text of a definition, with the definitions that it names in their places."""
         if one not in self._parts:
             module, name = one
             if self._module(module).effects:
@@ -216,36 +225,54 @@ class Package:
 
     def _parsed(self, name: str, path: Path, tree: ast.Module) -> Module:
         module = Module(path)
-        is_package = path.name == "__init__.py"
-        for node in tree.body:
-            defined = _defined_names(node)
-            for one in defined or []:
-                module.definitions.setdefault(one, []).append(node)
+        for statement in tree.body:
+            defined = _defined_names(statement)
             if defined is None:
-                module.effects.append(node.lineno)
+                module.effects.append(statement.lineno)
+                continue
+            for one in defined:
+                module.definitions.setdefault(one, []).append(statement)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                for alias in node.names:
-                    if alias.name.split(".")[0] == self.name:
-                        inner = alias.name.removeprefix(self.name).lstrip(".")
-                        module.modules[alias.asname or self.name] = inner if alias.asname else ""
-                    else:
-                        top = alias.name.split(".")[0]
-                        module.outside[alias.asname or top] = alias.name if alias.asname else top
+                self._note_modules(module, node)
             elif isinstance(node, ast.ImportFrom):
-                origin = self._origin(node, name, is_package)
-                if origin is not None:
-                    self._note_names(module, name, node, origin)
-                else:
-                    module.outside |= {
-                        alias.asname or alias.name: f"{node.module}.{alias.name}"
-                        for alias in node.names
-                    }
+                self._note_names(module, name, node)
         return module
 
+    def _note_modules(self, module: Module, node: ast.Import) -> None:
+        """Note what ``import a.b`` or ``import a.b as c`` brings."""
+        for alias in node.names:
+            top = alias.name.split(".")[0]
+            # Without "as" it is the package itself that gets a name.
+            if top == self.name and alias.asname:
+                module.modules[alias.asname] = alias.name.removeprefix(self.name).lstrip(".")
+            elif top == self.name:
+                module.modules[self.name] = ""
+            elif alias.asname:
+                module.outside[alias.asname] = alias.name
+            else:
+                module.outside[top] = top
+
+    def _note_names(self, module: Module, name: str, node: ast.ImportFrom) -> None:
+        """Note what ``from a import b`` brings to the module of this name."""
+        origin = self._origin(node, name, module.path.name == "__init__.py")
+        for alias in node.names:
+            known_as = alias.asname or alias.name
+            if origin is None:
+                module.outside[known_as] = f"{node.module}.{alias.name}"
+                continue
+            if alias.name == "*":
+                raise ValueError(
+                    f"{name} imports * from {origin or self.name}, so what it names cannot be read"
+                )
+            inner = f"{origin}.{alias.name}".lstrip(".")
+            if inner in self.sources:
+                module.modules[known_as] = inner
+            else:
+                module.names[known_as] = (origin, alias.name)
+
     def _origin(self, node: ast.ImportFrom, name: str, is_package: bool) -> str | None:
-        """The module of the package that a from-import names; None where it names another
-        package."""
+        """The module that a from-import names; None where it names another package."""
         if node.level:
             above = name.split(".") if name else []
             above = above[: len(above) - node.level + is_package]
@@ -254,50 +281,57 @@ class Package:
             return node.module.removeprefix(self.name).lstrip(".")
         return None
 
-    def _note_names(self, module: Module, name: str, node: ast.ImportFrom, origin: str) -> None:
-        for alias in node.names:
-            if alias.name == "*":
-                raise ValueError(
-                    f"{name} imports * from {origin or self.name}, so what it names cannot be read"
-                )
-            inner = f"{origin}.{alias.name}".lstrip(".")
-            if inner in self.sources:
-                module.modules[alias.asname or alias.name] = inner
-            else:
-                module.names[alias.asname or alias.name] = (origin, alias.name)
-
     def target(self, module: str, chain: list[str]) -> tuple[Definition | None, int]:
-        """The definition that a dotted name means within a module, and how many of its parts were
-        used; (None, 1) where the name is a module's alone, and (None, 0) where it is nothing of
-        this package."""
+        """The definition that a dotted name means within a module.
+
+        Args:
+            module: The module that holds the name.
+            chain: The parts of the name, at least one.
+
+        Returns:
+            The definition, and how many of the name's parts were used. (None, 1) where the name is
+            a module's alone, and (None, 0) where it is nothing of this package.
+        """
         own = self._module(module)
-        head, *rest = chain
+        head = chain[0]
         if head in own.definitions:
             return (module, head), 1
         if head in own.names:
             where, what = own.names[head]
-            found = self.target(where, [what])[0]
-            return found, int(found is not None)  # else the other module has it from elsewhere
+            found, _ = self.target(where, [what])
+            # Nothing is found where the other module has the name from elsewhere.
+            return found, int(found is not None)
         if head not in own.modules:
             return None, 0
-        inner, used = own.modules[head], 1
-        while rest and f"{inner}.{rest[0]}".lstrip(".") in self.sources:
-            inner, used, rest = f"{inner}.{rest[0]}".lstrip("."), used + 1, rest[1:]
-        if not rest:
+        inner = own.modules[head]
+        used = 1
+        while used < len(chain):
+            deeper = f"{inner}.{chain[used]}".lstrip(".")
+            if deeper not in self.sources:
+                break
+            inner = deeper
+            used += 1
+        if used == len(chain):
             return None, 1
-        found, deeper = self.target(inner, rest)
-        return (found, used + deeper) if found else (None, 1)
+        found, more = self.target(inner, chain[used:])
+        return (found, used + more) if found else (None, 1)
 
 
 class _Reader:
     """Reads the statements of one definition into pieces of text and references."""
 
     def __init__(self, package: Package, module: str):
-        self.package, self.module, self.parts = package, module, []
+        self.package = package
+        self.module = module
+        self.parts: list[Part] = []
 
     def read(self, node: object, in_class: bool = False) -> None:
-        """Add a node, or a list of nodes, to the parts; ``in_class`` where it stands right inside a
-        class."""
+        """Add a node, or a list of nodes, to the parts.
+
+        Args:
+            node: A node of a syntax tree, a list of nodes, or a plain value.
+            in_class: Whether it stands right inside a class.
+        """
         if isinstance(node, list):
             self.parts.append("[")
             for one in node:
@@ -311,7 +345,8 @@ class _Reader:
 
     def _read_fields(self, node: ast.AST, in_class: bool) -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom)) and self._is_own_import(node):
-            self.parts.append("import")  # which names it brings is seen where they are used
+            # Which names it brings is seen where they are used.
+            self.parts.append("import")
             return
         self.parts.append(f"{type(node).__name__}(")
         for name, value in _meaningful_fields(node, in_class):
@@ -322,18 +357,15 @@ class _Reader:
         self._read_files(node)
 
     def _is_own_import(self, node: ast.Import | ast.ImportFrom) -> bool:
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.Import):
+            tops = {alias.name.split(".")[0] for alias in node.names}
+            return tops == {self.package.name}
+        if node.level:
             return True
-        named = (
-            [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else [alias.name for alias in node.names]
-        )
-        return all(name.split(".")[0] == self.package.name for name in named)
+        return (node.module or "").split(".")[0] == self.package.name
 
     def _is_reference(self, node: ast.Name | ast.Attribute) -> bool:
-        """Note a dotted name that means a definition of the package; refuse one that hides what it
-        means."""
+        """Note a dotted name of a definition or import; refuse one that hides what it means."""
         chain = _chain(node)
         if not chain:
             return False
@@ -350,10 +382,7 @@ class _Reader:
                 f"({dotted}), so what it depends on cannot be read; name the definition"
             )
         if found is None:
-            origin = self.package._module(self.module).outside.get(chain[0])
-            if origin:
-                self.parts.append(".".join([origin, *chain[1:]]))
-            return bool(origin)
+            return self._is_from_outside(chain)
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
             raise ValueError(
                 f"{self.module} replaces {dotted} in line {node.lineno}, so what other code means "
@@ -363,28 +392,51 @@ class _Reader:
         self.parts.append("".join(f".{name}" for name in chain[used:]))
         return True
 
+    def _is_from_outside(self, chain: list[str]) -> bool:
+        """Note a name of another package as that package has it, however it is imported here."""
+        origin = self.package._module(self.module).outside.get(chain[0])
+        if origin is None:
+            return False
+        self.parts.append(".".join([origin, *chain[1:]]))
+        return True
+
     def _read_files(self, node: ast.AST) -> None:
         """Where a path beside the module is assigned, what lies there belongs to the definition."""
-        if not isinstance(node, ast.Assign) or "__file__" not in {
-            inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
-        }:
+        if not isinstance(node, ast.Assign):
             return
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
-                self._read_path(self.package.sources[self.module][0].parent / inner.value)
+        inside = list(ast.walk(node))
+        if not any(isinstance(one, ast.Name) and one.id == "__file__" for one in inside):
+            return
+        folder = self.package.sources[self.module][0].parent
+        for one in inside:
+            if isinstance(one, ast.Constant) and isinstance(one.value, str):
+                self._read_path(folder / one.value)
 
     def _read_path(self, place_of_files: Path) -> None:
         for path, digest in self.package.files.items():
             if path == place_of_files or place_of_files in path.parents:
-                self.parts.append(
-                    f"file {path.relative_to(place_of_files.parent).as_posix()} {digest}"
-                )
+                name = path.relative_to(place_of_files.parent).as_posix()
+                self.parts.append(f"file {name} {digest}")
         for module, (path, _) in self.package.sources.items():
             if place_of_files in path.parents:
                 self.parts += [(module, name) for name in self.package._module(module).definitions]
 
 
-def _chain(node: ast.Name | ast.Attribute) -> list[str]:
+def _differing_places(then: dict[str, str], now: dict[str, str]) -> set[str]:
+    """Places of definitions whose digest only one of two stamps holds.
+
+    A definition is looked for by its digest, as it may have moved. One that has changed is named
+    once, where it lies now.
+    """
+    changed = {where for where, digest in now.items() if digest not in then.values()}
+    bare = {where.rpartition(".")[2] for where in changed}
+    for where, digest in then.items():
+        if digest not in now.values() and where.rpartition(".")[2] not in bare:
+            changed.add(where)
+    return changed
+
+
+def _chain(node: ast.expr) -> list[str]:
     """The parts of a dotted name; [] where the dots follow anything but a name."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
@@ -394,12 +446,15 @@ def _chain(node: ast.Name | ast.Attribute) -> list[str]:
 
 
 def _meaningful_fields(node: ast.AST, in_class: bool) -> Iterator[tuple[str, object]]:
-    """The fields of a node that decide what it does; empty ones, which only some versions of Python
-    have, left out."""
+    """The fields of a node that decide what it does.
+
+    Empty ones, which only some versions of Python have, are left out.
+    """
     left_out = {"ctx", "type_comment"}
     if isinstance(node, (ast.arg, ast.FunctionDef, ast.AsyncFunctionDef)):
         left_out |= {"annotation", "returns", "type_params"}
-    if isinstance(node, ast.AnnAssign) and not in_class:  # of fields of a class the type may count
+    # The type of a class's field may count, as a dataclass reads it.
+    if isinstance(node, ast.AnnAssign) and not in_class:
         left_out |= {"annotation", "simple"}
     for name, value in ast.iter_fields(node):
         if name == "body" and isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
@@ -409,33 +464,48 @@ def _meaningful_fields(node: ast.AST, in_class: bool) -> Iterator[tuple[str, obj
 
 
 def _defined_names(node: ast.stmt) -> list[str] | None:
-    """Names that a top-level statement defines, [] for imports and docstrings; None where it does
-    something else."""
+    """Names that a top-level statement defines.
+
+    [] for imports and docstrings, and None where it does something else.
+    """
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     if isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass)):
         return []
     if isinstance(node, ast.Expr):
         return [] if isinstance(node.value, ast.Constant) else None
-    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        names = [
-            inner.id
-            for target in targets
-            for inner in ast.walk(target)
-            if isinstance(inner, ast.Name)
-        ]
-        plain = all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets)
-        return names if plain else None
-    if isinstance(
-        node, (ast.If, ast.Try)
-    ):  # a version's own import, or one for type checkers alone
-        blocks = [node.body, node.orelse]
-        if isinstance(node, ast.Try):
-            blocks += [node.finalbody, *(handler.body for handler in node.handlers)]
-        found = [_defined_names(inner) for block in blocks for inner in block]
-        return None if None in found else [name for names in found for name in names]
+    if isinstance(node, ast.Assign):
+        return _assigned_names(node.targets)
+    if isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+        return _assigned_names([node.target])
+    # An import for some versions alone, or one for type checkers.
+    if isinstance(node, ast.If):
+        return _names_of_all([*node.body, *node.orelse])
+    if isinstance(node, ast.Try):
+        handled = [inner for handler in node.handlers for inner in handler.body]
+        return _names_of_all([*node.body, *node.orelse, *node.finalbody, *handled])
     return None
+
+
+def _assigned_names(targets: Sequence[ast.expr]) -> list[str] | None:
+    """Names that an assignment binds; None where it changes an attribute or an item."""
+    names: list[str] = []
+    for target in targets:
+        if not isinstance(target, (ast.Name, ast.Tuple)):
+            return None
+        names += [inner.id for inner in ast.walk(target) if isinstance(inner, ast.Name)]
+    return names
+
+
+def _names_of_all(statements: list[ast.stmt]) -> list[str] | None:
+    """Names that statements define together; None where one of them does something else."""
+    names: list[str] = []
+    for statement in statements:
+        defined = _defined_names(statement)
+        if defined is None:
+            return None
+        names += defined
+    return names
 
 
 def place(one: Definition) -> str:
@@ -446,19 +516,22 @@ def place(one: Definition) -> str:
 def roots_of(computes: Iterable[object], package: str) -> list[Definition]:
     """The definitions of a package that compute functions begin with; see :meth:`Package.stamp`."""
     found: dict[Definition, None] = {}
-    waiting, seen = list(computes), set()
+    waiting = list(computes)
+    seen: set[int] = set()
     while waiting:
         one = waiting.pop(0)
         if id(one) in seen:
             continue
         seen.add(id(one))
+        named = _named_in(one, package)
         if isinstance(one, functools.partial):
             waiting += [one.func, *one.args, *one.keywords.values()]
         elif isinstance(one, types.MethodType):
             waiting.append(one.__self__)
-        elif hasattr(one, "__wrapped__"):  # by functools.cache, say
+        elif hasattr(one, "__wrapped__"):
+            # Such a function is made by functools.cache, for example.
             waiting.append(one.__wrapped__)
-        elif (named := _named_in(one, package)) is not None:
+        elif named is not None:
             found[named] = None
         elif isinstance(one, types.FunctionType):
             waiting += _used_by(one, package)
@@ -477,24 +550,29 @@ def _named_in(one: object, package: str) -> Definition | None:
 
 def _used_by(function: types.FunctionType, package: str) -> list[object]:
     """Objects of the package that a function from elsewhere names, and what it encloses."""
-    names, codes = [], [function.__code__]
-    while codes:
-        code = codes.pop(0)
-        names += code.co_names
-        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    names = _names_in(function.__code__)
     used = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-    for value in [function.__globals__.get(name) for name in names]:
+    for name in names:
+        value = function.__globals__.get(name)
         if isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == package:
-            used += [
-                getattr(value, name)
-                for name in names
-                if _named_in(getattr(value, name, None), package)
-            ]
-        elif isinstance(value, (types.FunctionType, type, functools.partial)) or _named_in(
-            value, package
-        ):
+            members = [getattr(value, one, None) for one in names]
+            used += [member for member in members if _named_in(member, package)]
+        elif isinstance(value, (types.FunctionType, type, functools.partial)):
+            used.append(value)
+        elif _named_in(value, package):
             used.append(value)
     return used
+
+
+def _names_in(code: types.CodeType) -> list[str]:
+    """Names of globals and attributes in a function's code and in the functions inside it."""
+    names: list[str] = []
+    codes = [code]
+    while codes:
+        one = codes.pop(0)
+        names += one.co_names
+        codes += [inner for inner in one.co_consts if isinstance(inner, types.CodeType)]
+    return names
 
 
 def _is_filled(cell: types.CellType) -> bool:
@@ -504,20 +582,32 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def stamp_fault(recorded: object) -> str:
-    """What is wrong with a recorded stamp: none, damaged, or of a form that only a later version
-    reads; "" if sound."""
+def stamp_fault(recorded: Any) -> str:
+    """What is wrong with a recorded stamp, "" if it is sound.
+
+    There is none, it is damaged, or it has a form that only a later version of the package reads.
+    """
     if recorded is None:
         return UNSTAMPED
     if not isinstance(recorded, dict) or not isinstance(recorded.get("version"), int):
         return "damaged stamp"
     if recorded["version"] > STAMP_VERSION:
         return f"stamp of version {recorded['version']}, this package reads {STAMP_VERSION}"
-    root, digest, definitions = (recorded.get(key) for key in ("root", "digest", "definitions"))
-    sound = isinstance(root, str) and isinstance(digest, str) and isinstance(definitions, dict)
-    if not sound or not all("." in where for where in root.split(", ") if root):
+    types_of_parts = {"root": str, "digest": str, "definitions": dict}
+    if not all(isinstance(recorded.get(key), kind) for key, kind in types_of_parts.items()):
         return "damaged stamp"
-    return ""
+    sound = all("." in where for where in _root_places(recorded["root"]))
+    return "" if sound else "damaged stamp"
+
+
+def _root_places(root: str) -> list[str]:
+    """The places that a stamp's ``root`` names, which is "" where a table depends on nothing."""
+    return root.split(", ") if root else []
+
+
+def is_fresh(recorded: Any, today: dict) -> bool:
+    """Whether a recorded stamp is sound and of the same code as the stamp of today."""
+    return not stamp_fault(recorded) and recorded["digest"] == today["digest"]
 
 
 # What runs is what was imported: the sources are read once, so that one edited during a long run

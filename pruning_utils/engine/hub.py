@@ -1,5 +1,4 @@
-"""A model hub that does not answer is found out once, in seconds, instead of by each file's
-retries."""
+"""A model hub that does not answer is found out once, in seconds, not by each file's retries."""
 
 from __future__ import annotations
 
@@ -9,16 +8,18 @@ import socket
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-SECONDS = 5.0  # to wait for a connection
+# To wait for a connection.
+SECONDS = 5.0
+# Environment variables that name a proxy.
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
 
 
 @contextlib.contextmanager
 def asked_or_cached() -> Iterator[None]:
-    """Where the hub does not answer, libraries inside look into their caches alone, and say at once
-    what is missing.
+    """Where the hub does not answer, let the libraries inside look into their caches alone.
 
-    Behind a proxy nothing is tried out, and the libraries do as they would.
+    They then say at once what is missing. Behind a proxy nothing is tried out, and the libraries do
+    as they would.
     """
     import datasets
     from huggingface_hub import constants
@@ -33,8 +34,12 @@ def asked_or_cached() -> Iterator[None]:
 
 
 def answers(address: str, seconds: float = SECONDS) -> bool:
-    """Whether something listens at an address such as ``https://host:port``; taken for granted
-    behind a proxy."""
+    """Whether something listens at an address; taken for granted behind a proxy.
+
+    Args:
+        address: Such as ``https://host:port``; without a port it is that of the scheme.
+        seconds: To wait for a connection.
+    """
     if any(os.environ.get(name) for name in PROXIES):
         return True
     parts = urlsplit(address)

@@ -1,24 +1,25 @@
-"""Parts of a model's forward pass: layers and head apart, functions replaced for a while, and first
-layers that several models share."""
+"""Parts of a model's forward pass: layers and head apart, and first layers that models share."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pruning_utils import models, runtime
 
-LOGITS_AT_ONCE = 2**25  # float32 logits alive at a time: 128 MiB
+# float32 logits that are alive at a time: 128 MiB.
+LOGITS_AT_ONCE = 2**25
 
 
 @contextlib.contextmanager
 def replaced(module: object, name: str, function: Callable) -> Iterator[None]:
-    """Let an attribute of this one module, of torch or of Python, be another function for a
-    while."""
+    """Let an attribute of one module, of torch or of Python, be another function for a while."""
     before = {key: value for key, value in vars(module).items() if key == name}
     vars(module)[name] = function
     try:
@@ -28,44 +29,76 @@ def replaced(module: object, name: str, function: Callable) -> Iterator[None]:
         vars(module).update(before)
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module has its own mode back afterwards."""
+    with contextlib.ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+            # In evaluation mode 4-bit layers on a CPU pack their weights: they are slower then, and
+            # cannot be trained afterwards.
+            module.training = bool(getattr(module, "support_avx512bf16_for_cpu", False))
+        yield
+
+
 def run_backbone(
-    model: nn.Module, batch: torch.Tensor, **inputs
-) -> tuple[nn.Module | None, object]:
-    """The module that the head is applied to, and its output for token ids ``(B, T)``; (None, None)
-    where the two cannot be parted."""
+    model: nn.Module, batch: torch.Tensor, **inputs: object
+) -> tuple[nn.Module | None, Any]:
+    """Run the decoder layers on token ids ``(B, T)``, and not the head.
+
+    Args:
+        model: A causal language model, with adapters if need be.
+        batch: Token ids of shape ``(B, T)``.
+        **inputs: Further arguments of the model's forward.
+
+    Returns:
+        The module that the head is applied to, and its output, whose ``last_hidden_state`` has the
+        shape ``(B, T, D)``; ``(None, None)`` where layers and head cannot be told apart.
+    """
     causal = causal_model(model)
     if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
         return None, None
     outputs = {}
-    # Most models call their base model; OPT calls the decoder inside it, and Llama 4 has it under
+
+    def keep(module: nn.Module, given: object, output: object) -> None:
+        """Called after the forward of each candidate."""
+        outputs[module] = output
+
+    # Most models call their base model. OPT calls the decoder inside it, and Llama 4 has it under
     # another name.
     candidates = (causal.base_model, causal.get_decoder(), getattr(causal, "model", causal))
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as undo:
         for module in set(candidates) - {causal}:
-            hooks.enter_context(
-                module.register_forward_hook(lambda *call: outputs.update({call[0]: call[2]}))
-            )
-        # The head is applied afterwards, to what is asked: for a last token of each row alone it
-        # may cost five times what all layers do.
-        hooks.enter_context(
-            replaced(model.get_output_embeddings(), "forward", lambda states: states[..., :1])
-        )
+            undo.enter_context(module.register_forward_hook(keep))
+        # The head is applied afterwards, to what is asked for. For the last token of each row alone
+        # it may cost five times what all layers do.
+        head = model.get_output_embeddings()
+        undo.enter_context(replaced(head, "forward", lambda states: states[..., :1]))
         model(batch, logits_to_keep=1, **{"use_cache": False, **inputs})
     backbone = next((module for module in candidates if module in outputs), None)
-    states = getattr(outputs.get(backbone), "last_hidden_state", None)
-    return (
-        (backbone, outputs[backbone])
-        if states is not None and states.shape[:2] == batch.shape
-        else (None, None)
-    )
+    output = outputs.get(backbone)
+    states = getattr(output, "last_hidden_state", None)
+    if states is None or states.shape[:2] != batch.shape:
+        return None, None
+    return backbone, output
 
 
 def head_logits(
-    model: nn.Module, backbone: nn.Module, output: object, states: torch.Tensor
+    model: nn.Module, backbone: nn.Module, output: Any, states: torch.Tensor
 ) -> Iterator[torch.Tensor]:
-    """float32 logits (n, V) of final states (m, D), a few at a time, by the architecture's own code
-    around the head."""
-    for part in states.split(max(1, LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings)):
+    """Logits of final states, a few at a time, by the architecture's own code around the head.
+
+    Args:
+        model: The model that :func:`run_backbone` ran.
+        backbone: The module that it returned.
+        output: That module's output.
+        states: Final states of shape ``(m, D)``.
+
+    Yields:
+        float32 logits of shape ``(n, V)`` of the next n states, at most :data:`LOGITS_AT_ONCE`.
+    """
+    n_tokens = max(1, LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings)
+    for part in states.split(n_tokens):
         known = type(output)(**{**output, "last_hidden_state": part[None]})
         with replaced(backbone, "forward", lambda *_, known=known, **__: known):
             tokens = torch.zeros(1, len(part), dtype=torch.long, device=part.device)
@@ -75,6 +108,66 @@ def head_logits(
 def causal_model(model: nn.Module) -> nn.Module:
     """The causal language model itself, which adapters wrap."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def states_in(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer returns: them alone, or the first part of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_states(output: Any, states: torch.Tensor) -> Any:
+    """What a layer returns, with other hidden states."""
+    return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+class Unclear(Exception):
+    """A layer's argument may hold something for each sequence, or fit their number by chance."""
+
+
+def arguments_alone(model: nn.Module, input_ids: torch.Tensor) -> list[list]:
+    """For each layer the arguments beside the states, flat, that it gets for the first sequence."""
+    found: list[list] = []
+
+    def keep(layer: nn.Module, given: tuple, named: dict) -> None:
+        """Called before the forward of each layer."""
+        found.append(tree_leaves((given[1:], named)))
+
+    with contextlib.ExitStack() as undo, evaluation_mode(model), torch.no_grad():
+        for layer in models.decoder_layers(model):
+            undo.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
+        model(input_ids[:1], use_cache=False)
+    return found
+
+
+def arguments_of_rows(arguments: tuple, rows: slice, n_rows: int, alone: list | None) -> tuple:
+    """A layer's arguments for some of the sequences that it was called with.
+
+    Args:
+        arguments: All arguments but the states, nested as they are.
+        rows: The sequences that are wanted.
+        n_rows: Number of all sequences.
+        alone: The arguments for one sequence, from :func:`arguments_alone`. By their sizes those
+            that hold something for each sequence are known. None: not looked at yet.
+
+    Returns:
+        The arguments, nested in the same way; those that hold something for each sequence are cut.
+
+    Raises:
+        Unclear: If ``alone`` is None and an argument may have to be cut.
+    """
+    leaves, structure = tree_flatten(arguments)
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+            continue
+        if n_rows == 1 or len(leaf) % n_rows:
+            continue
+        if alone is None:
+            raise Unclear
+        # There may be several rows for each sequence, one for each head for instance.
+        each = len(alone[place])
+        if len(leaf) == n_rows * each:
+            leaves[place] = leaf[rows.start * each : rows.stop * each]
+    return tree_unflatten(leaves, structure)
 
 
 class SharedLayers:
@@ -89,43 +182,53 @@ class SharedLayers:
     """
 
     def __init__(self, depths: Sequence[int], *, most_bytes: int = 4 * 2**30):
-        self.depths, self.room, self.kept = set(depths), most_bytes, {}
+        self.depths = set(depths)
+        self.room = most_bytes
+        # By digest of the inputs, then by depth.
+        self.kept: dict[str, dict[int, Any]] = {}
 
     @contextlib.contextmanager
     def used_by(self, model: nn.Module, n_shared: int) -> Iterator[None]:
-        """Take the outputs of the model's first ``n_shared`` layers from what is kept, and keep
-        them where missing."""
+        """Take the outputs of the model's first ``n_shared`` layers from what is kept.
+
+        Missing ones are computed, and kept for the next model.
+        """
         layers = models.decoder_layers(model)
+        backbone = models.backbone(causal_model(model))
+
+        def begin(module: nn.Module, given: tuple, named: dict) -> None:
+            """Called before the layers run."""
+            self._begin(given, named, n_shared)
+
         with contextlib.ExitStack() as undo:
-            undo.enter_context(
-                models.backbone(causal_model(model)).register_forward_pre_hook(
-                    lambda _, given, named: self._begin(given, named, n_shared), with_kwargs=True
-                )
-            )
+            undo.enter_context(backbone.register_forward_pre_hook(begin, with_kwargs=True))
             for depth, layer in enumerate(layers[:n_shared], start=1):
                 undo.enter_context(replaced(layer, "forward", self._forward(layer.forward, depth)))
             yield
 
     def _begin(self, given: tuple, named: dict, n_shared: int) -> None:
-        self.known, self.depth = None, 0
-        if named.get("use_cache"):  # skipped layers would leave holes in a key-value cache
+        """Look up what is known of a batch, and the depth up to which its layers can be skipped."""
+        self.known: dict[int, Any] | None = None
+        self.depth = 0
+        # Skipped layers would leave holes in a key-value cache.
+        if named.get("use_cache"):
             return
-        tensors = [value for value in (*given, *named.values()) if isinstance(value, torch.Tensor)]
-        self.known = self.kept.setdefault(
-            runtime.tensor_digest({str(n): part for n, part in enumerate(tensors)}), {}
-        )
+        values = [*given, *named.values()]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        by_place = {str(place): tensor for place, tensor in enumerate(tensors)}
+        self.known = self.kept.setdefault(runtime.tensor_digest(by_place), {})
         self.depth = max((depth for depth in self.known if depth <= n_shared), default=0)
 
     def _forward(self, own: Callable, depth: int) -> Callable:
-        def forward(*given, **named):
-            if depth <= self.depth:
-                return self.known[self.depth]  # skipped layers pass on what the last of them gave
+        """What stands for the forward of the layer that ends at this depth."""
+
+        def forward(*given: object, **named: object) -> object:
+            """The layer's output, or, where it is skipped, that of the last layer skipped."""
+            if self.known is not None and depth <= self.depth:
+                return self.known[self.depth]
             output = own(*given, **named)
-            size = sum(
-                part.nbytes
-                for part in (output if isinstance(output, tuple) else (output,))
-                if isinstance(part, torch.Tensor)
-            )
+            parts = output if isinstance(output, tuple) else (output,)
+            size = sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
             if self.known is not None and depth in self.depths and size <= self.room:
                 self.known[depth] = output
                 self.room -= size

@@ -12,7 +12,7 @@ import copy
 import inspect
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,37 +22,45 @@ from pruning_utils import models
 from pruning_utils.engine import passes
 from pruning_utils.engine.bars import tqdm
 
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerBase
 
-def language_model(model: nn.Module, tokenizer, batch_size: int):
-    """lm-eval's Hugging Face backend for a model in memory, which encodes what requests share only
-    once.
 
-    Log-likelihoods are those of the stock backend up to rounding, which also takes what this
-    cannot: models whose layers keep a state or look through a window or cannot be told positions,
-    and prompts beyond the context length.
+def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
+    """lm-eval's Hugging Face backend for a model in memory, with shared beginnings run only once.
+
+    Log-likelihoods are those of the stock backend up to rounding. The stock backend itself takes
+    what cannot be shared: prompts beyond the context length, and models whose layers keep a state,
+    look through a window or cannot be told positions.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer; a copy of it is used.
+        batch_size: As for :func:`loglikelihoods`.
     """
     from lm_eval.models.huggingface import HFLM
 
     class SharingLM(HFLM):
-        def loglikelihood(self, requests, disable_tqdm=True):
-            # No bar for what takes a moment.
+        """The backend, with its two methods for log-likelihoods replaced."""
+
+        def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list:
+            """As the stock backend does, without its bar for what takes a moment."""
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
-        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            most = min(longest_shared(self.model), self.max_length)
-            fits = [len(prompt) + len(answer) <= most + 1 for _, prompt, answer in requests]
-            left = [request for request, fit in zip(requests, fits, strict=True) if not fit]
-            known = iter(
-                super()._loglikelihood_tokens(left, disable_tqdm, override_bs) if left else []
-            )
-            found = iter(
-                loglikelihoods(
-                    self.model,
-                    [request[1:] for request, fit in zip(requests, fits, strict=True) if fit],
-                    batch_size=self.batch_size,
-                )
-            )
-            return [next(found if fit else known) for fit in fits]
+        def _loglikelihood_tokens(
+            self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            longest = min(longest_shared(self.model), self.max_length)
+            fits = [len(prompt) + len(answer) <= longest + 1 for _, prompt, answer in requests]
+            pairs = [request[1:] for request, fit in zip(requests, fits, strict=True) if fit]
+            others = [request for request, fit in zip(requests, fits, strict=True) if not fit]
+            stock = []
+            if others:
+                stock = super()._loglikelihood_tokens(others, disable_tqdm, override_bs)
+            shared = loglikelihoods(self.model, pairs, batch_size=self.batch_size)
+            from_stock, from_shared = iter(stock), iter(shared)
+            return [next(from_shared if fit else from_stock) for fit in fits]
 
     # HFLM ties weights again, which would undo an untied head, and sets a mode that is set already.
     with (
@@ -61,6 +69,8 @@ def language_model(model: nn.Module, tokenizer, batch_size: int):
     ):
         return SharingLM(
             pretrained=model,
+            # HFLM may give it a padding token, and what it encodes resets padding and truncation of
+            # the backend: a shallow copy shares both with the caller's tokenizer.
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size,
             softmax_dtype="float32",
@@ -68,30 +78,32 @@ def language_model(model: nn.Module, tokenizer, batch_size: int):
 
 
 def longest_shared(model: nn.Module) -> float:
-    """Tokens up to which a model takes masks and positions of our making: 0 for none, ``inf`` for
-    no bound of its own.
+    """Tokens up to which a model takes masks and positions of our making.
 
     Layers that look through a window take them while all tokens fit into it.
+
+    Returns:
+        The number of tokens: 0 where the model takes none, ``inf`` where it sets no bound.
     """
     causal, config = passes.causal_model(model), models.text_config(model)
-    takes = set(inspect.signature(causal.forward).parameters)
+    needed = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if (
-        not {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} <= takes
-        or not kinds <= {"full_attention", "sliding_attention"}
-        or getattr(causal, "_is_stateful", False)
-        or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-        or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager")
-    ):
-        return 0
-    window = (
-        getattr(config, "sliding_window", None)
-        if getattr(config, "use_sliding_window", True)
-        else None
+    prompt_learning = getattr(
+        getattr(model, "active_peft_config", None), "is_prompt_learning", False
     )
-    if "local" in getattr(config, "attention_layers", ()):  # as GPT-Neo names it
-        window = config.window_size
-    return window or math.inf
+    takes_masks = (
+        needed <= set(inspect.signature(causal.forward).parameters)
+        and kinds <= {"full_attention", "sliding_attention"}
+        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+    )
+    if not takes_masks or prompt_learning or getattr(causal, "_is_stateful", False):
+        return 0
+    # GPT-Neo has names of its own.
+    if "local" in getattr(config, "attention_layers", ()):
+        return config.window_size or math.inf
+    if not getattr(config, "use_sliding_window", True):
+        return math.inf
+    return getattr(config, "sliding_window", None) or math.inf
 
 
 def loglikelihoods(
@@ -113,74 +125,89 @@ def loglikelihoods(
     answers: dict[tuple, list[int]] = {}
     for number, (prompt, _) in enumerate(requests):
         answers.setdefault(tuple(prompt), []).append(number)
-    sums, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
-    groups = _groups(sorted(answers), batch_size)
+    found = _Found(np.zeros(len(requests)), np.ones(len(requests), dtype=bool))
     with (
         torch.no_grad(),
         tqdm(total=len(requests), desc="log-likelihoods", leave=False) as progress,
     ):
-        for beginning, prompts_of_rows in groups:
-            rows = [
-                _tree(
-                    [
-                        (number, *requests[number])
-                        for prompt in prompts
-                        for number in answers[prompt]
-                    ],
-                    len(beginning),
-                )
-                for prompts in prompts_of_rows
-            ]
+        for beginning, prompts_of_rows in _groups(sorted(answers), batch_size):
+            rows = []
+            for prompts in prompts_of_rows:
+                numbers = [number for prompt in prompts for number in answers[prompt]]
+                asked = [(number, *requests[number]) for number in numbers]
+                rows.append(_tree(asked, len(beginning)))
             rows.sort(key=lambda row: -len(row.tokens))
             cached = _cached(model, beginning)
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
-                _add_batch(model, batch, len(beginning), cached, sums, greedy)
+                _add_batch(model, batch, len(beginning), cached, found)
                 progress.update(len({number for row in batch for number, *_ in row.predicted}))
-    return list(zip(sums.tolist(), greedy.tolist(), strict=True))
+    return list(zip(found.sums.tolist(), found.greedy.tolist(), strict=True))
+
+
+class _Found(NamedTuple):
+    """What is known of each request: the sum of its log-probabilities, and whether it is greedy."""
+
+    sums: np.ndarray
+    greedy: np.ndarray
 
 
 def _groups(prompts: list[tuple], batch_size: int) -> list[tuple[tuple, list[list[tuple]]]]:
-    """Sorted prompts as (beginning to be cached, prompts by row): a cache pays where it fills more
-    than one batch."""
-    alone, groups = [], []
+    """Sorted prompts as (beginning to be cached, prompts by row).
+
+    A cache pays where it fills more than one batch. All other prompts are one group without one.
+    """
+    alone: list[list[tuple]] = []
+    groups: list[tuple[tuple, list[list[tuple]]]] = []
     for run in _runs(prompts, 0, len(prompts)):
-        beginning = run[0][: min(_n_shared(run[0], run[-1]), min(map(len, run)) - 1)]
-        if len(run) > batch_size:
-            groups.append((beginning, _runs(run, len(beginning), batch_size)))
-        else:
+        if len(run) <= batch_size:
             alone.append(run)
-    return groups + [((), alone)] * bool(alone)
+            continue
+        # A prompt's last token is never cached: the first of the answer is predicted from it.
+        n_cached = min(_n_shared(run[0], run[-1]), min(map(len, run)) - 1)
+        groups.append((run[0][:n_cached], _runs(run, n_cached, batch_size)))
+    if alone:
+        groups.append(((), alone))
+    return groups
 
 
 def _runs(prompts: list[tuple], start: int, most: int) -> list[list[tuple]]:
-    """Neighbours in the sorted list that share at least half of what each has after ``start``,
-    ``most`` in a run."""
+    """Sorted prompts in runs of neighbours, at most ``most`` in a run.
+
+    Neighbours share at least half of what each of them has after ``start``.
+    """
     runs: list[list[tuple]] = []
     for prompt in prompts:
-        if runs and len(runs[-1]) < most:
-            lengths = len(prompt), max(map(len, runs[-1]))
-            if 2 * (_n_shared(runs[-1][0], prompt) - start) >= max(lengths) - start:
-                runs[-1].append(prompt)
-                continue
-        runs.append([prompt])
+        if runs and len(runs[-1]) < most and _is_near(prompt, runs[-1], start):
+            runs[-1].append(prompt)
+        else:
+            runs.append([prompt])
     return runs
 
 
+def _is_near(prompt: tuple, run: list[tuple], start: int) -> bool:
+    longest = max(len(prompt), max(map(len, run)))
+    return 2 * (_n_shared(run[0], prompt) - start) >= longest - start
+
+
 def _n_shared(first: tuple, second: tuple) -> int:
-    return next(
-        (
-            place
-            for place, (one, other) in enumerate(zip(first, second, strict=False))
-            if one != other
-        ),
-        min(len(first), len(second)),
-    )
+    """Tokens that two sequences have in common from their first one on."""
+    for place, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return place
+    return min(len(first), len(second))
 
 
 class _Tree(NamedTuple):
-    """Tokens of a row, the place of each in its text, which tokens it sees (T, T), and what is
-    predicted where: (number of the request, index of the token after which, token)."""
+    """The tokens of a row of a batch.
+
+    Attributes:
+        tokens: Token ids, T of them.
+        places: Place of each token in its text, 0-based.
+        sees: bool ``(T, T)``; [i, j] is whether token i sees token j.
+        predicted: What is predicted where: (number of the request, index of the token after which,
+            token id).
+    """
 
     tokens: list[int]
     places: list[int]
@@ -189,14 +216,19 @@ class _Tree(NamedTuple):
 
 
 def _tree(requests: list[tuple[int, list[int], list[int]]], start: int) -> _Tree:
-    """The tree of a row's requests (number, prompt, answer) without their first ``start``
-    tokens."""
+    """The tree of requests (number, prompt, answer), without their first ``start`` tokens."""
+    # By the index of the token before (-1: none) and the token's id.
     index: dict[tuple[int, int], int] = {}
-    tokens, places, parents, predicted = [], [], [], []
+    tokens: list[int] = []
+    places: list[int] = []
+    parents: list[int] = []
+    predicted: list[tuple[int, int, int]] = []
     for number, prompt, answer in requests:
-        sequence, node = [*prompt, *answer], -1
+        sequence = [*prompt, *answer]
+        node = -1
         for place in range(start, len(sequence) - 1):
-            parent, node = node, index.setdefault((node, sequence[place]), len(tokens))
+            parent = node
+            node = index.setdefault((parent, sequence[place]), len(tokens))
             if node == len(tokens):
                 tokens.append(sequence[place])
                 places.append(place)
@@ -211,8 +243,7 @@ def _tree(requests: list[tuple[int, list[int], list[int]]], start: int) -> _Tree
 
 
 def _cached(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer for the beginning that prompts share; empty where they share
-    nothing."""
+    """Keys and values of each layer for the beginning that prompts share; [] for no beginning."""
     if not beginning:
         return []
     device = model.get_input_embeddings().weight.device
@@ -221,59 +252,71 @@ def _cached(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torc
 
 
 def _add_batch(
-    model: nn.Module,
-    rows: list[_Tree],
-    start: int,
-    cached: list,
-    sums: np.ndarray,
-    greedy: np.ndarray,
+    model: nn.Module, rows: list[_Tree], start: int, cached: list, found: _Found
 ) -> None:
-    """Run one batch of rows, and add what it tells to the requests' sums and whether they are
-    greedy."""
+    """Run one batch of rows, the longest first, and add what it tells to the requests.
+
+    The first ``start`` tokens of each text are in ``cached``.
+    """
+    device = model.get_input_embeddings().weight.device
+    longest = len(rows[0].tokens)
+    tokens, inputs = _inputs(model, rows, start, cached)
+    backbone, output = passes.run_backbone(model, tokens.to(device), **inputs)
+    numbers, nodes, targets = _predictions(rows, longest)
+    # Several tokens may be predicted from one state, which goes through the head once.
+    wanted, which = np.unique(nodes, return_inverse=True)
+    states = output.last_hidden_state.flatten(0, 1)[torch.from_numpy(wanted).to(device)]
+    first = 0
+    for logits in passes.head_logits(model, backbone, output, states):
+        here = (which >= first) & (which < first + len(logits))
+        places = torch.from_numpy((which - first)[here]).to(device)
+        expected = torch.from_numpy(targets[here]).to(device)
+        # As lm-eval does: logsumexp differs by 1e-5 nats a token.
+        logs = logits.log_softmax(-1)[places, expected]
+        is_greedy = logits.argmax(-1)[places] == expected
+        np.add.at(found.sums, numbers[here], logs.double().cpu().numpy())
+        np.logical_and.at(found.greedy, numbers[here], is_greedy.cpu().numpy())
+        first += len(logits)
+
+
+def _inputs(
+    model: nn.Module, rows: list[_Tree], start: int, cached: list
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Token ids of a batch on the CPU, padded to its first row, and the arguments beside them."""
     from transformers import DynamicCache
 
-    longest, device = len(rows[0].tokens), model.get_input_embeddings().weight.device
-    tokens, places = (np.zeros((len(rows), longest), dtype=np.int64) for _ in range(2))
+    device = model.get_input_embeddings().weight.device
+    longest = len(rows[0].tokens)
+    tokens = np.zeros((len(rows), longest), dtype=np.int64)
+    places = np.zeros((len(rows), longest), dtype=np.int64)
     sees = np.zeros((len(rows), 1, longest, start + longest), dtype=bool)
-    # Padding sees itself, lest it be NaN.
     sees[..., :start] = True
+    # Padding sees itself, lest it be NaN.
     sees[..., start:] = np.eye(longest, dtype=bool)
     for number, row in enumerate(rows):
         size = len(row.tokens)
-        tokens[number, :size], places[number, :size] = row.tokens, row.places
+        tokens[number, :size] = row.tokens
+        places[number, :size] = row.places
         sees[number, 0, :size, start : start + size] = row.sees
-    hidden = torch.zeros(sees.shape, dtype=model.dtype).masked_fill_(
-        torch.from_numpy(~sees), torch.finfo(model.dtype).min
-    )
-    inputs = {
-        "attention_mask": hidden.to(device),
+    mask = torch.zeros(sees.shape, dtype=model.dtype)
+    mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(model.dtype).min)
+    inputs: dict[str, Any] = {
+        "attention_mask": mask.to(device),
         "position_ids": torch.from_numpy(places).to(device),
     }
     if cached:
-        inputs |= {"past_key_values": DynamicCache(), "use_cache": True}
-        for layer, pair in enumerate(cached):
-            inputs["past_key_values"].update(
-                *(part.expand(len(rows), -1, -1, -1) for part in pair), layer
-            )
-    backbone, output = passes.run_backbone(model, torch.from_numpy(tokens).to(device), **inputs)
-    flat = np.array(
-        [
-            (number, place * longest + node, token)
-            for place, row in enumerate(rows)
-            for number, node, token in row.predicted
-        ]
-    )
-    wanted, which = np.unique(flat[:, 1], return_inverse=True)
-    states, first = output.last_hidden_state.flatten(0, 1)[torch.from_numpy(wanted).to(device)], 0
-    for logits in passes.head_logits(model, backbone, output, states):
-        here = (which >= first) & (which < first + len(logits))
-        positions, targets = (
-            torch.from_numpy(part[here]).to(device) for part in (which - first, flat[:, 2])
-        )
-        # As lm-eval does: logsumexp differs by 1e-5 nats a token.
-        found = logits.log_softmax(-1)[positions, targets]
-        np.add.at(sums, flat[here, 0], found.double().cpu().numpy())
-        np.logical_and.at(
-            greedy, flat[here, 0], (logits.argmax(-1)[positions] == targets).cpu().numpy()
-        )
-        first += len(logits)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(cached):
+            shape = (len(rows), -1, -1, -1)
+            cache.update(keys.expand(shape), values.expand(shape), layer)
+        inputs |= {"past_key_values": cache, "use_cache": True}
+    return torch.from_numpy(tokens), inputs
+
+
+def _predictions(rows: list[_Tree], longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each predicted token its request, the token's index in the flat batch, and its id."""
+    flat = []
+    for place, row in enumerate(rows):
+        flat += [(number, place * longest + node, token) for number, node, token in row.predicted]
+    numbers, nodes, targets = np.array(flat).T
+    return numbers, nodes, targets

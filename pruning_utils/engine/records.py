@@ -1,10 +1,8 @@
-"""Tidy tables and their run records on disk: the file formats behind
-:mod:`pruning_utils.results`."""
+"""Tidy tables and their run records on disk: the formats behind :mod:`pruning_utils.results`."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,27 +12,28 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 
 from pruning_utils.engine import definitions
 from pruning_utils.runtime import atomic_path, peak_memory_bytes
 
 # Endings of column names whose values differ from run to run.
-VOLATILE = (
-    "seconds",
-    "per_second",
-    "peak_bytes",
-)
+VOLATILE = ("seconds", "per_second", "peak_bytes")
+# In a folder of tables while one of its files is replaced; a kill may leave it until the next time.
+LOCK = ".lock"
 
 
 class StaleResult(UserWarning):
     """A stored result was computed by other package code than today's."""
 
 
-def plain(value: object, name: str = "value") -> object:
-    """What JSON can hold of a value: tuples as lists, NumPy and torch scalars as numbers, paths as
-    text.
+def plain(value: Any, name: str = "value") -> Any:
+    """What JSON can hold of a value.
+
+    Tuples become lists, scalars of NumPy and torch numbers, and paths texts.
 
     Raises:
         ValueError: If a part of the value is nothing of that kind; ``name`` and the part's key are
@@ -72,14 +71,14 @@ def refuse_differences(recorded: dict, asked: dict, where: Path) -> None:
     Raises:
         ValueError: Naming every key that differs, with both values.
     """
-    old, new = (
-        {key: canonical(value) for key, value in values.items()} for values in (recorded, asked)
-    )
-    differing = [
-        f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} asked"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
-    ]
+    old = {key: canonical(value) for key, value in recorded.items()}
+    new = {key: canonical(value) for key, value in asked.items()}
+    differing = []
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            there = old.get(key, "absent")
+            wanted = new.get(key, "absent")
+            differing.append(f"{key}: {there} there, {wanted} asked")
     if differing:
         raise ValueError(
             f"{where} was made with other parameters ({'; '.join(differing)}); "
@@ -89,34 +88,40 @@ def refuse_differences(recorded: dict, asked: dict, where: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, so that only one process or thread at a time changes its record.
-    No file is left."""
+    """Hold the lock of a folder, so that only one process or thread changes its records at once.
+
+    Another one waits. No file is left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    path = folder / LOCK
+    with FileLock(path):
+        try:
+            yield
+        finally:
+            # One that waits sees that the file it has opened is gone, and makes a new one. Windows
+            # does not remove an open file, and filelock removes it there when it lets go.
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def package_commit() -> str | None:
-    """Commit of the checkout that this package runs from; None when its sources are changed or in
-    no checkout."""
-    git = ["git", "-C", str(definitions.PACKAGE)]
+    """Commit of the checkout that this package runs from.
+
+    None where its sources have changed since, or lie in no checkout.
+    """
     try:
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", "records.py"], capture_output=True, check=True
-        )
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--", "."], capture_output=True, check=True
-        ).stdout
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, check=True, text=True
-        ).stdout.strip()
+        _git("ls-files", "--error-unmatch", "__init__.py")
+        changes = _git("status", "--porcelain", "--", ".")
+        head = _git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
     return None if changes else head
+
+
+def _git(*words: str) -> str:
+    """What git says of the package's folder."""
+    command = ["git", "-C", str(definitions.PACKAGE), *words]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
 
 
 def read_record(path: str | os.PathLike) -> dict:
@@ -153,31 +158,20 @@ def read_records(folder: Path) -> dict:
 
 
 def checked_record(path: Path, parameters: dict) -> dict:
-    """The record of a table that is sound and was made with these parameters; warns where the code
-    has changed.
+    """The record of a table that is sound and was made with these parameters.
 
-    A table that stands in the list of :func:`awaiting` is read without a warning, though one
-    parameter differs as the list says.
+    A warning says where the code has changed. A table in the list of :func:`awaiting` is read
+    without one, though one parameter differs as the list says.
 
     Raises:
         ValueError: If the table has no record, is not the file recorded, or was made with other
             parameters.
     """
-    record, listed = read_record(path), awaiting(path)
-    recorded, key = record["parameters"], listed and listed["parameter"]
-    if key and canonical(recorded.get(key)) == canonical(listed["made_with"]):
-        if canonical(parameters.get(key)) == canonical(listed["asked"]):
-            recorded = {**recorded, key: parameters[key]}
-    refuse_differences(recorded, parameters, path)
-    for file, expected in (
-        (path, record["sha256"]),
-        (measured_path(path), record.get("measured_sha256")),
-    ):
-        if expected and file.exists() and digest(file.read_bytes()) != expected:
-            raise ValueError(
-                f"{file} is not the file that run.json records (sha256 differs): it was edited or "
-                "damaged; restore it, or pass recompute=True to replace it"
-            )
+    record = read_record(path)
+    listed = awaiting(path)
+    refuse_differences(_as_listed(record["parameters"], parameters, listed), parameters, path)
+    _refuse_edited(path, record["sha256"])
+    _refuse_edited(measured_path(path), record.get("measured_sha256"))
     changed = [] if listed else definitions.INSTALLED.changes(record.get("code"))
     if changed:
         warnings.warn(
@@ -188,10 +182,30 @@ def checked_record(path: Path, parameters: dict) -> dict:
     return record
 
 
+def _as_listed(recorded: dict, asked: dict, listed: dict | None) -> dict:
+    """Recorded parameters, with the one that may differ as it is asked for."""
+    key = listed["parameter"] if listed else ""
+    if not listed or not key:
+        return recorded
+    made_so = canonical(recorded.get(key)) == canonical(listed["made_with"])
+    asked_so = canonical(asked.get(key)) == canonical(listed["asked"])
+    return {**recorded, key: asked[key]} if made_so and asked_so else recorded
+
+
+def _refuse_edited(file: Path, expected: str | None) -> None:
+    """Raise if a file is there and has another sha256 than the one recorded."""
+    if expected and file.exists() and digest(file.read_bytes()) != expected:
+        raise ValueError(
+            f"{file} is not the file that run.json records (sha256 differs): it was edited or "
+            "damaged; restore it, or pass recompute=True to replace it"
+        )
+
+
 def shortened(names: list[str], most: int = 8) -> str:
-    """Names as one text, of a long list the first and how many more there are."""
-    more = [f"and {len(names) - most} more"] if len(names) > most else []
-    return ", ".join(names[:most] + more)
+    """Names as one text; of a long list the first ones, and how many more there are."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return ", ".join([*names[:most], f"and {len(names) - most} more"])
 
 
 def awaiting(path: Path) -> dict | None:
@@ -206,11 +220,11 @@ def awaiting(path: Path) -> dict | None:
     listed = folder.parent.parent / "awaiting.csv"
     if not listed.is_file():
         return None
-    rows = pd.read_csv(listed, dtype=str, keep_default_na=False).to_dict("records")
     wanted = (folder.parent.name, folder.name, Path(path).stem)
-    return next(
-        (row for row in rows if (row["profile"], row["notebook"], row["table"]) == wanted), None
-    )
+    for row in pd.read_csv(listed, dtype=str, keep_default_na=False).to_dict("records"):
+        if (row["profile"], row["notebook"], row["table"]) == wanted:
+            return row
+    return None
 
 
 def measured_path(path: Path) -> Path:
@@ -219,11 +233,10 @@ def measured_path(path: Path) -> Path:
 
 
 def write_table(path: Path, table: pd.DataFrame, record: dict) -> None:
-    """Write a table, its measured columns beside it, and its record; each file is replaced whole or
-    not at all.
+    """Write a table, its measured columns beside it, and its record.
 
-    The table is renamed into place last, so a first run that is killed here leaves no table that
-    counts.
+    Each file is replaced whole or not at all. The table is renamed into place last, so a first run
+    that is killed here leaves no table that counts.
 
     Raises:
         ValueError: If the frame is no tidy table: no rows, a named index, repeated or unnamed
@@ -240,64 +253,81 @@ def write_table(path: Path, table: pd.DataFrame, record: dict) -> None:
     keys = [name for name in stable if kinds[name] != "float"]
     beside = measured_path(path)
     with locked(path.parent):
-        for name in os.listdir(path.parent):  # what a killed run left half-written
-            if name.startswith((f".{path.name}.", f".{beside.name}.", ".run.json.")):
-                (path.parent / name).unlink(missing_ok=True)
-        with (
-            atomic_path(path) as main,
-            atomic_path(beside) if volatile else contextlib.nullcontext() as measured,
-        ):
-            record = {**record, "columns": kinds, "sha256": _write_csv(table[stable], kinds, main)}
+        _remove_half_written(path.parent, [path.name, beside.name, "run.json"])
+        # The files are renamed in the reverse of this order, when the block ends.
+        with contextlib.ExitStack() as written:
+            target = written.enter_context(atomic_path(path))
+            record = {**record, "columns": kinds}
+            record["sha256"] = _write_csv(table[stable], kinds, target)
             if volatile:
-                record["measured_sha256"] = _write_csv(table[keys + volatile], kinds, measured)
-            records = {**read_records(path.parent), path.stem: record}
-            with atomic_path(path.parent / "run.json") as target:
-                target.write_text(
-                    json.dumps(dict(sorted(records.items())), indent=1) + "\n", encoding="utf-8"
-                )
+                target = written.enter_context(atomic_path(beside))
+                record["measured_sha256"] = _write_csv(table[keys + volatile], kinds, target)
+            _write_record(path, record)
         if not volatile:
             beside.unlink(missing_ok=True)
+
+
+def _remove_half_written(folder: Path, names: list[str]) -> None:
+    """Remove what a killed run has left of files that were about to be replaced."""
+    beginnings = tuple(f".{name}." for name in names)
+    for name in os.listdir(folder):
+        if name.startswith(beginnings):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _write_record(path: Path, record: dict) -> None:
+    """Write the record of a table into the ``run.json`` of a folder that is locked."""
+    changed = {**read_records(path.parent), path.stem: record}
+    write_records(path.parent, changed)
+
+
+def write_records(folder: Path, found: dict) -> None:
+    """Replace the ``run.json`` of a folder that is locked by records, by the names of tables."""
+    text = json.dumps(dict(sorted(found.items())), indent=1)
+    with atomic_path(folder / "run.json") as target:
+        target.write_text(text + "\n", encoding="utf-8")
 
 
 def replace_record(path: Path, record: dict) -> None:
     """Replace the record of a table that stays as it is."""
     with locked(path.parent):
-        changed = {**read_records(path.parent), path.stem: record}
-        with atomic_path(path.parent / "run.json") as target:
-            target.write_text(
-                json.dumps(dict(sorted(changed.items())), indent=1) + "\n", encoding="utf-8"
-            )
+        _write_record(path, record)
 
 
 def differing_columns(
     stored: pd.DataFrame, computed: pd.DataFrame, kinds: dict[str, str]
 ) -> list[str]:
-    """Columns in which computed rows, as a file would hold them, are not the stored ones; measured
-    ones left out."""
+    """Columns in which computed rows are not the stored ones, as a file would hold them.
+
+    Measured columns are left out.
+    """
     stable = [name for name in kinds if not name.endswith(VOLATILE)]
     if not set(stable) <= set(computed.columns) or len(stored) != len(computed):
         return stable
-    texts = []
-    for table in (stored, computed):
-        with tempfile.TemporaryDirectory() as folder:
-            _write_csv(table[stable], kinds, Path(folder) / "rows.csv")
-            texts.append(pd.read_csv(Path(folder) / "rows.csv", dtype=str, keep_default_na=False))
-    return [name for name in stable if not texts[0][name].equals(texts[1][name])]
+    before = _as_in_a_file(stored[stable], kinds)
+    after = _as_in_a_file(computed[stable], kinds)
+    return [name for name in stable if not before[name].equals(after[name])]
+
+
+def _as_in_a_file(table: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
+    """The texts that a table's file would hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        _write_csv(table, kinds, path)
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def column_kinds(table: pd.DataFrame) -> dict[str, str]:
-    """``int``, ``float``, ``bool`` or ``text`` for every column. Missing values make numbers floats
-    and are "" in text.
+    """``int``, ``float``, ``bool`` or ``text`` for every column.
+
+    Missing values make numbers floats, and are "" in text.
 
     Raises:
         ValueError: If the frame is no tidy table.
     """
     names = list(table.columns)
-    if (
-        table.empty
-        or not all(isinstance(name, str) and name for name in names)
-        or len(set(names)) < len(names)
-    ):
+    named = all(isinstance(name, str) and name for name in names)
+    if table.empty or not named or len(set(names)) < len(names):
         raise ValueError(
             f"a table needs rows and columns of different names, got {len(table)} rows and {names}"
         )
@@ -318,29 +348,33 @@ def _kind(column: pd.Series) -> str:
         return "int"
     if pd.api.types.is_float_dtype(column) or pd.api.types.is_integer_dtype(column):
         return "float"
-    found = {
-        "str" if isinstance(value, str) else type(value).__name__ for value in column[~missing]
-    }
-    if found == {"str"}:
+    present = column[~missing]
+    if all(isinstance(value, str) for value in present):
         return "text"
+    found = {"str" if isinstance(value, str) else type(value).__name__ for value in present}
+    gaps = " and missing values" if missing.any() else ""
     raise ValueError(
         f"column {column.name!r} must hold numbers or texts, or True and False without a gap, got "
-        f"{sorted(found)}" + " and missing values" * bool(missing.any())
+        f"{sorted(found)}{gaps}"
     )
 
 
 def _write_csv(table: pd.DataFrame, kinds: dict[str, str], path: Path) -> str:
+    """Write a table's file and give its sha256."""
     numbers = {name: "float64" for name in table if kinds[name] == "float"}
     with open(path, "w", encoding="utf-8", newline="") as file:
         table.astype(numbers).to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
         file.flush()
-        os.fsync(file.fileno())  # a disk that is full must say so before the record is changed
+        # A disk that is full must say so before the record is changed.
+        os.fsync(file.fileno())
     return digest(path.read_bytes())
 
 
 def read_table(path: Path, record: dict) -> pd.DataFrame:
-    """The table of a record, its measured columns joined back where their file exists, in the order
-    first given."""
+    """The table of a record, with its columns in the order first given.
+
+    Measured columns are joined back where their file exists.
+    """
     kinds = record["columns"]
     table = _read_csv(path, kinds)
     beside = measured_path(path)

@@ -1,5 +1,4 @@
-"""The points of an unfinished sweep: computed, and kept on disk as they end, for
-:func:`pruning_utils.results.sweep`.
+"""The points of an unfinished :func:`pruning_utils.results.sweep`, kept on disk as they end.
 
 ``<table>.points/`` holds one small JSON file a point, named by a digest of the point. The folder
 counts while its ``parameters.json`` is there: written last when a sweep begins, removed first when
@@ -9,19 +8,18 @@ it has ended.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed, wait
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from pruning_utils.engine import definitions, records
-from pruning_utils.engine.definitions import stamp_fault
 from pruning_utils.engine.records import canonical, digest
 from pruning_utils.runtime import atomic_path
 
@@ -57,8 +55,9 @@ def checked_points(points: Sequence[Mapping]) -> list[dict]:
 
 
 def _flat_row(row: Mapping, name: str) -> dict:
-    flat = records.plain(row, name)
-    if nested := {key: value for key, value in flat.items() if isinstance(value, (dict, list))}:
+    flat = {str(key): records.plain(value, f"{name}[{key!r}]") for key, value in row.items()}
+    nested = {key: value for key, value in flat.items() if isinstance(value, (dict, list))}
+    if nested:
         raise ValueError(
             f"{name} must hold single values (write a list as a text such as '3 4 5'), got {nested}"
         )
@@ -67,40 +66,49 @@ def _flat_row(row: Mapping, name: str) -> dict:
 
 def unfinished(folder: Path) -> bool:
     """Whether a folder of points counts; what a kill left of one that does not is removed."""
-    if not folder.exists() or (folder / "parameters.json").exists():
-        return folder.exists()
+    if not folder.exists():
+        return False
+    if (folder / "parameters.json").exists():
+        return True
     with _held(folder):
         shutil.rmtree(folder, ignore_errors=True)
     return False
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder of points that this process holds. A kill in between leaves one that no
-    longer counts."""
+    """Remove a folder of points that this process holds.
+
+    A kill in between leaves one that no longer counts.
+    """
     (folder / "parameters.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    # A POSIX lock, as it ends with this very process: a worker that outlives a killed run does not
-    # hold it.
-    with open(folder / "lock", "w") as handle:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RuntimeError(
-                f"another process is computing the points in {folder}; wait for it to end"
-            ) from error
+    # The lock ends with this very process: filelock closes it in processes that are forked, so a
+    # worker that outlives a killed run does not hold it. Its file goes with the folder.
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise RuntimeError(
+            f"another process is computing the points in {folder}; wait for it to end"
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
+        # Windows keeps the folder of an open file, so one that was emptied goes now.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @contextlib.contextmanager
 def opened(
     folder: Path, parameters: dict, seeds: list[dict], *, anew: bool = False
 ) -> Iterator[None]:
-    """Begin a folder of points, or go on with the one that is there, and hold it for this process
-    alone.
+    """Begin a folder of points, or go on with the one that is there, and hold it.
 
     Args:
         folder: The folder of points.
@@ -139,16 +147,23 @@ def _file(folder: Path, point: dict) -> Path:
 
 
 def save(folder: Path, outcome: dict) -> None:
-    """Write the outcome of one point, whole or not at all; the sha256 in the file tells damage
-    later."""
+    """Write the outcome of one point, whole or not at all.
+
+    The sha256 in the file tells damage later.
+    """
     with atomic_path(_file(folder, outcome["point"])) as target:
         saved = {"sha256": digest(canonical(outcome)), "outcome": outcome}
         target.write_text(json.dumps(saved) + "\n", encoding="utf-8")
 
 
 def read(folder: Path, point: dict, code: dict) -> dict | None:
-    """A saved point; None when it is missing, damaged, or was computed by other code than this (a
-    stamp)."""
+    """A saved point; None where it is missing, damaged, or computed by other code.
+
+    Args:
+        folder: The folder of points.
+        point: What was to be computed.
+        code: The stamp of today's code.
+    """
     path = _file(folder, point)
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -161,7 +176,7 @@ def read(folder: Path, point: dict, code: dict) -> dict | None:
         log.warning("%s is damaged (%s): computing the point again", path, error)
         return None
     then = outcome.get("code")
-    if stamp_fault(then) or then["digest"] != code["digest"]:
+    if not definitions.is_fresh(then, code):
         changed = records.shortened(definitions.INSTALLED.changes(then))
         warnings.warn(
             f"computing points in {folder.name} again, as this code has changed since: {changed}",
@@ -174,21 +189,35 @@ def read(folder: Path, point: dict, code: dict) -> dict | None:
 
 def compute(
     points: list[dict], compute_point: Callable, executor: Executor | None
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """Compute points and give each outcome as it ends: ``point``, ``rows`` and what it took.
 
+    Args:
+        points: What to compute.
+        compute_point: What computes one of them.
+        executor: What to spread them over; None: one after the other.
+
     Raises:
-        RuntimeError: If a point fails: no new one is started, those running are still given, then
-            it is named.
+        RuntimeError: If a point fails; it is named. No new one is started, and those that run are
+            still given before.
     """
     if executor is None:
-        for point in points:
-            try:
-                outcome = _outcome(compute_point, point)
-            except Exception as error:
-                raise _failure(point, error) from error
-            yield outcome
-        return
+        return _one_by_one(points, compute_point)
+    return _spread(points, compute_point, executor)
+
+
+def _one_by_one(points: list[dict], compute_point: Callable) -> Generator[dict, None, None]:
+    for point in points:
+        try:
+            outcome = _outcome(compute_point, point)
+        except Exception as error:
+            raise _failure(point, error) from error
+        yield outcome
+
+
+def _spread(
+    points: list[dict], compute_point: Callable, executor: Executor
+) -> Generator[dict, None, None]:
     waiting = {executor.submit(_outcome, compute_point, point): point for point in points}
     try:
         for future in as_completed(list(waiting)):
@@ -200,7 +229,8 @@ def compute(
         wait(running)
         yield from (future.result() for future in running if not future.exception())
         for future in running:
-            if error := future.exception():
+            error = future.exception()
+            if error:
                 raise _failure(waiting[future], error) from error
     finally:
         for future in waiting:
@@ -208,8 +238,7 @@ def compute(
 
 
 def prove(path: Path, record: dict, compute_point: Callable) -> dict:
-    """Stamp a table as computed by today's code where its first and last point, computed again,
-    have equal rows.
+    """Stamp a table as computed by today's code where that can be proved.
 
     Args:
         path: The table.
@@ -217,42 +246,48 @@ def prove(path: Path, record: dict, compute_point: Callable) -> dict:
         compute_point: What computes one point.
 
     Returns:
-        The record, with its new stamp and the points that prove it; as it was where the table is
-        fresh, or awaits recomputation.
+        The record, with its new stamp and the proof. It is as it was where the table is fresh, or
+        awaits recomputation.
 
     Raises:
         ValueError: If a row is another one now; the record stays as it was.
     """
     code = definitions.INSTALLED.stamp(compute_point)
-    known = record.get("code")
-    if records.awaiting(path) or (not stamp_fault(known) and known["digest"] == code["digest"]):
+    if records.awaiting(path) or definitions.is_fresh(record.get("code"), code):
         return record
-    table, first, kept = records.read_table(path, record), 0, {}
-    for number, entry in enumerate(record["points"]):
-        if number in (0, len(record["points"]) - 1):
-            kept[canonical(entry["point"])] = table.iloc[first : first + entry["rows"]]
-        first += entry["rows"]
-    for entry in (record["points"][0], record["points"][-1]):
-        point = entry["point"]
-        again = pd.DataFrame(_outcome(compute_point, dict(point))["rows"])
-        differing = records.differing_columns(kept[canonical(point)], again, record["columns"])
+    # Another kind of proof has its place here, as a function that also gives what is to be
+    # recorded: that every changed definition returns the same bytes for recorded inputs, say.
+    proof = _proof_by_points(path, record, compute_point)
+    restamped = {**proof, "commit": records.package_commit()}
+    record = {**record, "code": code, "restamped": restamped}
+    records.replace_record(path, record)
+    return record
+
+
+def _proof_by_points(path: Path, record: dict, compute_point: Callable) -> dict:
+    """Compute the first and the last point of a table again, and give what that proves.
+
+    Raises:
+        ValueError: If a row is another one now.
+    """
+    table = records.read_table(path, record)
+    first, *others = record["points"]
+    kept = [(first["point"], table.iloc[: first["rows"]])]
+    if others:
+        last = others[-1]
+        kept.append((last["point"], table.iloc[len(table) - last["rows"] :]))
+    for point, stored in kept:
+        again = pd.DataFrame(_outcome(compute_point, point)["rows"])
+        differing = records.differing_columns(stored, again, record["columns"])
         if differing:
             raise ValueError(
                 f"{path.name} cannot be stamped as today's: point {point} has other values in "
                 f"{', '.join(differing)}; recompute the table"
             )
-    proved = [json.loads(point) for point in kept]
-    record = {
-        **record,
-        "code": code,
-        "restamped": {
-            "proof": "these points, computed again, had equal rows",
-            "points": proved,
-            "commit": records.package_commit(),
-        },
+    return {
+        "proof": "these points, computed again, had equal rows",
+        "points": [point for point, _ in kept],
     }
-    records.replace_record(path, record)
-    return record
 
 
 def _failure(point: dict, error: BaseException) -> RuntimeError:
@@ -265,8 +300,8 @@ def _outcome(compute_point: Callable, point: dict) -> dict:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"compute_point must return a dict or a list of dicts, got {returned!r}")
     rows = [_flat_row(row, f"row {number}") for number, row in enumerate(rows)]
-    if clash := sorted(
-        {key for row in rows for key in point if row.get(key, point[key]) != point[key]}
-    ):
-        raise ValueError(f"rows hold other values than the point for {', '.join(clash)}")
+    for row in rows:
+        clash = sorted(key for key in point if row.get(key, point[key]) != point[key])
+        if clash:
+            raise ValueError(f"rows hold other values than the point for {', '.join(clash)}")
     return {"point": point, "rows": [{**point, **row} for row in rows], **cost}

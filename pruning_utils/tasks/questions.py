@@ -1,5 +1,4 @@
-"""What the task files beside this one read: the embedded benchmarks in the form that lm-eval asks
-for."""
+"""What the task files beside this one read: embedded benchmarks in the form of lm-eval."""
 
 import numpy as np
 from datasets import Dataset
@@ -10,13 +9,16 @@ SHUFFLE_SEED = 0
 N_FEWSHOT = 16
 
 
-def load(benchmark: str, **_) -> dict[str, Dataset]:
-    """Questions of one benchmark, with the fields of :class:`pruning_utils.data.Question`, in a
-    fixed shuffled order.
+def load(benchmark: str, **_: object) -> dict[str, Dataset]:
+    """Questions of one benchmark in a fixed shuffled order.
+
+    Args:
+        benchmark: One of :data:`pruning_utils.data.BENCHMARKS`.
+        **_: What lm-eval adds, which changes nothing.
 
     Returns:
         ``test``, all of them, and ``fewshot``, the last 16, which are not scored when they serve as
-        shots.
+        shots. The fields are those of :class:`pruning_utils.data.Question`.
     """
     questions = data.load_questions(benchmark)
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(questions))

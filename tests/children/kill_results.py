@@ -1,11 +1,11 @@
-"""Kills sweeps at random moments and before each change of the disk; two processes at one
-folder."""
+"""Kills sweeps at random moments and before each change of the disk; two processes, one folder."""
 
 import os
 import random
 import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from pruning_utils import results
@@ -102,16 +102,21 @@ for name in "ab":
 assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 assert len(records.read_records(root / "two")) == 40, len(records.read_records(root / "two"))
 
+
+def wait_for_ever(point):
+    (root / "held" / "starting").write_text(str(os.getpid()))
+    (root / "held" / "starting").rename(root / "held" / "started")
+    time.sleep(60)
+
+
 holder = os.fork()
 if holder == 0:
-
-    def wait_for_ever(point):
-        (root / "held" / "started").touch()
-        time.sleep(60)
-
-    results.sweep([{"n": 1}], wait_for_ever, path=root / "held" / "t.csv", parameters={})
+    held = root / "held" / "t.csv"
+    with ProcessPoolExecutor(1) as executor:
+        results.sweep([{"n": 1}], wait_for_ever, path=held, parameters={}, executor=executor)
 while not (root / "held" / "started").exists():
     time.sleep(0.01)
+worker = int((root / "held" / "started").read_text())
 try:
     for recompute in (False, True):
         try:
@@ -132,4 +137,9 @@ try:
 finally:
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
+try:
+    # The worker has outlived its sweep, and does not hold its points.
+    results.sweep([{"n": 1}], compute_point, path=root / "held" / "t.csv", parameters={})
+finally:
+    os.kill(worker, signal.SIGKILL)
 print("killed", times, "times at random and at", step, "steps")

@@ -3,22 +3,19 @@
 import numpy as np
 import pandas as pd
 import pytest
-from test_depth_study import N_LAYERS, save_tiny_model
+from tiny_model import N_LAYERS
 
-from pruning_utils import data, importance, metric_study, models, runtime, selection, similarity
+from pruning_utils import data, importance, models, runtime, selection, similarity
+from pruning_utils.studies import scores as layer_scores
+from pruning_utils.studies import sets
 
 DRAW = {"source": "xsum", "n_samples": 2, "seed": 1}
 SETTINGS = {"revision": None, "dtype": "float32", "seq_len": 16, "block_sizes": [2, 3]}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
-
-
-@pytest.fixture(scope="module")
 def scores(tiny):
-    return pd.DataFrame(metric_study.score_metrics(DRAW, model=tiny, **SETTINGS))
+    return pd.DataFrame(layer_scores.score_metrics(DRAW, model=tiny, **SETTINGS))
 
 
 def test_scores_are_those_of_each_metric(scores, tiny):
@@ -54,7 +51,7 @@ def test_sets_are_those_of_each_metric():
             for layer, score in enumerate(values)
         ]
     )
-    found = metric_study.metric_sets(table, [2], n_random=2).set_index("metric")
+    found = sets.metric_sets(table, [2], n_random=2).set_index("rule")
     drawn = {
         f"random {seed}": " ".join(map(str, selection.random_layers(9, 2, seed=seed)))
         for seed in range(2)
@@ -74,7 +71,7 @@ def test_a_size_without_distances_is_refused(scores):
     with pytest.raises(
         ValueError, match="the scores hold no distances of blocks of 4: name it among block_sizes"
     ):
-        metric_study.metric_sets(
+        sets.metric_sets(
             pd.concat([scores, scores.assign(layer=scores["layer"] + N_LAYERS)]), [4], n_random=0
         )
 
@@ -82,11 +79,9 @@ def test_a_size_without_distances_is_refused(scores):
 def test_the_table_is_kept(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
     asked = dict(profile="smoke", model=tiny, **SETTINGS)
-    first, path = metric_study.metric_table([["xsum", 2, 1]], **asked)
-    monkeypatch.setattr(
-        metric_study, "score_metrics", lambda *_, **__: pytest.fail("computed again")
-    )
-    again, _ = metric_study.metric_table([["xsum", 2, 1]], **asked)
+    first, path = layer_scores.metric_table([["xsum", 2, 1]], **asked)
+    monkeypatch.setattr(importance, "taylor", lambda *_, **__: pytest.fail("computed again"))
+    again, _ = layer_scores.metric_table([["xsum", 2, 1]], **asked)
     assert first.equals(again) and path.parent.is_relative_to(tmp_path)
     assert (first[["source", "n_samples", "seed"]] == ["xsum", 2, 1]).all(axis=None)
 
@@ -105,11 +100,11 @@ def test_the_plus_rule_is_shown_for_magnitude_and_taylor(scores):
             ),
         ]
     )
-    found = metric_study.metric_sets(longer, [2], n_random=0)
-    assert {"taylor", "taylor+", "perplexity"} < set(found["metric"]) and "perplexity+" not in set(
-        found["metric"]
+    found = sets.metric_sets(longer, [2], n_random=0)
+    assert {"taylor", "taylor+", "perplexity"} < set(found["rule"]) and "perplexity+" not in set(
+        found["rule"]
     )
-    (protected,) = found[found["metric"] == "taylor+"]["layers"]
+    (protected,) = found[found["rule"] == "taylor+"]["layers"]
     assert (
         4 <= min(map(int, protected.split()))
         and max(map(int, protected.split())) < 3 * N_LAYERS - 2
@@ -121,7 +116,7 @@ def test_a_size_that_is_no_block_is_refused_before_the_pass(tiny, monkeypatch):
     with pytest.raises(
         ValueError, match=f"block_size must be a whole number from 1 to {N_LAYERS}, got 99"
     ):
-        metric_study.score_metrics(DRAW, model=tiny, **{**SETTINGS, "block_sizes": [99]})
+        layer_scores.score_metrics(DRAW, model=tiny, **{**SETTINGS, "block_sizes": [99]})
 
 
 def test_rank_agreement_is_spearmans():
@@ -129,9 +124,9 @@ def test_rank_agreement_is_spearmans():
     expected = [
         pd.Series(first).corr(pd.Series(second), method="spearman") for first, second in means
     ]
-    assert metric_study.rank_agreement(means) == pytest.approx(expected)
-    assert metric_study.rank_agreement(np.array([[1, 2, 5], [0.1, 7, 9]])) == 1
-    assert metric_study.rank_agreement(np.array([[1, 2, 5], [9, 7, 0.1]])) == -1
+    assert sets.rank_agreement(means) == pytest.approx(expected)
+    assert sets.rank_agreement(np.array([[1, 2, 5], [0.1, 7, 9]])) == 1
+    assert sets.rank_agreement(np.array([[1, 2, 5], [9, 7, 0.1]])) == -1
 
 
 def test_what_the_notebooks_say_of_the_published_tables():

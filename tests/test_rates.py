@@ -3,9 +3,9 @@
 import pandas as pd
 import pytest
 
-from pruning_utils import rate_study
+from pruning_utils.studies import rates
 
-WAYS = {"LoRA": "lora", "head + 3": "last_layers last_k=3 untie=true"}
+RECIPES = {"LoRA": "lora", "head + 3": "last_layers last_k=3 untie=true"}
 LAYERS = {"deepest": "2 3", "whole": ""}
 GRIDS = {
     "deepest": {"LoRA": [1e-3, 3e-3, 1e-2], "head + 3": [3e-4, 1e-3]},
@@ -14,7 +14,7 @@ GRIDS = {
 
 
 def test_each_rate_becomes_a_recipe_in_the_order_of_the_grids():
-    tried = rate_study.rate_grid(GRIDS, ways=WAYS, layers=LAYERS, steps=32)
+    tried = rates.rate_grid(GRIDS, recipes=RECIPES, layers=LAYERS, steps=32)
     assert tried["recipe"].tolist() == [
         "lora 0.001 32",
         "lora 0.003 32",
@@ -24,7 +24,7 @@ def test_each_rate_becomes_a_recipe_in_the_order_of_the_grids():
         "lora 0.0001 32",
     ]
     assert tried["layers"].tolist() == ["2 3"] * 5 + [""]
-    assert tried.loc[5, ["model", "method", "rate"]].tolist() == ["whole", "LoRA", 1e-4]
+    assert tried.loc[5, ["rule", "method", "rate"]].tolist() == ["whole", "LoRA", 1e-4]
 
 
 @pytest.mark.parametrize(
@@ -41,16 +41,16 @@ def test_each_rate_becomes_a_recipe_in_the_order_of_the_grids():
         ({"deepest": {"LoRA": [0.0, 1e-3]}}, r"above 0, .* got \[0.0, 0.001\]"),
         (
             {"deepest": {"adapters": [1e-3]}},
-            "methods of deepest must be of LoRA, head \\+ 3, got 'adapters'",
+            "recipes of deepest must be of LoRA, head \\+ 3, got 'adapters'",
         ),
         ({"taylor": {"LoRA": [1e-3]}}, "grids must be for deepest, whole, got 'taylor'"),
-        ({}, "one method at least, got none"),
-        ({"deepest": {}}, "one method at least, got none"),
+        ({}, "one recipe at least, got none"),
+        ({"deepest": {}}, "one recipe at least, got none"),
     ],
 )
 def test_a_grid_that_cannot_be_tried_is_refused(grids, message):
     with pytest.raises(ValueError, match=message):
-        rate_study.rate_grid(grids, ways=WAYS, layers=LAYERS, steps=32)
+        rates.rate_grid(grids, recipes=RECIPES, layers=LAYERS, steps=32)
 
 
 def test_the_last_loss_on_validation_text_counts():
@@ -70,9 +70,9 @@ def test_the_last_loss_on_validation_text_counts():
             "nll": [4.0, 9.0, 1.0, 2.0, 5.0, 3.0],
         }
     )
-    assert rate_study.last_losses(trials).to_dict() == {("2 3", "a"): 4.0, ("2 3", "b"): 5.0}
+    assert rates.last_losses(trials).to_dict() == {("2 3", "a"): 4.0, ("2 3", "b"): 5.0}
     trials.loc[0, "nll"] = float("nan")
-    assert rate_study.last_losses(trials).isna().tolist() == [True, False], "not the one before it"
+    assert rates.last_losses(trials).isna().tolist() == [True, False], "not the one before it"
 
 
 def test_losses_are_told_apart_by_the_columns_asked_for():
@@ -85,18 +85,18 @@ def test_losses_are_told_apart_by_the_columns_asked_for():
             "nll": [4.0, 9.0, 5.0, 3.0],
         }
     )
-    assert rate_study.last_losses(trials, by=["per_round", "recipe"]).to_dict() == {
+    assert rates.last_losses(trials, by=["per_round", "recipe"]).to_dict() == {
         (8, "a"): 4.0,
         (4, "a"): 3.0,
     }
 
 
 def tried(losses):
-    return rate_study.rate_grid(GRIDS, ways=WAYS, layers=LAYERS, steps=32).assign(loss=losses)
+    return rates.rate_grid(GRIDS, recipes=RECIPES, layers=LAYERS, steps=32).assign(loss=losses)
 
 
 def test_the_best_rate_is_that_of_the_lowest_loss():
-    best = rate_study.best_rates(tried([5, 4, 6, 8, 7, 3]), ends=True)
+    best = rates.best_rates(tried([5, 4, 6, 8, 7, 3]), ends=True)
     assert best.to_dict() == {
         ("deepest", "LoRA"): 3e-3,
         ("deepest", "head + 3"): 1e-3,
@@ -108,28 +108,28 @@ def test_a_best_rate_at_the_end_of_its_grid_is_no_result():
     with pytest.raises(
         ValueError, match=r"needed for head \+ 3 on deepest \(best: 0.001\), LoRA on whole"
     ):
-        rate_study.best_rates(tried([5, 4, 6, 8, 7, 3]))
-    inner = tried([5, 4, 6, 8, 7, 3]).query("method == 'LoRA' and model == 'deepest'")
-    assert rate_study.best_rates(inner).to_dict() == {("deepest", "LoRA"): 3e-3}
+        rates.best_rates(tried([5, 4, 6, 8, 7, 3]))
+    inner = tried([5, 4, 6, 8, 7, 3]).query("method == 'LoRA' and rule == 'deepest'")
+    assert rates.best_rates(inner).to_dict() == {("deepest", "LoRA"): 3e-3}
 
 
 def test_each_value_of_another_column_has_a_best_rate_of_its_own():
     grids = {"deepest": {"LoRA": [1e-3, 3e-3, 1e-2, 3e-2]}}
-    grid = rate_study.rate_grid(grids, ways=WAYS, layers=LAYERS, steps=32)
+    grid = rates.rate_grid(grids, recipes=RECIPES, layers=LAYERS, steps=32)
     both = pd.concat(
         [grid.assign(per_round=8, loss=[5, 4, 6, 7]), grid.assign(per_round=1, loss=[9, 8, 7, 8])],
         ignore_index=True,
     )
-    best = rate_study.best_rates(both, within=["per_round"])
+    best = rates.best_rates(both, within=["per_round"])
     assert best.to_dict() == {(8, "deepest", "LoRA"): 3e-3, (1, "deepest", "LoRA"): 1e-2}
-    assert best.index.names == ["per_round", "model", "method"]
+    assert best.index.names == ["per_round", "rule", "method"]
     both.loc[7, "loss"] = 6
     with pytest.raises(
         ValueError, match=r"are needed for LoRA on deepest with {'per_round': 1} \(best: 0.03\)$"
     ):
-        rate_study.best_rates(both, within=["per_round"])
+        rates.best_rates(both, within=["per_round"])
 
 
 def test_a_rate_without_a_loss_is_an_error():
     with pytest.raises(ValueError, match="1 have none"):
-        rate_study.best_rates(tried([5, 4, 6, 8, 7, float("nan")]), ends=True)
+        rates.best_rates(tried([5, 4, 6, 8, 7, float("nan")]), ends=True)

@@ -4,16 +4,11 @@ import functools
 
 import pytest
 import torch
-from test_depth_study import save_tiny_model
 
-from pruning_utils import efficiency, memory_study, models, results, runtime, shape_study, surgery
+from pruning_utils import efficiency, models, results, runtime, surgery
+from pruning_utils.studies import costs, study
 
 RUN = {"revision": None, "dtype": "float32", "new_tokens": 2}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
 def point(layers: str = "", width: str = "", **given) -> dict:
@@ -24,12 +19,10 @@ def point(layers: str = "", width: str = "", **given) -> dict:
     "layers, width, own_process", [("", "", False), ("1 3", "", True), ("", "15 1", False)]
 )
 def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny):
-    found = memory_study.measure_memory(
-        point(layers, width), model=tiny, own_process=own_process, **RUN
-    )
+    found = costs.measure_memory(point(layers, width), model=tiny, own_process=own_process, **RUN)
     network, _ = models.load_model(tiny, dtype="float32")
     network = (
-        shape_study.narrowed(network, width)
+        study.narrowed(network, map(int, width.split()))
         if width
         else surgery.drop_layers(network, map(int, layers.split()))
     )
@@ -38,9 +31,9 @@ def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny):
 
 def test_more_texts_take_more_memory(tiny):
     measure = functools.partial(
-        memory_study.generation_memory, tiny, dtype="float32", prompt_tokens=4, new_tokens=2
+        costs.generation_memory, tiny, dtype="float32", prompt_tokens=4, new_tokens=2
     )
-    with shape_study.fresh_processes() as alone:
+    with study.fresh_processes() as alone:
         small, large = alone.map(functools.partial(_of_a_batch, measure), (1, 512))
     vocabulary = models.load_model(tiny)[0].config.vocab_size
     # Each text has a number for every token.
@@ -56,7 +49,7 @@ def test_the_memory_of_the_asking_process_does_not_count():
     before = runtime.peak_memory_bytes()
     held = torch.ones(2**29, dtype=torch.uint8)
     assert runtime.peak_memory_bytes() >= len(held)
-    with shape_study.fresh_processes() as alone:
+    with study.fresh_processes() as alone:
         inside = alone.submit(runtime.peak_memory_bytes).result()
     assert 0 < inside < len(held) + before / 2
 
@@ -66,10 +59,10 @@ def test_the_table_is_kept(tiny, tmp_path, monkeypatch):
     asked = dict(
         profile="smoke", notebook="07_depth_against_width", model=tiny, own_process=False, **RUN
     )
-    first, path = memory_study.memory_table([point("1")], **asked)
+    first, path = costs.memory_table([point("1")], **asked)
     monkeypatch.setattr(
-        memory_study.efficiency, "generation_speed", lambda *_, **__: pytest.fail("measured again")
+        efficiency, "generation_speed", lambda *_, **__: pytest.fail("measured again")
     )
-    again, _ = memory_study.memory_table([point("1")], **asked)
+    again, _ = costs.memory_table([point("1")], **asked)
     assert first.equals(again) and path.parent.is_relative_to(tmp_path)
     assert results.read_record(path)["parameters"]["new_tokens"] == RUN["new_tokens"]

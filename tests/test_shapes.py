@@ -3,30 +3,13 @@
 import pandas as pd
 import pytest
 import torch
-from test_depth_study import HEALING, N_LAYERS, SETTINGS, save_tiny_model
+from tiny_model import HEALING, N_LAYERS, make_study
 
-from pruning_utils import (
-    data,
-    efficiency,
-    evaluation,
-    healing,
-    importance_study,
-    models,
-    shape_study,
-    surgery,
-)
+from pruning_utils import data, efficiency, evaluation, healing, models, surgery
+from pruning_utils.studies import costs, shapes
+from pruning_utils.studies.study import PRECISIONS, fresh_processes, narrowed
 
 RUN = {"revision": None}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
-
-
-def study(tiny, folder, points, kind=shape_study.ShapeStudy):
-    given = {name: value for name, value in SETTINGS.items() if name != "n_calibration"}
-    return kind(points, model=tiny, checkpoints=folder, **{**given, "tasks": {}})
 
 
 def point(layers: str = "", width: str = "", recipe: str = "") -> dict:
@@ -36,11 +19,11 @@ def point(layers: str = "", width: str = "", recipe: str = "") -> dict:
 @pytest.mark.parametrize("recipe", ["", "lora 0.01 4"])
 def test_a_narrowed_model_equals_the_steps_one_by_one(recipe, tiny, tmp_path):
     asked = point(width="15 1", recipe=recipe)
-    several = study(tiny, tmp_path, [point("1 3"), asked])
+    several = make_study(tiny, tmp_path, [point("1 3"), asked])
     several(point("1 3"))  # what unhealed models share must not reach the narrowed one
     rows = pd.DataFrame(several(asked))
     model, tokenizer = models.load_model(tiny)
-    shape_study.narrowed(model, "15 1", data.calibration_windows(tokenizer, 10, 128))
+    narrowed(model, (15, 1), data.calibration_windows(tokenizer, 10, 128))
     assert model.config.intermediate_size == 15
     if recipe:
         model = healing.heal(
@@ -54,9 +37,10 @@ def test_a_narrowed_model_equals_the_steps_one_by_one(recipe, tiny, tmp_path):
 
 def test_a_shortened_model_is_that_of_the_other_study_and_trained_once(tiny, tmp_path, monkeypatch):
     asked = point("1 3", recipe="lora 0.01 4")
-    there = study(tiny, tmp_path, [asked], importance_study.SetStudy)({**asked})
+    unnarrowed = {name: value for name, value in asked.items() if name != "width"}
+    there = make_study(tiny, tmp_path, [unnarrowed])(unnarrowed)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
-    here = study(tiny, tmp_path, [asked])(asked)
+    here = make_study(tiny, tmp_path, [asked])(asked)
     pd.testing.assert_frame_equal(pd.DataFrame(there), pd.DataFrame(here))
 
 
@@ -64,7 +48,7 @@ def test_a_shortened_model_is_that_of_the_other_study_and_trained_once(tiny, tmp
     "layers, width", [("1", "15 1"), ("", "15"), ("", "15 x"), ("", "-15 1"), ("", "15 1 1")]
 )
 def test_bad_shapes_are_refused_before_any_work(layers, width, tiny, tmp_path):
-    asked = study(tiny, tmp_path, [point("1"), point(layers, width)])
+    asked = make_study(tiny, tmp_path, [point("1"), point(layers, width)])
     with pytest.raises(
         ValueError, match=f"width must be channels and key-value heads .* got '{width}' with layers"
     ):
@@ -73,7 +57,7 @@ def test_bad_shapes_are_refused_before_any_work(layers, width, tiny, tmp_path):
 
 @pytest.mark.parametrize("heads", [0, 1])
 def test_shapes_are_of_equal_size(heads, tiny):
-    found = shape_study.equal_shape(
+    found = shapes.equal_shape(
         {"layers": "1 3", "n_kv_heads": heads},
         model=tiny,
         revision=None,
@@ -96,7 +80,7 @@ def test_shapes_are_of_equal_size(heads, tiny):
 
 
 def test_speed_is_measured_of_the_shape_asked(tiny):
-    rows = shape_study.measure_speed(
+    rows = costs.measure_speed(
         {"layers": "1 3", "width": "", "batch_size": 2, "prompt_tokens": 5},
         model=tiny,
         revision=None,
@@ -112,7 +96,7 @@ def test_speed_is_measured_of_the_shape_asked(tiny):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_is_measured(method, tiny):
-    found = shape_study.measure_training(
+    found = costs.measure_training(
         {"layers": "1 3", "method": method},
         model=tiny,
         revision=None,
@@ -127,9 +111,9 @@ def test_training_is_measured(method, tiny):
     assert found["tokens_per_second"] == pytest.approx(2 * 16 / found["step_seconds"])
 
 
-@pytest.mark.parametrize("precision", importance_study.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_storage_counts_what_is_written(precision, tiny, tmp_path):
-    found = shape_study.measure_storage(
+    found = costs.measure_storage(
         {"layers": "1 3", "precision": precision}, model=tiny, revision=None
     )
     model, tokenizer = models.load_model(tiny)
@@ -151,6 +135,6 @@ def test_storage_counts_what_is_written(precision, tiny, tmp_path):
 def test_each_point_has_a_process_of_its_own():
     import os
 
-    with shape_study.fresh_processes() as executor:
+    with fresh_processes() as executor:
         numbers = {os.getpid(), *(executor.submit(os.getpid).result() for _ in range(2))}
     assert len(numbers) == 3

@@ -1,4 +1,4 @@
-"""Kills a sweep of a depth study at random moments, then lets it end."""
+"""Kills a sweep of a study at random moments, then lets it end."""
 
 import os
 import random
@@ -8,10 +8,12 @@ import time
 import traceback
 from pathlib import Path
 
-from pruning_utils import data, depth_study, evaluation, results, runtime
+from pruning_utils import data, evaluation, results, runtime
 
 runtime.setup()
-from test_depth_study import DENSE, INFORMED, SETTINGS, SIMPLE
+from tiny_model import DENSE, INFORMED, SETTINGS, SIMPLE
+
+from pruning_utils.studies.study import Study
 
 root, tiny = Path(sys.argv[1]), sys.argv[2]
 points = [DENSE, INFORMED, SIMPLE, {**INFORMED, "healed": True}, {**SIMPLE, "healed": True}]
@@ -27,9 +29,7 @@ def child(folder):
     if pid := os.fork():
         return pid
     try:
-        study = depth_study.DepthStudy(
-            points, model=tiny, checkpoints=folder / "checkpoints", **SETTINGS
-        )
+        study = Study(points, model=tiny, checkpoints=folder / "checkpoints", **SETTINGS)
         results.sweep(points, study, path=folder / "depth.csv", parameters=SETTINGS)
     except BaseException:
         traceback.print_exc()
@@ -49,7 +49,7 @@ for part in range(8):
     seen.add(
         (
             len(list(folder.glob("depth.points/*.json"))),
-            len(list(folder.glob("checkpoints/*/checkpoint-*"))),
+            len(list(folder.glob("checkpoints/*/*/checkpoint-*"))),
         )
     )
     if (folder / "depth.csv").exists():

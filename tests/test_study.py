@@ -5,39 +5,28 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_depth_study import HEALING, N_LAYERS, SETTINGS, save_tiny_model
+from tiny_model import HEALING, N_LAYERS
+from tiny_model import make_study as study
 
 from pruning_utils import (
     data,
     evaluation,
     healing,
     importance,
-    importance_study,
     models,
     selection,
     surgery,
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
-
-
-def study(tiny, folder, points, **settings):
-    given = {name: value for name, value in SETTINGS.items() if name != "n_calibration"}
-    return importance_study.SetStudy(
-        points, model=tiny, checkpoints=folder, **{**given, "tasks": {}, **settings}
-    )
+from pruning_utils.studies import scores, sets
 
 
 def point(layers: str, recipe: str = "", **more) -> dict:
-    return {"rule": "taylor", "layers": layers, "recipe": recipe, "seed": 0, **more}
+    return {"layers": layers, "recipe": recipe, "seed": 0, **more}
 
 
 def test_scores_are_those_of_each_criterion(tiny):
     found = pd.DataFrame(
-        importance_study.score_layers(
+        scores.score_layers(
             {"source": "xsum", "n_samples": 3, "seed": 1},
             model=tiny,
             revision=None,
@@ -53,17 +42,17 @@ def test_scores_are_those_of_each_criterion(tiny):
         "taylor": importance.taylor(model, windows),
         "perplexity": importance.perplexity_without_layer(model, windows),
     }
-    assert list(found["criterion"].unique()) == list(expected) == list(importance_study.CRITERIA)
+    assert list(found["criterion"].unique()) == list(expected) == list(scores.CRITERIA)
     for criterion, group in found.groupby("criterion"):
         assert group["layer"].tolist() == list(range(N_LAYERS))
         assert group["score"].to_numpy() == pytest.approx(expected[criterion])
 
 
 def test_sets_with_and_without_protection():
-    scores = pd.DataFrame(
+    table = pd.DataFrame(
         {"criterion": "taylor", "layer": np.arange(10), "score": [0, 9, 8, 1, 7, 3, 2, 6, 0, 5]}
     )
-    found = importance_study.removed_sets(scores.sample(frac=1, random_state=0), [2, 4])
+    found = sets.removed_sets(table.sample(frac=1, random_state=0), [2, 4])
     found = found.set_index(["rule", "n_dropped"])["layers"].to_dict()
     assert found == {
         ("taylor", 2): "0 8",
@@ -71,7 +60,7 @@ def test_sets_with_and_without_protection():
         ("taylor+", 2): "5 6",
         ("taylor+", 4): "4 5 6 7",
     }
-    assert selection.least_important(scores["score"], 4, keep_first=4, keep_last=2) == (4, 5, 6, 7)
+    assert selection.least_important(table["score"], 4, keep_first=4, keep_last=2) == (4, 5, 6, 7)
 
 
 def step_by_step(tiny, layers: str, *stages: dict):
@@ -156,7 +145,7 @@ def test_equal_models_are_trained_once_and_only_what_is_needed_is_kept(tiny, tmp
         weight.nbytes for weight in models.load_model(tiny)[0].parameters()
     ), "the weights alone"
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
-    again = study(tiny, tmp_path, [asked])({**asked, "rule": "magnitude"})
+    again = study(tiny, tmp_path, [asked])({**asked})
     pd.testing.assert_frame_equal(rows, pd.DataFrame(again))
 
 
@@ -192,7 +181,7 @@ def test_weights_are_stored_in_bfloat16_and_computed_with_in_the_precision_of_th
 
 
 @pytest.mark.parametrize(
-    "layers", ["3 1", "1 1", "-1", f"{N_LAYERS}", " ".join(map(str, range(N_LAYERS)))]
+    "layers", ["3 1", "1 1", f"{N_LAYERS}", " ".join(map(str, range(N_LAYERS)))]
 )
 def test_bad_sets_are_refused_before_any_work(layers, tiny, tmp_path):
     asked = study(tiny, tmp_path, [point("1"), point(layers)])
@@ -208,9 +197,12 @@ def test_bad_sets_are_refused_before_any_work(layers, tiny, tmp_path):
     [
         (
             {"recipe": "lora 0.01"},
-            "recipe must be stages such as 'lora 0.003 72', joined by ' \\+ ', got 'lora 0.01'",
+            "a stage must be such as 'lora 0.003 72 rank=4', got 'lora 0.01'",
         ),
-        ({"recipe": "lora x 3"}, "recipe must be stages .* got 'lora x 3'"),
+        ({"recipe": "lora x 3"}, "a stage must be such as .* got 'lora x 3'"),
+        ({"presicion": "nf4"}, "a point has no presicion; it has layers, width"),
+        ({"layers": "1 x"}, "layers must be numbers such as '4 7 11', got '1 x'"),
+        ({"layers": "-1"}, "layers must be numbers such as '4 7 11', got '-1'"),
         ({"recipe": "lora 0.01 3 + lora 0.01 2"}, "has 5 steps, but there is text for 4"),
         ({"recipe": "sgd 0.01 3"}, "method must be one of lora.*got 'sgd'"),
         ({"recipe": "lora -1 3"}, "learning_rate must be above 0, got -1"),

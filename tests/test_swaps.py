@@ -2,21 +2,17 @@
 
 import pandas as pd
 import pytest
-from test_depth_study import N_LAYERS, save_tiny_model
+from tiny_model import N_LAYERS
 
-from pruning_utils import choice_study, data, importance, models, similarity
+from pruning_utils import data, importance, models, similarity
+from pruning_utils.studies import scores, sets, swaps
 
 DRAW = {"source": "xsum", "n_samples": 2, "seed": 1}
 SETTINGS = {"revision": None, "dtype": "float32", "seq_len": 16}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
-
-
 def test_scores_are_those_of_each_metric(tiny):
-    found = pd.DataFrame(choice_study.score_sample(DRAW, model=tiny, **SETTINGS))
+    found = pd.DataFrame(scores.score_sample(DRAW, model=tiny, **SETTINGS))
     model, tokenizer = models.load_model(tiny, dtype="float32")
     windows = data.calibration_windows(tokenizer, 2, 16, seed=1)
     expected = {
@@ -33,17 +29,15 @@ def test_scores_are_those_of_each_metric(tiny):
 def test_the_table_is_kept(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
     asked = dict(profile="smoke", notebook="11_one_shot_or_iterative", model=tiny, **SETTINGS)
-    first, path = choice_study.sample_table([["xsum", 2, 1]], **asked)
-    monkeypatch.setattr(
-        choice_study, "score_sample", lambda *_, **__: pytest.fail("computed again")
-    )
-    again, _ = choice_study.sample_table([["xsum", 2, 1]], **asked)
+    first, path = scores.sample_table([["xsum", 2, 1]], **asked)
+    monkeypatch.setattr(importance, "taylor", lambda *_, **__: pytest.fail("computed again"))
+    again, _ = scores.sample_table([["xsum", 2, 1]], **asked)
     assert first.equals(again) and path.is_relative_to(tmp_path)
 
 
 def test_sets_are_compared_with_those_of_other_draws_of_the_most_text():
     draws = {(1, 0): [0, 1, 2, 3], (1, 1): [3, 2, 1, 0], (9, 0): [0, 1, 2, 3], (9, 1): [0, 2, 1, 3]}
-    scores = pd.DataFrame(
+    table = pd.DataFrame(
         [
             {
                 "criterion": "taylor",
@@ -56,25 +50,23 @@ def test_sets_are_compared_with_those_of_other_draws_of_the_most_text():
             for layer, score in enumerate(found)
         ]
     )
-    sets = choice_study.sample_sets(
-        scores.iloc[::-1].sort_values(["n_samples", "seed"], kind="stable"), 2
-    )
-    assert sets["layers"].tolist() == ["0 1", "2 3", "0 1", "0 2"]
-    assert sets["changed"].tolist() == [1, 2, 1, 1], (
+    found = sets.sample_sets(table.iloc[::-1].sort_values(["n_samples", "seed"], kind="stable"), 2)
+    assert found["layers"].tolist() == ["0 1", "2 3", "0 1", "0 2"]
+    assert found["changed"].tolist() == [1, 2, 1, 1], (
         "one window, draw 1: against draw 0 of nine, and so on"
     )
     with pytest.raises(ValueError, match="must have two seeds at least, got 1 of 9 windows"):
-        choice_study.sample_sets(scores[(scores["n_samples"] == 1) | (scores["seed"] == 0)], 2)
+        sets.sample_sets(table[(table["n_samples"] == 1) | (table["seed"] == 0)], 2)
 
 
 def test_all_swaps_of_a_set():
-    found = choice_study.single_swaps([4, 1], 5)
+    found = swaps.single_swaps([4, 1], 5)
     assert found.to_dict("list") == {
         "spared": [1, 1, 1, 4, 4, 4],
         "dropped": [0, 2, 3, 0, 2, 3],
         "layers": ["0 4", "2 4", "3 4", "0 1", "1 2", "1 3"],
     }
-    assert choice_study.single_swaps([4, 1], 5, spared=[4])["layers"].tolist() == [
+    assert swaps.single_swaps([4, 1], 5, spared=[4])["layers"].tolist() == [
         "0 1",
         "1 2",
         "1 3",
@@ -96,4 +88,4 @@ def test_all_swaps_of_a_set():
 )
 def test_bad_swaps_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        choice_study.single_swaps(n_layers=5, **given)
+        swaps.single_swaps(n_layers=5, **given)

@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_model import DENSE, HEALING, INFORMED, N_LAYERS, SETTINGS, SIMPLE, make_study
 
 from pruning_utils import (
     data,
-    depth_study,
     evaluation,
     healing,
     models,
@@ -23,71 +21,18 @@ from pruning_utils import (
     similarity,
     surgery,
 )
+from pruning_utils.studies import depth
+from pruning_utils.studies.study import loaded
 
 CHILDREN = Path(__file__).resolve().parent / "children"
-N_LAYERS = 5
-HEALING = {
-    "method": "lora",
-    "targets": "mlp",
-    "rank": 2,
-    "dropout": 0.0,
-    "learning_rate": 1e-2,
-    "warmup_steps": 0,
-    "steps": 4,
-    "batch_size": 2,
-}
-SETTINGS = {
-    "revision": None,
-    "seq_len": 16,
-    "n_calibration": 3,
-    "texts": {"xsum": 3},
-    "seed": 0,
-    "limit": 3,
-    "tasks": {"piqa": 0, "boolq": 1},
-    "healing_settings": HEALING,
-}
-DENSE, INFORMED, SIMPLE = (
-    {"rule": rule, "n_dropped": n_dropped, "healed": False, "seed": 0}
-    for rule, n_dropped in (("none", 0), ("similarity", 2), ("deepest", 2))
-)
-
-
-def save_tiny_model(folder) -> str:
-    """A random model of a few layers with the embedded model's tokenizer, as a local directory."""
-    torch.manual_seed(0)
-    _, tokenizer = models.load_model()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).bfloat16()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(4 if weight.ndim > 1 else 1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
 def study(tiny, folder, points, **settings):
-    return depth_study.DepthStudy(
-        points, model=tiny, checkpoints=folder, **{**SETTINGS, **settings}
-    )
+    return make_study(tiny, folder, points, **{"tasks": SETTINGS["tasks"], **settings})
 
 
 def test_points_cover_both_rules_once():
-    points = depth_study.depth_points(range(3), [0, 2], 7)
+    points = depth.depth_points(range(3), [0, 2], 7)
     assert [(point["rule"], point["n_dropped"]) for point in points if not point["healed"]] == [
         ("none", 0),
         ("similarity", 1),
@@ -101,7 +46,7 @@ def test_points_cover_both_rules_once():
         ("deepest", 2),
     ]
     assert {point["seed"] for point in points} == {7}
-    one_rule = depth_study.depth_points([0, 3], [3], 7, rules=["deepest"], healing_seeds=[1, 2])
+    one_rule = depth.depth_points([0, 3], [3], 7, rules=["deepest"], healing_seeds=[1, 2])
     assert [tuple(point.values()) for point in one_rule] == [
         ("none", 0, False, 7),
         ("deepest", 3, False, 7),
@@ -168,6 +113,7 @@ def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, mo
         models, "load_model", lambda *given, **named: loads.append(1) or own[0](*given, **named)
     )
     monkeypatch.setattr(healing, "_mean_loss", lambda *given: trainings.append(1) or own[1](*given))
+    loaded.cache_clear()
     points = [DENSE, INFORMED, {**INFORMED, "healed": True}]
     asked = study(tiny, tmp_path, points, tasks={})
     first = [asked(point) for point in points]
@@ -179,7 +125,8 @@ def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, mo
     assert losses == [row["nll"] for row in again if row["dataset"] == "xsum"]
     study(tiny, tmp_path, points[2:], tasks={})({**points[2], "rank": 1})
     assert len(trainings) > n_trainings, "another rank is another model"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(loads) == 1, "studies of one model share it"
+    assert len(list(tmp_path.glob("set-*"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -204,8 +151,8 @@ def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, mo
         ),
         ({}, {"tasks": {"trivia": 0}}, "unknown task 'trivia'"),
         ({}, {"tasks": {"piqa": 17}}, r"num_fewshot must be in \[0, 16\], got 17"),
-        ({"num_fewshot": -1}, {}, "num_fewshot must be an integer of at least 0, got -1"),
-        ({}, {"limit": 0}, "limit must be an integer of at least 1, got 0"),
+        ({"num_fewshot": -1}, {}, "num_fewshot must be a whole number of at least 0, got -1"),
+        ({}, {"limit": 0}, "limit must be a whole number of at least 1, got 0"),
         ({}, {"texts": {"xsum": 10**7}}, "n_samples 10000000 is beyond the text xsum/evaluation"),
         ({}, {"texts": {"xkcd": 2}}, "no text 'xkcd'"),
     ],
@@ -216,7 +163,7 @@ def test_bad_points_are_refused_before_any_work(
     work = (
         (similarity, "measure_similarity"),
         (evaluation, "token_losses"),
-        (healing, "_trainable_copy"),
+        (healing, "trainable_copy"),
     )
     for module, name in work:
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work began"))
@@ -248,7 +195,7 @@ def test_tasks_without_labels_are_refused(tiny, tmp_path, monkeypatch):
 def test_a_sweep_killed_at_any_moment_ends_with_the_same_bytes(tiny, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     driver = subprocess.run(
-        [sys.executable, CHILDREN / "kill_depth_study.py", str(tmp_path), tiny],
+        [sys.executable, CHILDREN / "kill_study.py", str(tmp_path), tiny],
         text=True,
         capture_output=True,
         env=environment,

@@ -4,7 +4,8 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 
-from pruning_utils import experiments, models
+from pruning_utils import models
+from pruning_utils.studies import whole_path
 
 TOKENS = {"evaluation_tokens": 40, "question_tokens": 20, "validation_tokens": 30}
 
@@ -14,13 +15,13 @@ def steady(monkeypatch):
     """A clock by which a pass forwards takes 2 s, one forwards and backwards 6 s, and one token 1
     s."""
     times = iter([6.0, 2.0, 1.0] * 4)
-    measure = experiments._seconds
-    monkeypatch.setattr(experiments, "_seconds", lambda run: measure(run) * 0 + next(times))
+    measure = whole_path._seconds
+    monkeypatch.setattr(whole_path, "_seconds", lambda run: measure(run) * 0 + next(times))
 
 
 def foretold(model, **changed):
-    given = {**TOKENS, "block_size": 1, "steps": 3, "batch_size": 2, **changed}
-    return experiments.foretell(model, None, torch.arange(24).view(3, 8), **given)
+    given = {**TOKENS, "block_size": 1, "training_tokens": 48, **changed}
+    return whole_path.foretell(model, torch.arange(24).view(3, 8), **given)
 
 
 def test_stages_as_worked_by_hand(steady, capfd):
@@ -44,7 +45,7 @@ def test_stages_as_worked_by_hand(steady, capfd):
         f"about {sum(found.values()) / 60:.1f} minutes here (float32, " in said
         and "scan 6 s, measure 39 s" in said
     )
-    assert foretold(model, steps=6)["heal"] > found["heal"]
+    assert foretold(model, training_tokens=96)["heal"] > found["heal"]
 
 
 def test_foretelling_takes_six_passes_and_leaves_the_model_as_it_was():

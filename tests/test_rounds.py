@@ -1,54 +1,43 @@
 """Iterative removal against its rounds one by one."""
 
 import copy
-import functools
 import shutil
 
 import pandas as pd
 import pytest
-import test_shape_study
 import torch
-from test_depth_study import HEALING, N_LAYERS, save_tiny_model
+from tiny_model import HEALING, N_LAYERS, SETTINGS
+from tiny_model import make_study as study
 
 from pruning_utils import (
     data,
     evaluation,
     healing,
     importance,
-    importance_study,
-    iterative_study,
     models,
     selection,
     similarity,
     surgery,
 )
+from pruning_utils.studies.study import ROUND_RULES, removed_table
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
-
-
-study = functools.partial(test_shape_study.study, kind=iterative_study.IterativeStudy)
-
-
-def point(metric="taylor", per_round=1, **given) -> dict:
+def point(rule="taylor", per_round=1, **given) -> dict:
     return {
-        "metric": metric,
+        "rule": rule,
         "n_dropped": 2,
         "per_round": per_round,
-        "layers": "",
         "recipe": "lora 0.01 4",
         "seed": 0,
         **given,
     }
 
 
-@pytest.mark.parametrize("metric", iterative_study.METRICS)
-def test_rounds_equal_the_steps_one_by_one(metric, tiny, tmp_path):
-    asked = study(tiny, tmp_path, [point(metric)])
+@pytest.mark.parametrize("rule", ROUND_RULES)
+def test_rounds_equal_the_steps_one_by_one(rule, tiny, tmp_path):
+    asked = study(tiny, tmp_path, [point(rule)])
     asked.healing_settings = {**asked.healing_settings, "warmup_steps": 3}
-    rows = pd.DataFrame(asked(point(metric)))
+    rows = pd.DataFrame(asked(point(rule)))
     model, tokenizer = models.load_model(tiny)
     train = data.healing_windows(tokenizer, 8, 16)
     calibration = data.calibration_windows(tokenizer, 10, 128)
@@ -56,9 +45,9 @@ def test_rounds_equal_the_steps_one_by_one(metric, tiny, tmp_path):
     for turn in range(2):
         layer = len(left) - 1
         exact = copy.deepcopy(model).float()
-        if metric == "taylor":
+        if rule == "taylor":
             (layer,) = selection.least_important(importance.taylor(exact, calibration), 1)
-        elif metric == "block influence":
+        elif rule == "block influence":
             found = similarity.measure_similarity(exact, calibration)
             (layer,) = selection.least_important(found.block_influence, 1)
         gone.append((left.pop(layer), turn + 1))
@@ -75,27 +64,32 @@ def test_rounds_equal_the_steps_one_by_one(metric, tiny, tmp_path):
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses
     evaluated = rows[rows["dataset"] == "healing eval"]["item"]
     assert evaluated.min() >= 4 * 16, "in the last round alone"
-    removed = rows[rows["dataset"] == iterative_study.REMOVED]
-    assert list(zip(removed["item"], removed["nll"], strict=True)) == gone
+    assert asked.removed_at(point(rule)) == [
+        {"layer": layer, "round": turn} for layer, turn in gone
+    ]
 
 
 def test_one_round_is_removal_at_once_and_trained_once(tiny, tmp_path, monkeypatch):
-    once = pd.DataFrame(
-        study(tiny, tmp_path, [point("reverse order", 2)])(point("reverse order", 2))
-    )
-    removed = once[once["dataset"] == iterative_study.REMOVED]
-    assert list(zip(removed["item"], removed["nll"], strict=True)) == [
-        (N_LAYERS - 2, 1),
-        (N_LAYERS - 1, 1),
+    asked = point("reverse order", 2)
+    in_rounds = study(tiny, tmp_path, [asked])
+    once = pd.DataFrame(in_rounds(asked))
+    assert in_rounds.removed_at(asked) == [
+        {"layer": N_LAYERS - 2, "round": 1},
+        {"layer": N_LAYERS - 1, "round": 1},
     ]
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
     asked = {"layers": f"{N_LAYERS - 2} {N_LAYERS - 1}", "recipe": "lora 0.01 4", "seed": 0}
-    plain = pd.DataFrame(study(tiny, tmp_path, [asked], kind=importance_study.SetStudy)(asked))
-    nll = [
-        table[table["dataset"] != iterative_study.REMOVED]["nll"].tolist()
-        for table in (once, plain)
-    ]
-    assert nll[0] == nll[1]
+    plain = pd.DataFrame(study(tiny, tmp_path, [asked])(asked))
+    assert once["nll"].tolist() == plain["nll"].tolist()
+
+
+def test_removed_layers_have_a_table_of_their_own(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
+    given = dict(profile="smoke", notebook="11", model=tiny, table="removed")
+    settings = {name: value for name, value in SETTINGS.items() if name != "n_calibration"}
+    first, path = removed_table([point("reverse order", 2)], **given, **settings)
+    assert first["layer"].tolist() == [N_LAYERS - 2, N_LAYERS - 1] and path.is_file()
+    assert list(first)[:5] == ["rule", "n_dropped", "per_round", "recipe", "seed"]
 
 
 def test_a_killed_point_goes_on_with_the_rounds_that_are_trained(tiny, tmp_path, monkeypatch):
@@ -115,16 +109,16 @@ def test_a_killed_point_goes_on_with_the_rounds_that_are_trained(tiny, tmp_path,
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"metric": "l1"}, "metric of reverse order, taylor, block influence, no layers"),
-        ({"layers": "1"}, "no layers and a recipe of one stage"),
-        ({"recipe": ""}, "a recipe of one stage"),
+        ({"rule": "l1"}, "rule must be one of reverse order, taylor, block influence, got 'l1'"),
+        ({"layers": "1"}, "layers must not be given where a rule chooses them, got '1'"),
+        ({"recipe": ""}, "must have a recipe of one stage, got ''"),
         (
             {"n_dropped": N_LAYERS},
             f"n must be a whole number from 0 to {N_LAYERS - 1} .*, got {N_LAYERS}",
         ),
         ({"per_round": 0}, "per_round must divide n_dropped"),
-        ({"per_round": 3}, "per_round must divide n_dropped, .* got per_round 3 of 2"),
-        ({"recipe": "lora 0.01 3"}, "the rounds the 3 steps"),
+        ({"per_round": 3}, "per_round must divide n_dropped, got 3 of 2"),
+        ({"recipe": "lora 0.01 3"}, "the rounds must share 3 steps evenly"),
     ],
 )
 def test_bad_points_are_refused_before_any_work(bad, message, tiny, tmp_path):

@@ -1,0 +1,211 @@
+"""What may be given for the parameters of a notebook, and how it is put together.
+
+A parameter is set by its name. One value inside a mapping is set by a dotted name, such as
+``healing.steps``; the notebook gets the whole mapping with that value in it.
+
+- Values come from the notebook, then the profile's section ``all``, its section of the notebook,
+  and the command line. In each of these whole values come first, and dotted names after them.
+- A dotted name only replaces what is there, by a value of the type that the notebook's own has.
+- A whole mapping replaces the one before it. Most mappings hold settings: the notebook knows their
+  keys, and another key would be read by nobody or fail hours later, so it is refused. Those of
+  :data:`CHOSEN_KEYS` are keyed by names that the user chooses, so they may be given any keys.
+- Sections of a profile share mappings. There a mapping of settings may hold a key that another
+  notebook has in its mapping of that name.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+
+import yaml
+
+# Parameters whose mapping is keyed by names that the user chooses, and what these name.
+CHOSEN_KEYS = {
+    "tasks": "tasks",
+    "shot_tasks": "tasks",
+    "texts": "evaluation texts",
+    "sources": "texts to heal on, or their labels",
+    "shapes": "shapes of a smaller model",
+    "grids": "sets of layers",
+    "rounds": "sets of layers",
+    "candidates": "sets of layers",
+    "swapped": "sets of layers",
+}
+
+
+class Refused(ValueError):
+    """The command or a profile asks for what is not there."""
+
+
+class Values:
+    """Values of one notebook's parameters, and what is wrong with those that were given.
+
+    Args:
+        notebook: The notebook's name, for messages.
+        defaults: Its own values.
+
+    Attributes:
+        now: Every parameter with its value.
+        faults: What is wrong with values that were given, each as one message.
+    """
+
+    def __init__(self, notebook: str, defaults: dict[str, object]):
+        self.notebook = notebook
+        self.defaults = defaults
+        self.now = dict(defaults)
+        self.faults: list[str] = []
+
+    def changes(self) -> dict[str, object]:
+        """The parameters whose value is not the notebook's own."""
+        return {key: value for key, value in self.now.items() if value != self.defaults.get(key)}
+
+    def give(self, given: dict, *, known: dict[str, list[str]]) -> None:
+        """Set parameters by their names, then values inside them by dotted names.
+
+        Args:
+            given: Values by name.
+            known: For each mapping of settings the keys that it may have.
+        """
+        dotted = [key for key in given if "." in str(key)]
+        for key, value in given.items():
+            if key not in dotted:
+                self._give_whole(key, value, known)
+        for key in dotted:
+            self._give_inside(key, given[key])
+
+    def _give_whole(self, key: str, value: object, known: dict[str, list[str]]) -> None:
+        fault = parameter_fault(self.notebook, key, value, self.defaults)
+        if not fault and isinstance(value, dict) and key in known:
+            fault = key_fault(self.notebook, key, value, known[key])
+        if fault:
+            self.faults.append(fault)
+        self.now[key] = value
+
+    def _give_inside(self, dotted: str, value: object) -> None:
+        parameter, *path = dotted.split(".")
+        if parameter not in self.defaults:
+            self.faults.append(parameter_fault(self.notebook, parameter, value, self.defaults))
+            return
+        try:
+            self.now[parameter] = with_value_inside(
+                self.now[parameter],
+                path,
+                value,
+                own=self.defaults[parameter],
+                notebook=self.notebook,
+                name=parameter,
+            )
+        except Refused as error:
+            self.faults.append(str(error))
+
+
+def with_value_inside(
+    mapping: object, path: list[str], value: object, *, own: object, notebook: str, name: str
+) -> object:
+    """A copy of a mapping with another value at the end of a path of keys.
+
+    Args:
+        mapping: What is to be copied.
+        path: At least one key; each but the first is looked for in the value of the one before.
+        value: What takes the place of the value there.
+        own: The notebook's own mapping, whose value there tells the type.
+        notebook: The notebook's name, for messages.
+        name: The mapping's name, for messages.
+
+    Raises:
+        Refused: If a key is not there or would be one of no mapping, or the type does not fit.
+    """
+    key, *deeper = path
+    if not isinstance(mapping, dict):
+        raise Refused(f"{notebook}: {name} is no mapping but {mapping!r}, so it has no {key}")
+    fault = key_fault(notebook, name, [key], list(mapping))
+    if fault:
+        raise Refused(fault)
+    inner = f"{name}.{key}"
+    own_value = own[key] if isinstance(own, dict) and key in own else mapping[key]
+    if deeper:
+        value = with_value_inside(
+            mapping[key], deeper, value, own=own_value, notebook=notebook, name=inner
+        )
+    else:
+        fault = type_fault(notebook, inner, value, own_value)
+        if fault:
+            raise Refused(fault)
+    return {**mapping, key: value}
+
+
+def setting_keys(notebooks: Iterable[dict[str, object]]) -> dict[str, list[str]]:
+    """For each mapping of settings the keys that it has by default in one of these notebooks.
+
+    Args:
+        notebooks: Of each notebook its own values.
+    """
+    found: dict[str, list[str]] = {}
+    for defaults in notebooks:
+        for name, value in defaults.items():
+            if isinstance(value, dict) and name not in CHOSEN_KEYS:
+                found[name] = list(dict.fromkeys([*found.get(name, []), *value]))
+    return found
+
+
+def key_fault(notebook: str, name: str, keys: Iterable, known: list) -> str:
+    """The message where a mapping is given keys that it does not have; "" if it has them all."""
+    unknown = [str(key) for key in keys if key not in known]
+    if not unknown:
+        return ""
+    there = ", ".join(str(key) for key in known)
+    return f"{notebook}: {name} has no {', '.join(unknown)}; it has: {there}"
+
+
+def parameter_fault(name: str, key: str, value: object, defaults: dict[str, object]) -> str:
+    """What is wrong with a parameter's value: there is no such parameter, or it has another type.
+
+    Args:
+        name: The notebook's name.
+        key: The parameter's name.
+        value: The value that is given.
+        defaults: The notebook's own values.
+
+    Returns:
+        The message; "" if nothing is wrong.
+    """
+    if key not in defaults:
+        return f"{name} has no parameter {key}; it has: {', '.join(defaults)}"
+    return type_fault(name, key, value, defaults[key])
+
+
+def type_fault(name: str, key: str, value: object, default: object) -> str:
+    """The message where a value has another type than the notebook's own; "" if it fits.
+
+    None fits everything, a whole number fits where a float is, and a list where a tuple is.
+    """
+    if value is None or default is None:
+        return ""
+    allowed: dict[type, tuple[type, ...]] = {
+        float: (int, float),
+        tuple: (list, tuple),
+        list: (list, tuple),
+    }
+    kind = type(default)
+    fits = isinstance(value, allowed.get(kind, (kind,)))
+    # To Python a bool is a whole number too.
+    if fits and isinstance(value, bool) == isinstance(default, bool):
+        return ""
+    return f"{name}: {key} must be a {kind.__name__} like its default {default!r}, got {value!r}"
+
+
+def literal(text: str) -> object:
+    """A value of the command line: a Python literal such as ``3e-4``, else a YAML value.
+
+    Raises:
+        Refused: If it is neither.
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise Refused(f"{text!r} is neither a Python literal nor YAML: {error}") from error
