@@ -149,7 +149,6 @@ def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, mo
             {"healing_source": "quac", "healing_settings": {**HEALING, "steps": 10**6}},
             "2000000 is beyond the text quac/healing",
         ),
-        ({}, {"tasks": {"trivia": 0}}, "unknown task 'trivia'"),
         ({}, {"tasks": {"piqa": 17}}, r"num_fewshot must be in \[0, 16\], got 17"),
         ({"num_fewshot": -1}, {}, "num_fewshot must be a whole number of at least 0, got -1"),
         ({}, {"limit": 0}, "limit must be a whole number of at least 1, got 0"),

@@ -14,6 +14,7 @@ import notebook_files
 import pandas as pd
 import pytest
 from PIL import Image
+from smoke_groups import SHARED_TABLES, folder_name, scope
 
 from pruning_utils import results, runtime
 from pruning_utils.engine import records
@@ -23,7 +24,6 @@ TABLES = sorted(
     path for path in (ROOT / "results").glob("*/*/*.csv") if ".measured" not in path.name
 )
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-SHARED_TABLES = (("02", "03", "04", "05"), ("06", "07", "08"), ("09", "10", "11", "12"))
 FIGURES = sorted((ROOT / "figures").rglob("*.png"))
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
@@ -46,20 +46,20 @@ def run(*command, cwd=ROOT, **variables):
     return done.stdout
 
 
-def with_its_group(name: str):
-    """A notebook with those that read the same tables, which one worker runs one after the
-    other."""
-    first = next((group[0] for group in SHARED_TABLES if name[:2] in group), name[:2])
-    return pytest.param(name, marks=pytest.mark.xdist_group(f"smoke {first}"))
+def test_notebooks_that_share_tables_run_on_one_worker():
+    """The scopes that conftest's scheduler hands out whole."""
+    test = "tests/test_notebooks.py::test_smoke_notebook_gives_the_recorded_numbers[{}]"
+    scopes = {path.stem[:2]: scope(test.format(path.stem)) for path in NOTEBOOKS}
+    for group in SHARED_TABLES:
+        assert len({scopes[digits] for digits in group}) == 1
+    assert len(set(scopes.values())) == len(SHARED_TABLES) + 2, "00 and 01 stand alone"
+    assert scope("tests/test_data.py::test_a[02_x]") == "tests/test_data.py::test_a[02_x]"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [with_its_group(path.stem) for path in NOTEBOOKS])
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
 def test_smoke_notebook_gives_the_recorded_numbers(name, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / f"smoke {name[:2]}"
-    for group in SHARED_TABLES:
-        if name[:2] in group:
-            folder = folder.with_name(f"smoke {group[0]}")
+    folder = tmp_path_factory.getbasetemp() / folder_name(name)
     run("scripts/run_notebooks.py", "--profile", "smoke", "--only", name, "--output", folder)
     executed = nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4)
     new = comparisons.summary_table({name: notebook_files.summary_rows(executed)})

@@ -1,0 +1,22 @@
+"""Which tests one worker must run one after the other, since notebooks read each other's tables."""
+
+import re
+
+SHARED_TABLES = (("02", "03", "04", "05"), ("06", "07", "08"), ("09", "10", "11", "12"))
+SMOKE = re.compile(r"test_smoke_notebook\w*\[(\d\d)_")
+
+
+def folder_name(notebook: str) -> str:
+    """The name that a notebook's folder of smoke results shares with its group's."""
+    digits = notebook[:2]
+    first = next((group[0] for group in SHARED_TABLES if digits in group), digits)
+    return f"smoke {first}"
+
+
+def scope(nodeid: str) -> str:
+    """What pytest-xdist keeps on one worker: a group of smoke tests, or the test alone.
+
+    Its own marks for this, ``xdist_group``, do nothing under pytest 9.2.
+    """
+    smoke = SMOKE.search(nodeid)
+    return folder_name(smoke[1]) if smoke else nodeid
