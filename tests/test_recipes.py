@@ -78,6 +78,8 @@ def test_parts_of_a_recipe():
     assert method_of(recipe.text()) == "full" and method_of("") == ""
     assert recipe_at("last_layers last_k=2", 3e-4, 8) == "last_layers 0.0003 8 last_k=2"
     assert with_steps("lora 0.01 32 rank=2", 5) == "lora 0.01 5 rank=2"
+    exact = Stage({"method": "lora", "learning_rate": 0.00123456789, "steps": 8})
+    assert exact.text() == "lora 0.00123456789 8" and Stage.parse(exact.text()) == exact
     assert layer_numbers(layer_text((4, 7))) == (4, 7) and layer_numbers("") == ()
     assert Cut.parse({"layers": "4 7"}) == Cut(layers=(4, 7))
 

@@ -67,13 +67,19 @@ class Stage:
         """The stage as a text that :meth:`parse` reads."""
         words = [str(self.settings["method"])]
         if "steps" in self.settings:
-            words += [f"{self.settings['learning_rate']:g}", str(self.settings["steps"])]
+            words += [_rate_text(self.settings["learning_rate"]), str(self.settings["steps"])]
         words += [
             f"{name}={json.dumps(value)}"
             for name, value in self.settings.items()
             if name not in ALWAYS
         ]
         return " ".join(words)
+
+
+def _rate_text(rate: Any) -> str:
+    """A rate as short as it can be written without another rate being read back."""
+    short = f"{rate:g}"
+    return short if float(short) == rate else repr(float(rate))
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,11 @@ class Point:
     seed: int
     precision: str = ""
     shots: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_only_cut(self) -> bool:
+        """Whether the model keeps the loaded weights, neither trained nor rounded."""
+        return not self.recipe.stages and not self.precision
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Point:

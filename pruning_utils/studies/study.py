@@ -218,10 +218,10 @@ class Study:
         return rows
 
     def _sharing(self, point: Point, model: nn.Module) -> contextlib.AbstractContextManager:
-        """Layers in front of the cut are run once for all models that are not trained."""
-        if point.recipe.stages or point.precision:
-            return contextlib.nullcontext()
-        return self.shared.used_by(model, self._start(point.cut))
+        """Layers in front of the cut are run once for all models with the loaded weights."""
+        if point.is_only_cut:
+            return self.shared.used_by(model, self._start(point.cut))
+        return contextlib.nullcontext()
 
     # --- what is loaded, and checked --------------------------------------------------------------
 
@@ -241,9 +241,7 @@ class Study:
             self._evaluation_windows(name, n_windows, tokenizer)
         distances = self._distances(network, tokenizer)
         starts = [
-            self._start(point.cut, network, distances)
-            for point in points
-            if not point.recipe.stages
+            self._start(point.cut, network, distances) for point in points if point.is_only_cut
         ]
         n_layers = len(models.decoder_layers(network))
         shared = passes.SharedLayers([start for start in starts if start < n_layers])
