@@ -284,6 +284,25 @@ def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
     return shared
 
 
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that a tokenizer puts before a text on its own: mostly its ``bos_token``, or nothing.
+
+    A model that was trained on texts with such a beginning may be lost without it: Gemma 3 270M has
+    a perplexity of 88 on news without it, and 17 with it.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        The ids before the first one of the text, special tokens all of them; often empty.
+    """
+    (bare,) = tokenizer(["a"], add_special_tokens=False, verbose=False)["input_ids"]
+    (whole,) = tokenizer(["a"], verbose=False)["input_ids"]
+    starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
+    prefix = list(whole[: starts[0]]) if bare and starts else []
+    return prefix if all(token in tokenizer.all_special_ids for token in prefix) else []
+
+
 def pack(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
@@ -293,41 +312,48 @@ def pack(
 ) -> torch.Tensor:
     """Join tokenised texts, an end-of-text token after each, and cut them into equal windows.
 
+    A window begins as the tokenizer begins a text (:func:`text_prefix`), so that the beginning-of-
+    text token is never predicted. It may begin in the middle of a document and hold several, which
+    see each other: positions run from 0 through the whole window, and no mask separates documents,
+    as in the pretraining of most models.
+
     Args:
-        tokenizer: A transformers tokenizer; its own special tokens are not added, its ``eos_token``
-            separates.
+        tokenizer: A transformers tokenizer; its ``eos_token`` separates documents.
         texts: Documents, in the order to be packed.
-        seq_len: Tokens in a window, at least 2.
+        seq_len: Tokens in a window, those of its beginning included; at least 2 beside them.
         limit: Stop after this many windows; None packs everything.
 
     Returns:
         LongTensor of shape ``(n_windows, seq_len)``; the last, incomplete window is dropped.
 
     Raises:
-        ValueError: If ``seq_len`` is below 2, ``limit`` below 1, or the texts do not fill one
-            window.
+        ValueError: If ``seq_len`` is too short, ``limit`` below 1, the tokenizer has no
+            ``eos_token``, or the texts do not fill one window.
     """
-    if seq_len < 2 or (limit is not None and limit < 1):
-        raise ValueError(
-            f"seq_len must be at least 2 tokens and limit at least 1 window, got {seq_len} and "
-            f"{limit}"
-        )
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token to put between documents")
+    prefix = text_prefix(tokenizer)
+    length = seq_len - len(prefix)
+    if length < 2 or (limit is not None and limit < 1):
+        raise ValueError(
+            f"seq_len must be at least {2 + len(prefix)} tokens and limit at least 1 window, got "
+            f"{seq_len} and {limit}"
+        )
     texts = list(texts)
     stream: list[int] = []
     start, count = 0, 1
-    while start < len(texts) and (limit is None or len(stream) < limit * seq_len):
+    while start < len(texts) and (limit is None or len(stream) < limit * length):
         some = texts[start : start + count]
         for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
             stream += [*ids, tokenizer.eos_token_id]
         start, count = start + count, min(2 * count, TOGETHER)
-    n_windows = len(stream) // seq_len if limit is None else min(limit, len(stream) // seq_len)
+    n_windows = len(stream) // length if limit is None else min(limit, len(stream) // length)
     if n_windows == 0:
         raise ValueError(
             f"the text is too short: {len(stream)} tokens do not fill one window of {seq_len}"
         )
-    return torch.tensor(stream[: n_windows * seq_len]).view(n_windows, seq_len)
+    windows = torch.tensor(stream[: n_windows * length]).view(n_windows, length)
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).repeat(n_windows, 1), windows], dim=1)
 
 
 def _windows(
@@ -370,7 +396,8 @@ def calibration_windows(
     Args:
         tokenizer: The model's tokenizer.
         n_samples: Number of windows, at least 1.
-        seq_len: Tokens in a window, from 2 to the model's context length.
+        seq_len: Tokens in a window, from 2 to the model's context length; the tokenizer's
+            beginning of a text, where it has one, is the first of them.
         source: ``xsum``, or ``quac`` or ``boolq`` (their healing texts), or a hub corpus.
         seed: Each seed is another draw of documents.
 

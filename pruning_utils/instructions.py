@@ -75,7 +75,8 @@ def instruction_texts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[s
             with ``instruction``, ``input`` (may be empty) and ``output``.
 
     Returns:
-        Texts of a question and its answer; pairs of which one is empty are left out.
+        Texts of a question and its answer, without the tokenizer's beginning of a text; pairs of
+        which one is empty are left out.
 
     Raises:
         ModuleNotFoundError: If the package of the embedded ones is missing.
@@ -90,10 +91,13 @@ def instruction_texts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[s
         raise ValueError(
             "the tokenizer has no chat template, by which questions and answers become text"
         )
+    # Windows begin with it: templates that write it too would double it.
+    beginning = tokenizer.decode(data.text_prefix(tokenizer))
     texts = []
     for question, answer in _clean_pairs(source, identity(source)):
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        texts.append(text.removeprefix(beginning))
     return texts
 
 

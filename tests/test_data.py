@@ -44,8 +44,8 @@ class LetterTokenizer:
     def __init__(self, model_max_length: int = 2048):
         self.model_max_length = model_max_length
 
-    def __call__(self, texts, *, add_special_tokens, verbose):
-        assert not add_special_tokens and not verbose and isinstance(texts, list)
+    def __call__(self, texts, *, add_special_tokens=True, verbose):
+        assert not verbose and isinstance(texts, list)
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
