@@ -7,12 +7,10 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from pruning_utils import runtime
@@ -22,7 +20,7 @@ from pruning_utils.embedded import (
     embedded_checkpoint,
     quiet_loading,
 )
-from pruning_utils.engine import hub
+from pruning_utils.engine import hub, model_files, wrappers
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import (
@@ -64,8 +62,8 @@ def load_model(
 
     Raises:
         ValueError: If an argument is not among those, or the name is no decoder-only language
-            model, cannot be reached, is gated, lacks weights, or cannot be quantised; nothing is
-            written.
+            model or an adapter to one, cannot be reached, is gated, lacks weights or holds others,
+            asks for code of its own or on a hub, or cannot be quantised; nothing is written.
         ModuleNotFoundError: If the embedded package is not installed; the message says how to
             install it.
     """
@@ -79,7 +77,8 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": False}
     storage = {"quantization_config": _storage(quantize, precision)} if quantize else {}
     on_disk = contextlib.nullcontext() if os.path.isdir(source) else hub.asked_or_cached()
-    with quiet_loading(), _named_errors(source, revision), on_disk:
+    with quiet_loading(), model_files.named_errors(source, revision), on_disk:
+        model_files.refuse_adapter(source, options)
         config = _load_config(source, options)
         if quantize and getattr(config, "quantization_config", None):
             raise ValueError(
@@ -96,11 +95,7 @@ def load_model(
             **options,
             **storage,
         )
-        wrong = sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]})
-        if wrong:
-            raise ValueError(
-                f"{len(wrong)} weights are missing or of another shape, {wrong[0]} for one"
-            )
+        model_files.refuse_other_weights(report)
         if quantize and not any(
             "bitsandbytes" in type(part).__module__ for part in decoder_layers(model).modules()
         ):
@@ -125,36 +120,6 @@ def _storage(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-@contextlib.contextmanager
-def _named_errors(source: str, revision: str | None) -> Iterator[None]:
-    """Turn what libraries raise about a wrong name into a ValueError that says what is wrong."""
-    from huggingface_hub.errors import GatedRepoError
-
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if getattr(error, "errno", None):  # the machine's fault, such as a full disk
-            raise
-        cause: BaseException | None = error
-        while cause and not isinstance(cause, GatedRepoError):
-            cause = cause.__cause__ or cause.__context__
-        if cause:
-            fault = (
-                "it is gated: accept its licence on its hub page, then set HF_TOKEN to a token "
-                "that may read it"
-            )
-        elif "trust_remote_code" in str(error):
-            fault = "it needs code of its own, and code that comes with a model is never run here"
-        elif isinstance(error, OSError) and not os.path.isdir(source):
-            fault = (
-                f"there is no such directory in {os.getcwd()}, and on the hub (revision "
-                f"{revision or 'main'}): {error}"
-            )
-        else:
-            fault = str(error)
-        raise ValueError(f"{source!r} cannot be loaded: {fault}") from error
-
-
 def _resolve(name: str | os.PathLike, revision: str | None) -> str:
     """Directory or hub id behind a name; the embedded model is unpacked if it is not yet."""
     source = os.fspath(name)
@@ -165,7 +130,8 @@ def _resolve(name: str | os.PathLike, revision: str | None) -> str:
     if name == EMBEDDED:
         return str(embedded_checkpoint())
     if os.path.isdir(source):
-        if not os.path.isfile(os.path.join(source, "config.json")):
+        is_adapter = os.path.isfile(os.path.join(source, model_files.ADAPTER))
+        if not is_adapter and not os.path.isfile(os.path.join(source, "config.json")):
             raise ValueError(f"{source!r} is no model: the directory has no config.json")
     elif os.path.exists(source) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise ValueError(
@@ -177,12 +143,13 @@ def _resolve(name: str | os.PathLike, revision: str | None) -> str:
 
 def _load_config(source: str, options: dict[str, Any]) -> PreTrainedConfig:
     """The configuration, refused where the model is not a decoder-only language model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING,
     )
 
+    model_files.refuse_kernels_of_hub(PreTrainedConfig.get_config_dict(source, **options)[0])
     config = AutoConfig.from_pretrained(source, **options)
     kinds = {
         "an encoder-decoder": getattr(config, "is_encoder_decoder", False),
@@ -240,29 +207,39 @@ def context_length(config: PreTrainedConfig) -> int:
     return next((length for length in stated if isinstance(length, int)), int(1e30))
 
 
-def check_input_ids(model: nn.Module, input_ids: torch.Tensor, *, shortest: int = 1) -> None:
+def check_input_ids(
+    model: nn.Module, input_ids: torch.Tensor, *, shortest: int = 1
+) -> torch.Tensor:
     """Refuse token ids that the model cannot take, before any work.
 
     Args:
         model: A causal language model.
-        input_ids: Integer tensor of shape ``(n_samples, seq_len)``, both at least 1.
+        input_ids: Integer tensor, of any width, of shape ``(n_samples, seq_len)``, both at least 1.
         shortest: Tokens that each sequence must have: 2 where tokens are to be predicted.
 
+    Returns:
+        The same ids as int64, the one width that every architecture takes.
+
     Raises:
-        ValueError: If the shape or dtype is wrong, an id lies outside the vocabulary, or a sequence
-            is too short, or longer than the model's context.
+        ValueError: If the model is none of transformers, or inside something else; if the shape or
+            dtype is wrong, an id lies outside the vocabulary, or a sequence is too short, or longer
+            than the model's context.
     """
+    wrappers.refuse_wrapped(model)
     is_tensor = isinstance(input_ids, torch.Tensor)
     if (
         not is_tensor
         or input_ids.ndim != 2
         or not input_ids.numel()
         or input_ids.is_floating_point()
+        or input_ids.is_complex()
+        or input_ids.dtype == torch.bool
     ):
         raise ValueError(
             f"input_ids must be an integer tensor of shape (n_samples, seq_len), got "
-            f"{tuple(input_ids.shape) if is_tensor else type(input_ids).__name__}"
+            f"{_described(input_ids) if is_tensor else type(input_ids).__name__}"
         )
+    input_ids = input_ids.long()
     vocabulary = model.get_input_embeddings().num_embeddings
     for extreme in (int(input_ids.min()), int(input_ids.max())):
         if not 0 <= extreme < vocabulary:
@@ -275,6 +252,12 @@ def check_input_ids(model: nn.Module, input_ids: torch.Tensor, *, shortest: int 
             f"sequences of {input_ids.shape[1]} tokens are longer than the model's context of "
             f"{longest}"
         )
+    return input_ids
+
+
+def _described(tensor: torch.Tensor) -> str:
+    """Dtype and shape, for a message."""
+    return f"{runtime.dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -284,11 +267,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     whose length is the configuration's ``num_hidden_layers``.
 
     Raises:
-        ValueError: If the model has no such list, or more than one.
+        ValueError: If the model has no such list, or more than one; if it is none of transformers,
+            or inside something else.
     """
-    n_layers = (
-        getattr(text_config(model), "num_hidden_layers", None) if hasattr(model, "config") else None
-    )
+    wrappers.refuse_wrapped(model)
+    n_layers = getattr(text_config(model), "num_hidden_layers", None)
     # Of a multimodal model only the decoder is searched: its vision tower may happen to be as deep.
     decoder = backbone(model) if hasattr(model, "get_decoder") else model
     found = {

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pruning_utils import __version__, runtime
+from pruning_utils.engine import held_configurations, saved_models, wrappers
 from pruning_utils.models import decoder_layers, text_config
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -357,10 +358,13 @@ def drop_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMode
         if getattr(model, "hf_quantizer", None) is None and shapes(model) != shapes(before):
             raise ValueError("its weights are not those that its configuration describes")
         changes = _attribute_changes(before, skeleton(model, reloaded), name, kept)
+        quantization = held_configurations.quantization_of(model, name, kept)
     except Exception as error:  # the code of the architectures refuses in many ways
         raise ValueError(
             f"{type(model).__name__} cannot be cut to layers {kept}: {error}"
         ) from error
+    held_configurations.make_own(model)
+    held_configurations.set_quantization(model, quantization)
     _keep(decoder, kept)
     for path, attribute, value in changes:
         setattr(model.get_submodule(path), attribute, value)
@@ -384,10 +388,14 @@ def save(
     """Write a directory that plain ``from_pretrained`` of a model and of a tokenizer loads.
 
     It is written beside ``path`` and renamed into place: a reader sees the old directory or the
-    whole new one.
+    whole new one. Before that, it is loaded again: names and shapes of all weights, and 256 values
+    of each, must be those in memory. The configuration says what is so, whatever it said before: a
+    shared head, periods of layers, no code and no further-token layers that are not there. It names
+    precision and rotation for transformers 4 as well.
 
     Args:
         model: A transformers model without adapters; quantised where transformers can save that.
+            Weights that were read from fewer bits, and are held in 16 or 32, are saved as held.
         tokenizer: Its tokenizer, or None to write the model alone.
         path: The directory. It may exist if it is empty or was written by this function.
         overwrite: Replace a directory whatever it holds.
@@ -396,11 +404,14 @@ def save(
         ``path``, as a Path.
 
     Raises:
-        ValueError: If ``path`` is a file or holds something else, or the model adapters or weights
-            it cannot save.
+        ValueError: If ``path`` is a file or holds something else, the model is none of
+            transformers or inside something else, has adapters, or weights that it cannot save, or
+            what was written is not read back as it is in memory. Nothing half-written stays.
         OSError: If writing fails (a full disk, say), with ``path`` named; nothing half-written
             stays.
     """
+    wrappers.refuse_wrapped(model)
+    wrappers.refuse_no_weights(model)
     path = Path(path)
     ours = path.is_dir() and (overwrite or (path / MARKER).is_file() or not any(path.iterdir()))
     if path.exists() and not ours:
@@ -408,6 +419,13 @@ def save(
             f"path must be a new or empty directory, or one written by this function, got {path}"
         )
     _refuse_adapters(model)
+    is_plain = _is_held_plainly(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not is_plain and not quantizer.is_serializable():
+        raise ValueError(
+            f"{type(quantizer).__name__} cannot save its weights: drop the same layers in 16 or 32 "
+            "bits"
+        )
     # On some CPUs bitsandbytes repacks 4-bit weights when it first evaluates, rounds their scales
     # and unpacks wrongly.
     states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
@@ -416,19 +434,11 @@ def save(
             "4-bit weights that have evaluated on this CPU cannot be saved: drop the same layers "
             "from a fresh copy and save it before its first forward pass"
         )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_serializable():
-        raise ValueError(
-            f"{type(quantizer).__name__} cannot save its weights: drop the same layers in 16 or 32 "
-            "bits"
-        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
             new = Path(beside, "new")
-            model.save_pretrained(new)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(new)
+            saved_models.write(model, tokenizer, new, is_plain=is_plain)
             (new / MARKER).write_text(f'{{"pruning_utils": "{__version__}"}}\n')
             for file in filter(Path.is_file, new.iterdir()):
                 file.chmod(0o644)  # safetensors lets nobody else read
@@ -441,6 +451,22 @@ def save(
             code, f"could not write {path}: {getattr(error, 'strerror', None) or error}"
         ) from error
     return path
+
+
+def _is_held_plainly(model: PreTrainedModel) -> bool:
+    """Whether weights are held in 16 or 32 bits, although fewer may have been read from files."""
+    config = copy.deepcopy(model.config)
+    if getattr(model, "hf_quantizer", None) is None and not hasattr(config, "quantization_config"):
+        return True
+    vars(config).pop("quantization_config", None)
+    kinds = ("class", "shape")
+    plain = facts(skeleton(model, config))
+    held = {place: fact for place, fact in facts(model).items() if place[1] in kinds}
+    return (
+        all(weight.is_floating_point() and weight.itemsize > 1 for weight in model.parameters())
+        and all(type(weight.data) is torch.Tensor for weight in model.parameters())
+        and held == {place: fact for place, fact in plain.items() if place[1] in kinds}
+    )
 
 
 def _replace_directory(path: Path, new: Path, old: Path) -> None:

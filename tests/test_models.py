@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, tiny
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -762,6 +763,58 @@ def test_code_that_comes_with_a_model_is_never_run(llama_copy, tmp_path, monkeyp
     assert not (tmp_path / "run").exists() and not asked
 
 
+def test_weights_that_the_configuration_leaves_out_are_refused(llama_copy):
+    """The layers were cut in the configuration alone: nobody would be told."""
+    n_layers = json.loads((llama_copy / "config.json").read_text())["num_hidden_layers"]
+    edit_config(llama_copy, num_hidden_layers=n_layers - 1)
+    with pytest.raises(
+        ValueError,
+        match=f"'{llama_copy}' cannot be loaded: .*hold 9 weights.*layers.{n_layers - 1}",
+    ):
+        models.load_model(llama_copy)
+
+
+@pytest.mark.parametrize("has_configuration", [False, True])
+def test_an_adapter_is_told_from_a_model(llama_copy, tmp_path, has_configuration):
+    base = LlamaForCausalLM.from_pretrained(llama_copy)
+    adapter = tmp_path / "added"
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    get_peft_model(base, config).save_pretrained(adapter)
+    if has_configuration:
+        base.config.save_pretrained(adapter)
+    with pytest.raises(ValueError, match="it is a PEFT adapter .*merge_and_unload"):
+        models.load_model(adapter)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_implementation": "somebody/flash-attention"},
+        {"_attn_implementation": "kernels-community/flash-attn2:flash_attn"},
+        {"attn_implementation": {"": "eager", "text_config": "somebody/kernel"}},
+        {"experts_implementation": "somebody/experts"},
+        {"vision_config": {"attn_implementation": "somebody/kernel"}},
+    ],
+)
+def test_a_kernel_of_a_hub_is_refused(llama_copy, fields):
+    edit_config(llama_copy, **fields)
+    with pytest.raises(ValueError, match=f"'{llama_copy}' cannot be loaded: .*code on a hub"):
+        models.load_model(llama_copy)
+
+
+def test_a_kernel_of_the_library_is_none_of_a_hub(llama_copy):
+    edit_config(llama_copy, attn_implementation="eager")
+    models.load_model(llama_copy)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors", "hqq", "quanto", "aqlm"])
+def test_a_quantisation_whose_library_is_absent_names_the_model(llama_copy, kind):
+    settings = {"quant_method": kind, "bits": 4, "group_size": 128, "weights": "int8"}
+    edit_config(llama_copy, quantization_config=settings)
+    with pytest.raises(ValueError, match=f"'{llama_copy}' cannot be loaded: ."):
+        models.load_model(llama_copy)
+
+
 # --- a hub ----------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -1201,11 +1254,13 @@ def test_quantised_copy_refuses(llama):
     ("input_ids", "message"),
     [
         ([[1, 2]], r"integer tensor of shape \(n_samples, seq_len\), got list"),
-        (torch.ones(3, dtype=torch.long), r"got \(3,\)"),
-        (torch.ones(1, 2, 3, dtype=torch.long), r"got \(1, 2, 3\)"),
-        (torch.ones(2, 3), r"integer tensor of shape \(n_samples, seq_len\), got \(2, 3\)"),
-        (torch.ones(0, 3, dtype=torch.long), r"got \(0, 3\)"),
-        (torch.ones(3, 0, dtype=torch.long), r"got \(3, 0\)"),
+        (torch.ones(3, dtype=torch.long), r"got int64 of shape \(3,\)"),
+        (torch.ones(1, 2, 3, dtype=torch.long), r"got int64 of shape \(1, 2, 3\)"),
+        (torch.ones(2, 3), r"of shape \(n_samples, seq_len\), got float32 of shape \(2, 3\)"),
+        (torch.ones(2, 3, dtype=torch.bool), r"got bool of shape \(2, 3\)"),
+        (torch.ones(2, 3, dtype=torch.complex64), r"got complex64 of shape \(2, 3\)"),
+        (torch.ones(0, 3, dtype=torch.long), r"got int64 of shape \(0, 3\)"),
+        (torch.ones(3, 0, dtype=torch.long), r"got int64 of shape \(3, 0\)"),
         (torch.tensor([[3, 96]]), r"token id 96 is outside the vocabulary \[0, 96\)"),
         (torch.tensor([[-1, 5]]), r"token id -1 is outside the vocabulary \[0, 96\)"),
         (
@@ -1219,10 +1274,12 @@ def test_bad_input_ids_are_refused(input_ids, message):
         models.check_input_ids(wide(), input_ids)
 
 
-def test_good_input_ids_pass():
-    for input_ids in (
-        torch.tensor([[0, 95]]),
-        torch.ones(1, 64, dtype=torch.int32),
-        torch.ones(5, 1).long(),
-    ):
-        assert models.check_input_ids(wide(), input_ids) is None
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_ids_of_any_width_become_those_that_every_model_takes(dtype):
+    ids = models.check_input_ids(wide(), torch.tensor([[0, 95], [7, 1]], dtype=dtype))
+    assert ids.dtype == torch.int64 and ids.tolist() == [[0, 95], [7, 1]]
+
+
+def test_the_longest_and_the_shortest_ids_pass():
+    for ids in (torch.ones(1, 64).long(), torch.ones(5, 1).long()):
+        assert torch.equal(models.check_input_ids(wide(), ids), ids)

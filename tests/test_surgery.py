@@ -659,6 +659,8 @@ def test_a_quantisation_that_cannot_be_saved_is_one_clear_error(tmp_path):
             return False
 
     model.hf_quantizer = Packed()
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="Packed cannot save.*16 or 32 bits"):
         surgery.save(model, None, tmp_path / "model")
     assert not list(tmp_path.iterdir())

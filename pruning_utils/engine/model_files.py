@@ -1,0 +1,127 @@
+"""What a model's files hold: whether it is a model, all of it, and nothing that is code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# Fields of a configuration that may name a kernel on a hub, which is code.
+KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+ADAPTER = "adapter_config.json"
+
+
+def refuse_adapter(source: str, options: dict[str, Any]) -> None:
+    """Refuse the files of a PEFT adapter: transformers would load another model behind it.
+
+    Args:
+        source: A directory or a hub id.
+        options: Further arguments for reading from the hub.
+
+    Raises:
+        ValueError: If there is an adapter's configuration.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(source, revision=options.get("revision")) is not None:
+        raise ValueError(
+            f"it is a PEFT adapter ({ADAPTER}), not a model: load its base model, merge the "
+            "adapter (peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()), save the "
+            "result and load that"
+        )
+
+
+def refuse_kernels_of_hub(settings: dict[str, Any]) -> None:
+    """Refuse a configuration that asks for a kernel on a hub, which is code that would be run.
+
+    Args:
+        settings: The configuration as it stands in the file, or a part of it.
+
+    Raises:
+        ValueError: If a field names such a kernel; the field and its value are named.
+    """
+    for field, value in settings.items():
+        named = value.values() if isinstance(value, dict) else [value]
+        if KERNELS.fullmatch(field) and any("/" in str(name) for name in named):
+            raise ValueError(
+                f"its configuration asks for {field} = {value!r}: that is code on a hub, and code "
+                "that comes with a model is never run here"
+            )
+        if isinstance(value, dict):
+            refuse_kernels_of_hub(value)
+
+
+def refuse_other_weights(report: dict[str, Any]) -> None:
+    """Refuse a model whose files hold other weights than its configuration describes.
+
+    Args:
+        report: What transformers says about the loading.
+
+    Raises:
+        ValueError: If weights are missing, left out, or of another shape; one is named.
+    """
+    wrong = sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]})
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} weights are missing or of another shape, {wrong[0]} for one"
+        )
+    left_out = sorted(report["unexpected_keys"])
+    if left_out:
+        raise ValueError(
+            f"its files hold {len(left_out)} weights that its configuration does not describe, "
+            f"{left_out[0]} for one: is the number of layers right, is it another kind of model?"
+        )
+
+
+@contextlib.contextmanager
+def named_errors(source: str, revision: str | None) -> Iterator[None]:
+    """Turn what libraries raise about a model into one ValueError that names it and says why.
+
+    What is the machine's fault stays what it is: a full disk, memory that does not suffice.
+
+    Args:
+        source: The directory or hub id that is loaded inside.
+        revision: Branch, tag or commit of a hub id.
+    """
+    try:
+        yield
+    except Exception as error:  # each quantisation and architecture fails in its own way
+        if getattr(error, "errno", None) or is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{source!r} cannot be loaded: {_fault(error, source, revision)}"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU, in Python, or in torch on the CPU."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _fault(error: Exception, source: str, revision: str | None) -> str:
+    """What is wrong, in words for who asked for the model."""
+    from huggingface_hub.errors import GatedRepoError
+
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, GatedRepoError):
+        cause = cause.__cause__ or cause.__context__
+    if cause:
+        return (
+            "it is gated: accept its licence on its hub page, then set HF_TOKEN to a token that "
+            "may read it"
+        )
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, and code that comes with a model is never run here"
+    if isinstance(error, OSError) and not os.path.isdir(source):
+        return (
+            f"there is no such directory in {os.getcwd()}, and on the hub (revision "
+            f"{revision or 'main'}): {error}"
+        )
+    if isinstance(error, (ValueError, OSError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

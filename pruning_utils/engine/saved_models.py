@@ -1,0 +1,245 @@
+"""What is written of a model: weights as in memory, a configuration that tells the truth of them.
+
+:func:`surgery.save` chooses the folder. This module fills it and reads it back before anybody else
+can. Files that transformers writes are completed in two ways. What they say of the weights is made
+true: shared head, layer kinds, weights that are not there, code that is not there. And what
+transformers 5 calls by a new name is written under its old name too, since serving programs still
+read with transformers 4: without it they take defaults, and say nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from pruning_utils.embedded import quiet_loading
+from pruning_utils.engine import passes
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Values of a weight that are compared after it was read back, evenly spaced.
+SAMPLES = 256
+# Layers that predict further tokens: transformers runs none of them, so none are in memory.
+FURTHER_TOKENS = "num_nextn_predict_layers"
+# Fields that name code which a saved folder does not hold.
+NAMES_OF_CODE = ("auto_map", "custom_pipelines")
+# Names of transformers 4, and what they are called now.
+FORMER_NAMES = {"torch_dtype": "dtype", "num_experts": "num_local_experts"}
+# A period in layers, the list that it stands for, and what the last layer of each period is.
+PERIODS = {
+    "sliding_window_pattern": ("layer_types", "full_attention"),
+    "_sliding_window_pattern": ("layer_types", "full_attention"),
+    "full_attention_interval": ("layer_types", "full_attention"),
+    "global_attn_every_n_layers": ("layer_types", "full_attention"),
+    "no_rope_layer_interval": ("no_rope_layers", 0),
+}
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    is_plain: bool,
+) -> None:
+    """Write a model and its tokenizer, if there is one, and see that it is read back as it is.
+
+    Args:
+        model: A model of transformers without adapters; it is left as it was.
+        tokenizer: Its tokenizer, or None.
+        folder: A new folder, which is made.
+        is_plain: Whether weights are held in 16 or 32 bits, whatever the files held that they came
+            from. They are then written without a word of that.
+
+    Raises:
+        ValueError: If transformers cannot write these weights, or what it wrote is not the model.
+        OSError: If writing fails.
+    """
+    try:
+        with _as_it_is_held(model, is_plain), quiet_loading():
+            model.save_pretrained(folder)
+        _complete(folder / "config.json", _complete_configuration)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+            _complete(folder / "tokenizer_config.json", _complete_tokenizer)
+        refuse_unlike(model, folder)
+    except (OSError, MemoryError, torch.OutOfMemoryError, SafetensorError):
+        raise
+    except Exception as error:  # the code of architectures and quantisers fails in many ways
+        told = str(error) or type(error).__name__
+        raise ValueError(f"{type(model).__name__} cannot be saved: {told}") from error
+
+
+@contextlib.contextmanager
+def _as_it_is_held(model: PreTrainedModel, is_plain: bool) -> Iterator[None]:
+    """Let transformers save what is in memory, with a configuration that says what that is.
+
+    Left alone, transformers undoes what it did to weights as it loaded them. Of quantised weights
+    not all can be undone, and those that are held in 16 bits now would be rounded again.
+    """
+    with contextlib.ExitStack() as undo:
+        config = true_configuration(model)
+        undo.enter_context(passes.replaced(model, "config", config))
+        if _were_unpacked(model):
+            undo.enter_context(passes.replaced(model, "_weight_conversions", None))
+        if is_plain:
+            vars(config).pop("quantization_config", None)
+            undo.enter_context(passes.replaced(model, "hf_quantizer", None))
+        yield
+
+
+def _were_unpacked(model: PreTrainedModel) -> bool:
+    """Whether the code of a quantisation took part when transformers loaded the weights."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    steps = [step for each in conversions for step in getattr(each, "operations", None) or []]
+    return any(type(step).__module__.startswith("transformers.integrations.") for step in steps)
+
+
+# --- a configuration that tells the truth ---------------------------------------------------------
+
+
+def true_configuration(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of a model's configuration that says of its weights what is so.
+
+    Whether the head is the embedding is seen from the weights themselves: checkpoints exist whose
+    configuration says otherwise.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config(decoder=True)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for part in (config, text):
+        # Of offloaded weights it cannot be seen.
+        if head is not None and not head.weight.is_meta:
+            part.tie_word_embeddings = head.weight is embedding.weight
+        if getattr(part, FURTHER_TOKENS, None):
+            setattr(part, FURTHER_TOKENS, 0)
+        for field in NAMES_OF_CODE:
+            vars(part).pop(field, None)
+    return config
+
+
+def _complete(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change, in place, what a JSON file says."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _complete_configuration(content: dict[str, Any]) -> None:
+    """Drop what is not so of the layers that are left, and add the names of transformers 4."""
+    for value in list(content.values()):
+        if isinstance(value, dict) and "model_type" in value:
+            _complete_configuration(value)
+    for field, (of_layers, last) in PERIODS.items():
+        period, kinds = content.get(field), content.get(of_layers)
+        if period and kinds and not _repeats(kinds, period, last):
+            del content[field]
+    step, places = content.get("interleave_moe_layer_step"), content.get("moe_layers")
+    if step and places != list(range(step - 1, content["num_hidden_layers"], step)):
+        del content["interleave_moe_layer_step"]
+    content.update(_of_transformers_4(content))
+
+
+def _repeats(kinds: list[object], period: object, last: object) -> bool:
+    """Whether of these kinds of layers every ``period``-th is ``last``, and no other one."""
+    if type(period) is not int:
+        return False
+    return all((kind == last) == (place % period == 0) for place, kind in enumerate(kinds, start=1))
+
+
+def _of_transformers_4(content: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 looks for, and would take a default for in silence."""
+    found = {name: content[new] for name, new in FORMER_NAMES.items() if content.get(new)}
+    rope = content.get("rope_parameters") or {}
+    model_type = content.get("model_type", "")
+    if "full_attention" in rope:
+        return found | _rotation_by_kind(model_type, rope)
+    if "rope_theta" not in rope:
+        return found
+    scaling = dict(rope)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in scaling:
+            found[name] = scaling.pop(name)
+    found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if model_type.startswith("gpt_neox"):
+        found["rotary_emb_base"] = found["rope_theta"]
+        found["rotary_pct"] = found.get("partial_rotary_factor", 1.0)
+    return found
+
+
+def _rotation_by_kind(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """The same where kinds of layers rotate in their own ways: few architectures did before."""
+    full, local = rope["full_attention"] or {}, rope.get("sliding_attention") or {}
+    is_modernbert = model_type.startswith("modernbert")
+    found = {
+        "global_rope_theta" if is_modernbert else "rope_theta": full.get("rope_theta"),
+        "local_rope_theta" if is_modernbert else "rope_local_base_freq": local.get("rope_theta"),
+    }
+    if model_type.startswith("gemma3") and full.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {key: value for key, value in full.items() if key != "rope_theta"}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _complete_tokenizer(content: dict[str, Any]) -> None:
+    """Give a tokenizer the names that transformers 4 knows: of its class and its further tokens."""
+    content.pop("auto_map", None)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    further = content.get("extra_special_tokens")
+    if isinstance(further, list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+
+
+# --- read back ------------------------------------------------------------------------------------
+
+
+def refuse_unlike(model: PreTrainedModel, folder: Path) -> None:
+    """Load what was written, as anybody would, and compare it with the model in memory.
+
+    Files in the precision of the model are mapped, not copied, so that hardly any memory is taken.
+
+    Raises:
+        ValueError: If names, shapes or, at :data:`SAMPLES` places each, values differ.
+    """
+    with quiet_loading():
+        back, report = type(model).from_pretrained(
+            folder,
+            dtype="auto",
+            device_map={"": model.device},
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    lost = sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]})
+    if lost:
+        raise ValueError(f"{len(lost)} weights would not be loaded again, {lost[0]} for one")
+    held, loaded = model.state_dict(), back.state_dict()
+    names = sorted(held.keys() ^ loaded.keys())
+    if names:
+        raise ValueError(f"{len(names)} weights would be lost or added, {names[0]} for one")
+    for name, tensor in held.items():
+        if not _is_same(tensor, loaded[name]):
+            raise ValueError(f"{name} would have other values when it is loaded again")
+
+
+def _is_same(held: torch.Tensor, loaded: torch.Tensor) -> bool:
+    """Whether two weights have one shape, and equal values where they are sampled."""
+    if held.shape != loaded.shape:
+        return False
+    # Offloaded weights are in the files that they were read from.
+    if not held.numel() or held.is_meta or loaded.is_meta:
+        return True
+    places = torch.linspace(0, held.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    values = held.detach().flatten()[places.to(held.device)].to(loaded.dtype)
+    return torch.allclose(
+        values.cpu(), loaded.flatten()[places.to(loaded.device)].cpu(), 0, 0, equal_nan=True
+    )
