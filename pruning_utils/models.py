@@ -204,7 +204,8 @@ def context_length(config: PreTrainedConfig) -> int:
         getattr(config, field, None)
         for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     ]
-    return next((length for length in stated if isinstance(length, int)), int(1e30))
+    # XLNet states -1: it has no limit.
+    return next((length for length in stated if isinstance(length, int) and length > 0), int(1e30))
 
 
 def check_input_ids(
@@ -271,7 +272,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             or inside something else.
     """
     wrappers.refuse_wrapped(model)
-    n_layers = getattr(text_config(model), "num_hidden_layers", None)
+    text = text_config(model)
+    # What some architectures call it.
+    field = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    n_layers = getattr(text, field, None)
     # Of a multimodal model only the decoder is searched: its vision tower may happen to be as deep.
     decoder = backbone(model) if hasattr(model, "get_decoder") else model
     found = {
@@ -286,7 +290,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if len(outer) != 1:
         raise ValueError(
             f"{type(model).__name__} has no single list of decoder layers: expected one "
-            f"nn.ModuleList of length num_hidden_layers = {n_layers}, found "
+            f"nn.ModuleList of length {field} = {n_layers}, found "
             f"{sorted(outer) or 'none'}"
         )
     return next(iter(outer.values()))

@@ -18,7 +18,7 @@ LOGITS_AT_ONCE = 2**25
 
 
 @contextlib.contextmanager
-def replaced(module: object, name: str, function: Callable) -> Iterator[None]:
+def replaced(module: object, name: str, function: object) -> Iterator[None]:
     """Let an attribute of one module, of torch or of Python, be another function for a while."""
     before = {key: value for key, value in vars(module).items() if key == name}
     vars(module)[name] = function
