@@ -85,10 +85,18 @@ def _kept_layers(layers: Iterable[int], n_layers: int) -> list[int]:
 
 
 def _keep(layers: nn.ModuleList, kept: list[int]) -> None:
-    """Delete, in place, all layers but those with these numbers."""
+    """Delete, in place, all layers but those with these numbers, and number them anew.
+
+    Modules may have been exchanged since the model was made (BigBird does so when it first sees a
+    short text), so that a weightless copy does not show all that bear a number.
+    """
     for layer in reversed(range(len(layers))):
         if layer not in kept:
             del layers[layer]
+    for number, layer in zip(kept, layers, strict=True):
+        for part in layer.modules():
+            if vars(part).get("layer_idx") == number:
+                part.layer_idx = kept.index(number)
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -246,6 +254,10 @@ def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMode
     config = copy.deepcopy(config)
     # Other implementations may ask for hardware that a comparison does not need.
     config._attn_implementation = "eager"
+    for part in (config, config.get_text_config(decoder=True)):
+        # save_pretrained leaves the dtype behind as text, and some activations make tensors of it.
+        if isinstance(part.dtype, str):
+            part.dtype = getattr(torch, part.dtype)
     with torch.device("meta"), meta_device_safe_creation_ops():
         return type(model)(config)
 
@@ -287,6 +299,14 @@ def _attribute_changes(
     first layer unlike the others, a shape.
     """
     n_layers = len(before.get_submodule(name))
+    if len(after.get_submodule(name)) != len(kept):
+        text = text_config(after)
+        field = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        counts = [key for key, value in vars(text).items() if value == n_layers]
+        raise ValueError(
+            f"{field} does not count {name}: with {len(kept)} there, {n_layers} layers would come "
+            f"back (fields with that number: {counts})"
+        )
     _keep(before.get_submodule(name), kept)
     old, new = facts(before), facts(after)
     changes = []

@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 N_LAYERS = 6
 VOCABULARY = 128
+LAYERS = "num_hidden_layers|n_layers?|num_layers|(num_)?(de|en)coder_layers|num_blocks"
+HEADS = ".*attention_heads|n_heads?|num_heads"
 # What an integer field is set to, by its whole name; the first pattern that fits counts.
 RULES: dict[str, int] = {
     "pad_token_id": 0,
@@ -28,7 +30,7 @@ RULES: dict[str, int] = {
     "type_vocab_size": 2,
     ".*vocab_size.*": VOCABULARY,
     # Where there is an encoder, it is as deep as the decoder, as in most released models.
-    "num_hidden_layers|n_layers?|num_layers|(num_)?(de|en)coder_layers|num_blocks": N_LAYERS,
+    LAYERS: N_LAYERS,
     "depth": 2,
     "max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_.*_positions": 64,
     ".*sliding_window(_size)?|(attention_)?window_size|attention_chunk_size|local_attention": 4,
@@ -36,11 +38,12 @@ RULES: dict[str, int] = {
     # Widths. A head is 8 wide.
     "(.*hidden|(input_|output_)?embedding)_size(_global)?": 32,
     "d_model|n_embd|emb_dim|dim|word_embed_proj_dim|lru_width|.*_embed_dim": 32,
+    "adapter_(in_dim|out_dim|input_size)": 32,
     "(dense_)?intermediate_size(_mlp)?|(decoder_|encoder_)?ffn_dim|d_inner|dff|dim_ff|n_inner": 48,
     "ffn_hidden_size|feed_forward_size|prefix_dense_intermediate_size": 48,
     ".*(moe|expert|shared).*_size|moe_latent_size": 16,
     ".*_rank|hc_lowrank": 16,
-    ".*attention_heads|n_heads?|num_heads": 4,
+    HEADS: 4,
     ".*key_value_heads|num_kv_heads": 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads|linear_num_heads|(index|indexer)_n_heads": 4,
@@ -48,14 +51,18 @@ RULES: dict[str, int] = {
     ".*head_dim|dim_head|d_head|kv_channels|mamba_d_head|attention_head_size|global_head_dim": 8,
     "query_pre_attn_scalar|mamba_d_state|(ssm_)?state_size": 8,
     "n_group|topk_group|.*n_?groups": 1,
-    "rotary_dim": 4,
+    "(mamba_)?chunk_size": 8,  # a shorter text is filled up
+    "rotary_dim|index_topk": 4,
     "num_experts_per_tok|moe_k|moe_topk": 2,
     "(num|n|moe_num)_(shared_)experts|moe_num_shared_experts": 1,
     "(num|n|moe_num)_(local_|routed_)?experts": 4,
 }
-# Which kind of layer each of the six is, by the number of kinds that an architecture has.
-PATTERNS = {2: [0, 1, 1, 0, 1, 0], 3: [0, 1, 2, 2, 1, 0], 4: [0, 1, 2, 3, 1, 0]}
-LISTS = {
+# Of encoders of pictures and sounds, which are not cut.
+TOWERS = "Vision|Audio|Encoder|VQ|Patcher"
+TOWER_LAYERS = 2
+FIXED: dict[str, Any] = {
+    "is_decoder": True,
+    "use_sliding_window": True,
     "no_rope_layers": [1, 0, 1, 1, 0, 1],
     "moe_layers": [1, 2, 5],
     "attn_layer_indices": [1, 2, 5],
@@ -63,11 +70,14 @@ LISTS = {
     "cross_attention_layers": [1, 4],
     "num_attention_heads_per_layer": [4, 2, 6, 4, 8, 2],
 }
-TOWERS = "Vision|Audio|Encoder|VQ|Patcher"
+# Which kind of layer each of the six is, by the number of kinds that an architecture has: no cut
+# of the tests gives the pattern's own first entries.
+PATTERNS = {2: [0, 1, 1, 0, 1, 0], 3: [0, 1, 2, 2, 1, 0], 4: [0, 1, 2, 3, 1, 0]}
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 
 
 def _kinds(*names: str) -> list[str]:
+    """A kind for each layer."""
     return [names[place] for place in PATTERNS[len(names)]]
 
 
@@ -91,7 +101,6 @@ OWN: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 8,
     },
-    "dots3_note_audio_encoder": {"adapter_in_dim": 32},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
     "gemma4_text": {"global_head_dim": 16, "hidden_size_per_layer_input": 0},
@@ -123,28 +132,32 @@ def sizes(config_class: type[PreTrainedConfig], default: PreTrainedConfig) -> di
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
-        part = vars(default).get(field.name)
-        if isinstance(part, PreTrainedConfig):
-            found[field.name] = sizes(type(part), part) | {"model_type": part.model_type}
-        elif field.name == "is_decoder":
-            found[field.name] = True
-        elif field.name in KINDS:
-            kinds = sorted(set(vars(default).get(field.name) or ()))
-            if len(kinds) in PATTERNS:
-                found[field.name] = [kinds[place] for place in PATTERNS[len(kinds)]]
-        elif field.name == "use_sliding_window":
-            found[field.name] = True
-        elif field.name in LISTS:
-            found[field.name] = list(LISTS[field.name])
-        elif "int" in str(field.type) and "list[" not in str(field.type).replace("int | list[int]", ""):
-            rule = next((rule for rule in RULES if re.fullmatch(rule, field.name)), None)
-            if rule and not isinstance(field.default, bool):
-                found[field.name] = RULES[rule]
-                if RULES[rule] == N_LAYERS and re.search(TOWERS, config_class.__name__):
-                    found[field.name] = 2
-    if "kv_lora_rank" in found:
-        found["num_key_value_heads"] = RULES[".*attention_heads|n_heads?|num_heads"]
+        value = vars(default).get(field.name)
+        if isinstance(value, PreTrainedConfig):
+            found[field.name] = sizes(type(value), value) | {"model_type": value.model_type}
+        elif field.name in FIXED:
+            found[field.name] = copy.deepcopy(FIXED[field.name])
+        elif field.name in KINDS and len(set(value or ())) in PATTERNS:
+            found[field.name] = _kinds(*sorted(set(value)))
+        elif _is_number(field) and (size := _size(field.name)) is not None:
+            found[field.name] = size
+    if re.search(TOWERS, config_class.__name__):
+        layers = [name for name in found if RULES[LAYERS] == found[name]]
+        found |= dict.fromkeys(layers, TOWER_LAYERS)
+    if "kv_lora_rank" in found:  # keys are made for every head
+        found["num_key_value_heads"] = RULES[HEADS]
     return found | copy.deepcopy(OWN.get(config_class.model_type, {}))
+
+
+def _is_number(field: dataclasses.Field) -> bool:
+    """Whether a field holds an integer, or None, or ids of tokens."""
+    kinds = str(field.type).replace("int | list[int]", "int")
+    return "int" in kinds and "list[" not in kinds and not isinstance(field.default, bool)
+
+
+def _size(name: str) -> int | None:
+    """What the first rule that fits a field's name gives it."""
+    return next((size for rule, size in RULES.items() if re.fullmatch(rule, name)), None)
 
 
 def config_of(model_type: str) -> PreTrainedConfig:
