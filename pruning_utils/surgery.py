@@ -116,8 +116,8 @@ def refuse_unfit(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> No
         kept: Ascending 0-based numbers of the layers that are to stay, at least one.
 
     Raises:
-        ValueError: If the model carries adapters, layers share weights, or the cache of what stays
-            could not count tokens.
+        ValueError: If the model carries adapters, layers share weights, the cache of what stays
+            could not count tokens, or layers would lack the one whose keys and values they take.
     """
     _refuse_adapters(model)
     owner: dict[int, int] = {}
@@ -131,6 +131,14 @@ def refuse_unfit(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> No
     if left and WITHOUT_LENGTH.issuperset(left) and not WITHOUT_LENGTH.issuperset(types):
         raise ValueError(
             "no attention layer would stay, and without one the cache cannot count tokens"
+        )
+    # The last layers of Gemma 3n take keys and values from the nearest earlier one of their kind.
+    n_shared = getattr(text, "num_kv_shared_layers", None) or 0
+    lacking = sorted(set(left) - set(left[:-n_shared])) if n_shared else []
+    if lacking:
+        raise ValueError(
+            f"num_kv_shared_layers = {n_shared}, and of {lacking[0]} no earlier layer would stay "
+            "that makes keys and values for them"
         )
     # MiniMax's cache asks layer 0 for the length.
     if left and text.model_type == "minimax" and left[0] != "full_attention":

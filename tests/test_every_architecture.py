@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[str, Cuts]] = {
     "beam": ("residual_add_idx is", (LAST,)),
     "blt": (NO_LAYERS, ()),
     "diffllama": ("lambda_init is", (LAST,)),
-    "gemma3n_text": ("embed_tokens_per_layer|layer types producing a cache", ()),
+    "gemma3n_text": ("embed_tokens_per_layer|num_kv_shared_layers = 2", ()),
     "gemma4": ("layer_types would have to be", (CUT, FIRST, BLOCK, SECOND)),
     "gemma4_text": ("layer_types would have to be", (CUT, FIRST, BLOCK, SECOND)),
     "gemma4_unified": ("layer_types would have to be", (CUT, FIRST, BLOCK, SECOND)),
