@@ -265,7 +265,7 @@ def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMode
     for part in (config, config.get_text_config(decoder=True)):
         # save_pretrained leaves the dtype behind as text, and some activations make tensors of it.
         if isinstance(part.dtype, str):
-            part.dtype = getattr(torch, part.dtype)
+            part.dtype = getattr(torch, part.dtype, part.dtype)
     with torch.device("meta"), meta_device_safe_creation_ops():
         return type(model)(config)
 
