@@ -8,7 +8,6 @@ computing is what any later call returns.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ import pandas as pd
 from pruning_utils import runtime
 from pruning_utils.engine import definitions, records, saved_points
 from pruning_utils.engine.bars import tqdm
-from pruning_utils.engine.records import StaleResult, canonical, plain, read_record
+from pruning_utils.engine.records import StaleResult, plain, read_record
 
 __all__ = [
     "StaleResult",
@@ -96,7 +95,7 @@ def stale(path: str | os.PathLike) -> list[str]:
     Raises:
         ValueError: If the table has no record.
     """
-    return definitions.INSTALLED.changes(read_record(path).get("code"))
+    return definitions.INSTALLED.changes(records.recorded(Path(path)).get("code"))
 
 
 def load_or_compute(
@@ -132,20 +131,12 @@ def load_or_compute(
             PRUNING_UTILS_NO_COMPUTE is set.
     """
     path, asked = _table_file(path), plain(dict(parameters), "parameters")
-    if path.exists() and not recompute:
+    if not recompute and records.is_there(path):
         return records.read_table(path, records.checked_record(path, asked))
     code = _before_computing(path, compute)
     commit = records.package_commit()
     table, cost = records.timed(compute)
-    rows = [table] if isinstance(table, Mapping) else table
-    if isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows):
-        table = pd.DataFrame(rows)
-    if not isinstance(table, pd.DataFrame):
-        raise ValueError(
-            f"compute must return a DataFrame, or its rows as dicts, for {path}, got "
-            f"{type(table).__name__}"
-        )
-    _keep(path, table, asked, commit, {"code": code, **cost})
+    _keep(path, records.as_table(table, path), asked, commit, {"code": code, **cost})
     return records.read_table(path, read_record(path))
 
 
@@ -191,20 +182,21 @@ def sweep(
             :func:`load_or_compute`; also if the stored table holds points that are not asked for,
             or cannot be proved.
         RuntimeError: If a point fails (named, after those running beside it were saved), or if
-            another process is computing the same table.
+            another process or thread is computing the same table.
     """
     path, asked = _table_file(path), plain(dict(parameters), "parameters")
     points, folder = saved_points.checked_points(points), path.with_suffix(".points")
     seeds: list[dict] = []
+    before = saved_points.seen(path)
     if not recompute and not saved_points.unfinished(folder) and path.exists():
         record = records.checked_record(path, asked)
         if [entry["point"] for entry in record.get("points", [])] == points:
             if os.environ.get(PROVE):
                 record = saved_points.prove(path, record, compute_point)
             return records.read_table(path, record)
-        seeds = _reusable(path, record, points)
+        seeds = saved_points.reusable(path, record, points)
     code = _before_computing(path, compute_point)
-    with saved_points.opened(folder, asked, seeds, anew=recompute):
+    with saved_points.opened(path, before, asked, seeds, anew=recompute):
         commit = records.package_commit()
         missing = [point for point in points if saved_points.read(folder, point, code) is None]
         with (
@@ -262,37 +254,6 @@ def _keep(
     if "dtype" in parameters:
         record["precision"] = runtime.dtype_name(runtime.resolve_dtype(parameters["dtype"]))
     records.write_table(path, table, record | cost)
-
-
-def _reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
-    """The points of a finished table as saved points, from which a longer sweep goes on."""
-    asked = {canonical(point) for point in points}
-    lost = [
-        canonical(entry["point"])
-        for entry in record.get("points", [])
-        if canonical(entry["point"]) not in asked
-    ]
-    if lost or "points" not in record:
-        held = (
-            f"{len(lost)} points that are not asked for, the first {lost[0]}"
-            if lost
-            else "no points of a sweep"
-        )
-        raise ValueError(
-            f"{path} holds {held}; ask for them too, pass recompute=True to replace the table, or "
-            "another path to keep both"
-        )
-    rows = iter(records.read_table(path, record).to_dict("records"))
-    return [
-        {
-            "point": entry["point"],
-            "rows": list(itertools.islice(rows, entry["rows"])),
-            "seconds": entry["seconds"],
-            "code": record.get("code"),
-            "peak_memory_bytes": record["peak_memory_bytes"],
-        }
-        for entry in record["points"]
-    ]
 
 
 def _keep_points(

@@ -651,7 +651,7 @@ def test_points_that_are_being_computed_are_refused(tmp_path):
     def compute_again(point: dict) -> dict:
         return results.sweep(POINTS, never, path=path, parameters=SEED)
 
-    said = f"RuntimeError: another process is computing the points in {path.with_suffix('.points')}"
+    said = f"RuntimeError: another process or thread is computing the points in {path.with_suffix('.points')}"
     with pytest.raises(RuntimeError, match=re.escape(said)):
         results.sweep(POINTS, compute_again, path=path, parameters=SEED)
     results.sweep(POINTS, square, path=path, parameters=SEED)

@@ -1,13 +1,21 @@
-"""Tidy tables and their run records on disk: the formats behind :mod:`pruning_utils.results`."""
+"""Tidy tables and their run records on disk: the formats behind :mod:`pruning_utils.results`.
+
+A table and its record are replaced together. The new files are written beside the old ones as
+``.<file>.next``, then ``run.json`` is renamed into place: from that moment on the new table counts,
+for its record holds the sha256 of what is next. A run that is killed before leaves the old table,
+one that is killed after leaves the new one, whose last renames are made up for by whoever reads or
+writes it next.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import re
 import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +32,29 @@ from pruning_utils.runtime import atomic_path, peak_memory_bytes
 VOLATILE = ("seconds", "per_second", "peak_bytes")
 # In a folder of tables while one of its files is replaced; a kill may leave it until the next time.
 LOCK = ".lock"
+# The content that a file of a table is about to get.
+NEXT = re.compile(r"\.(?P<file>.+\.csv)\.next")
+# What a run that was killed leaves of `atomic_path`: for run.json, in earlier releases for tables.
+HALF_WRITTEN = re.compile(r"\.(?P<file>.+\.(?:csv|json))\.[a-z0-9_]{8}\.(?:csv|json)")
+KINDS = {"int": "int64", "float": "float64", "bool": "bool", "text": "str"}
+# Integers that a table's file gives back.
+INTEGERS = range(-(2**63), 2**63)
+# Of an integer among parameters; Python refuses to write out much longer ones.
+LONGEST_INTEGER_BITS = 4096
+# Far more than the records of any folder take.
+LARGEST_RECORDS_BYTES = 2**27
+# Fields of a record: one that is there has its type, and the first four are always there.
+FIELDS: dict[str, Any] = {
+    "parameters": dict,
+    "sha256": str,
+    "columns": dict,
+    "commit": (str, type(None)),
+    "measured_sha256": str,
+    "seconds": (int, float),
+    "peak_memory_bytes": int,
+    "points": list,
+}
+NEEDED = tuple(FIELDS)[:4]
 
 
 class StaleResult(UserWarning):
@@ -36,17 +67,31 @@ def plain(value: Any, name: str = "value") -> Any:
     Tuples become lists, scalars of NumPy and torch numbers, and paths texts.
 
     Raises:
-        ValueError: If a part of the value is nothing of that kind; ``name`` and the part's key are
-            in the message.
+        ValueError: If a part of the value is nothing of that kind, a key of a dict is no text, an
+            integer has more than 4,096 bits, or it is nested too deeply; ``name`` and the part's
+            key are in the message.
     """
+    try:
+        return _plain(value, name)
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply, or holds itself") from None
+
+
+def _plain(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): plain(part, f"{name}[{key!r}]") for key, part in value.items()}
+        _refuse_other_keys(value, name)
+        return {str(key): _plain(part, f"{name}[{key!r}]") for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(part, f"{name}[{place}]") for place, part in enumerate(value)]
+        return [_plain(part, f"{name}[{place}]") for place, part in enumerate(value)]
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, int) and value.bit_length() > LONGEST_INTEGER_BITS:
+        raise ValueError(
+            f"{name} must be an integer of at most {LONGEST_INTEGER_BITS} bits, got "
+            f"{_written_out(value)}"
+        )
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     raise ValueError(
@@ -55,9 +100,47 @@ def plain(value: Any, name: str = "value") -> Any:
     )
 
 
+def _refuse_other_keys(value: Mapping, name: str) -> None:
+    """Raise unless all keys are texts: 1 and "1" would become one key."""
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(f"{name} must have texts as keys, got {key!r}")
+
+
+def _written_out(value: int) -> str:
+    """An integer in a message; Python does not write out a very long one."""
+    bits = value.bit_length()
+    return str(value) if bits <= LONGEST_INTEGER_BITS else f"one of {bits} bits"
+
+
+def flat_row(row: Mapping, name: str) -> dict:
+    """A row of a table as a dict of single JSON values.
+
+    Raises:
+        ValueError: If a value is none of them, or an integer that no file of a table gives back;
+            ``name`` is in the message.
+    """
+    flat = plain(row, name)
+    for key, value in flat.items():
+        if isinstance(value, (dict, list)):
+            raise ValueError(
+                f"{name} must hold single values (write a list as a text such as '3 4 5'), got "
+                f"{ {key: value} }"
+            )
+        if isinstance(value, int) and value not in INTEGERS:
+            raise ValueError(
+                f"{name}[{key!r}] must be an integer in [-2**63, 2**63), or written as a text, got "
+                f"{_written_out(value)}"
+            )
+    return flat
+
+
 def canonical(value: object) -> str:
     """The one JSON text of a plain value, by which values are compared and digested."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    except RecursionError:
+        raise ValueError("a value is nested too deeply to be compared") from None
 
 
 def digest(content: str | bytes) -> str:
@@ -131,6 +214,22 @@ def read_record(path: str | os.PathLike) -> dict:
         ValueError: If there is none, or the file is damaged.
     """
     path = Path(path)
+    record = recorded(path)
+    lacking = [key for key in NEEDED if key not in record]
+    if lacking:
+        raise ValueError(
+            f"{path.parent / 'run.json'} is damaged: the record of {path.stem!r} has no "
+            f"{', '.join(lacking)}; restore it, or pass recompute=True to replace the table"
+        )
+    return record
+
+
+def recorded(path: Path) -> dict:
+    """What ``run.json`` holds of a table, of which anything may be lacking.
+
+    Raises:
+        ValueError: As for :func:`read_record`.
+    """
     record = read_records(path.parent).get(path.stem)
     if record is None:
         raise ValueError(
@@ -143,18 +242,96 @@ def read_record(path: str | os.PathLike) -> dict:
 def read_records(folder: Path) -> dict:
     """All records of a folder of tables by table name; none where there is no ``run.json``.
 
+    What a later release may add to a record is read along.
+
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If the file is damaged: no JSON, or no object of objects whose fields are of
+            their types.
     """
     path = folder / "run.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
+        fault = _fault_of_records(found)
+        if fault:
+            raise ValueError(fault)
+        return found
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}); restore it, or delete it and compute again"
         ) from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: If the file is none, is nested too deeply or larger than any that this package
+            writes, or if a folder lies in its place.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_RECORDS_BYTES:
+            raise ValueError(f"it has {size} bytes, more than {LARGEST_RECORDS_BYTES}")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except IsADirectoryError:
+        raise ValueError("it is a folder") from None
+
+
+def _fault_of_records(found: Any) -> str:
+    """What is wrong with the content of a ``run.json``, "" if it is sound."""
+    if not isinstance(found, dict):
+        return f"it must be an object, got {type(found).__name__}"
+    for table, record in found.items():
+        fault = _fault_of_record(record)
+        if fault:
+            return f"the record of {table!r} {fault}"
+    return ""
+
+
+def _fault_of_record(record: Any) -> str:
+    if not isinstance(record, dict):
+        return f"must be an object, got {type(record).__name__}"
+    for key, kind in FIELDS.items():
+        if key in record and not _is_of(record[key], kind):
+            return f"has a {key} of type {type(record[key]).__name__}"
+    unknown = [kind for kind in record.get("columns", {}).values() if kind not in [*KINDS]]
+    if unknown:
+        return f"has a column of the kind {unknown[0]!r}"
+    if not all(map(_is_point, record.get("points", []))):
+        return "has points that are no objects with point, rows and seconds"
+    return ""
+
+
+def _is_of(value: object, kind: type | tuple[type, ...]) -> bool:
+    """Whether a value is of a type; True and False are no numbers here."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_point(entry: Any) -> bool:
+    """Whether a record's entry of a point is sound."""
+    kinds: dict[str, Any] = {"point": dict, "rows": int, "seconds": (int, float)}
+    is_object = isinstance(entry, dict)
+    return is_object and all(_is_of(entry.get(key), kind) for key, kind in kinds.items())
+
+
+def is_there(path: Path) -> bool:
+    """Whether a table is there, after what a killed run had still to rename was renamed."""
+    _settle(path)
+    return path.exists()
+
+
+def _settle(path: Path) -> None:
+    """Make up for what a killed run had still to do, or wait for one that is about to end.
+
+    A folder that cannot be written stays as it is.
+    """
+    if any(next_path(file).exists() for file in (path, measured_path(path))):
+        with contextlib.suppress(OSError), locked(path.parent):
+            finish(path.parent)
 
 
 def checked_record(path: Path, parameters: dict) -> dict:
@@ -167,11 +344,15 @@ def checked_record(path: Path, parameters: dict) -> dict:
         ValueError: If the table has no record, is not the file recorded, or was made with other
             parameters.
     """
-    record = read_record(path)
+    record = _record_of_files(path)
     listed = awaiting(path)
     refuse_differences(_as_listed(record["parameters"], parameters, listed), parameters, path)
-    _refuse_edited(path, record["sha256"])
-    _refuse_edited(measured_path(path), record.get("measured_sha256"))
+    edited = _edited(path, record)
+    if edited:
+        raise ValueError(
+            f"{edited[0]} is not the file that run.json records (sha256 differs): it was edited or "
+            "damaged; restore it, or pass recompute=True to replace it"
+        )
     changed = [] if listed else definitions.INSTALLED.changes(record.get("code"))
     if changed:
         warnings.warn(
@@ -192,13 +373,26 @@ def _as_listed(recorded: dict, asked: dict, listed: dict | None) -> dict:
     return {**recorded, key: asked[key]} if made_so and asked_so else recorded
 
 
-def _refuse_edited(file: Path, expected: str | None) -> None:
-    """Raise if a file is there and has another sha256 than the one recorded."""
-    if expected and file.exists() and digest(file.read_bytes()) != expected:
-        raise ValueError(
-            f"{file} is not the file that run.json records (sha256 differs): it was edited or "
-            "damaged; restore it, or pass recompute=True to replace it"
-        )
+def _record_of_files(path: Path) -> dict:
+    """The record of a table, read again where its files are others than it says.
+
+    A run that goes on beside this one may just have replaced them.
+    """
+    record = read_record(path)
+    if not _edited(path, record):
+        return record
+    _settle(path)
+    return read_record(path)
+
+
+def _edited(path: Path, record: dict) -> list[Path]:
+    """The files of a table that are there and have another sha256 than the one recorded."""
+    expected = {path: record["sha256"], measured_path(path): record.get("measured_sha256")}
+    return [
+        file
+        for file, sha256 in expected.items()
+        if sha256 and file.exists() and digest(file.read_bytes()) != sha256
+    ]
 
 
 def shortened(names: list[str], most: int = 8) -> str:
@@ -232,15 +426,19 @@ def measured_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.measured.csv")
 
 
+def next_path(file: Path) -> Path:
+    """Where the next content of a table's file lies until its record is written."""
+    return file.with_name(f".{file.name}.next")
+
+
 def write_table(path: Path, table: pd.DataFrame, record: dict) -> None:
     """Write a table, its measured columns beside it, and its record.
 
-    Each file is replaced whole or not at all. The table is renamed into place last, so a first run
-    that is killed here leaves no table that counts.
+    All of them are replaced, or none: see the module's first lines.
 
     Raises:
         ValueError: If the frame is no tidy table: no rows, a named index, repeated or unnamed
-            columns, mixed values.
+            columns, mixed values; or if it holds what a file would not give back.
         OSError: When the disk refuses; the old files stay.
     """
     kinds = column_kinds(table)
@@ -252,27 +450,66 @@ def write_table(path: Path, table: pd.DataFrame, record: dict) -> None:
         )
     keys = [name for name in stable if kinds[name] != "float"]
     beside = measured_path(path)
+    parts = {path: table[stable]}
+    if volatile:
+        parts[beside] = table[keys + volatile]
+    contents = {file: _kept_csv(part, kinds) for file, part in parts.items()}
+    record = {**record, "columns": kinds, "sha256": digest(contents[path])}
+    if volatile:
+        record["measured_sha256"] = digest(contents[beside])
     with locked(path.parent):
-        _remove_half_written(path.parent, [path.name, beside.name, "run.json"])
-        # The files are renamed in the reverse of this order, when the block ends.
-        with contextlib.ExitStack() as written:
-            target = written.enter_context(atomic_path(path))
-            record = {**record, "columns": kinds}
-            record["sha256"] = _write_csv(table[stable], kinds, target)
-            if volatile:
-                target = written.enter_context(atomic_path(beside))
-                record["measured_sha256"] = _write_csv(table[keys + volatile], kinds, target)
+        finish(path.parent)
+        try:
+            for file, content in contents.items():
+                _write_next(file, content)
             _write_record(path, record)
+        finally:
+            finish(path.parent)
         if not volatile:
             beside.unlink(missing_ok=True)
 
 
-def _remove_half_written(folder: Path, names: list[str]) -> None:
-    """Remove what a killed run has left of files that were about to be replaced."""
-    beginnings = tuple(f".{name}." for name in names)
+def _write_next(file: Path, content: bytes) -> None:
+    """Write what a file is about to hold."""
+    beside = next_path(file)
+    try:
+        with open(beside, "wb") as target:
+            target.write(content)
+            target.flush()
+            # A disk that is full must say so before the record is changed.
+            os.fsync(target.fileno())
+        beside.chmod(0o644)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {file}: {error.strerror or error}") from error
+
+
+def finish(folder: Path) -> None:
+    """End what runs that were killed have left in a folder that is locked.
+
+    What is next is renamed where the record says so. All else that was half written is removed.
+    """
+    found = read_records(folder)
     for name in os.listdir(folder):
-        if name.startswith(beginnings):
+        begun = NEXT.fullmatch(name)
+        if begun and _is_recorded(folder / name, begun["file"], found):
+            os.replace(folder / name, folder / begun["file"])
+        elif begun or _is_half_written(name, found):
             (folder / name).unlink(missing_ok=True)
+
+
+def _is_recorded(content: Path, file: str, found: dict) -> bool:
+    """Whether content is what a record says of a file of its table."""
+    table = file.removesuffix(".csv")
+    key = "measured_sha256" if table.endswith(".measured") else "sha256"
+    record = found.get(table.removesuffix(".measured"), {})
+    return record.get(key) == digest(content.read_bytes())
+
+
+def _is_half_written(name: str, found: dict) -> bool:
+    """Whether a name is that of a temporary file of ``run.json`` or of a recorded table."""
+    match = HALF_WRITTEN.fullmatch(name)
+    table = match["file"].removesuffix(".csv").removesuffix(".measured") if match else ""
+    return table == "run.json" or table in found
 
 
 def _write_record(path: Path, record: dict) -> None:
@@ -311,10 +548,46 @@ def differing_columns(
 
 def _as_in_a_file(table: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
     """The texts that a table's file would hold."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.csv"
-        _write_csv(table, kinds, path)
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    return pd.read_csv(io.BytesIO(_csv(table, kinds)), dtype=str, **AS_WRITTEN)
+
+
+def as_table(computed: Any, path: Path) -> pd.DataFrame:
+    """What a computation returned as a table.
+
+    Args:
+        computed: A DataFrame, a row or a list of rows as dicts.
+        path: The table's file, for a message.
+
+    Raises:
+        ValueError: If it is none of them, or a row is not as :func:`flat_row` says.
+    """
+    if isinstance(computed, pd.DataFrame):
+        return computed
+    rows = [computed] if isinstance(computed, Mapping) else computed
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(
+            f"compute must return a DataFrame, or its rows as dicts, for {path}, got "
+            f"{type(computed).__name__}"
+        )
+    return as_rows(rows, f"{path.name}")
+
+
+def as_rows(rows: list, name: str) -> pd.DataFrame:
+    """Rows that are dicts as a table; what no table's file gives back is refused."""
+    try:
+        return pd.DataFrame([flat_row(row, f"row {n} of {name}") for n, row in enumerate(rows)])
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds a text that UTF-8 cannot write: {error}") from error
+
+
+def refuse_what_is_lost(rows: list[dict], name: str) -> None:
+    """Raise unless rows make a tidy table that its file gives back.
+
+    Raises:
+        ValueError: As for :func:`write_table`.
+    """
+    table = as_rows(rows, name)
+    _kept_csv(table, column_kinds(table))
 
 
 def column_kinds(table: pd.DataFrame) -> dict[str, str]:
@@ -345,12 +618,14 @@ def _kind(column: pd.Series) -> str:
     if pd.api.types.is_bool_dtype(column) and not missing.any():
         return "bool"
     if pd.api.types.is_integer_dtype(column) and not missing.any():
+        _refuse_large(column, [int(column.min()), int(column.max())])
         return "int"
     if pd.api.types.is_float_dtype(column) or pd.api.types.is_integer_dtype(column):
         return "float"
     present = column[~missing]
     if all(isinstance(value, str) for value in present):
         return "text"
+    _refuse_large(column, [value for value in present if _is_of(value, int)])
     found = {"str" if isinstance(value, str) else type(value).__name__ for value in present}
     gaps = " and missing values" if missing.any() else ""
     raise ValueError(
@@ -359,39 +634,101 @@ def _kind(column: pd.Series) -> str:
     )
 
 
-def _write_csv(table: pd.DataFrame, kinds: dict[str, str], path: Path) -> str:
-    """Write a table's file and give its sha256."""
+def _refuse_large(column: pd.Series, values: list[int]) -> None:
+    """Raise if one of a column's integers is none that a file gives back."""
+    for value in values:
+        if value not in INTEGERS:
+            raise ValueError(
+                f"column {column.name!r} must hold integers in [-2**63, 2**63), or texts, got "
+                f"{_written_out(value)}"
+            )
+
+
+def _csv(table: pd.DataFrame, kinds: dict[str, str]) -> bytes:
+    """The content of a table's file."""
     numbers = {name: "float64" for name in table if kinds[name] == "float"}
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        table.astype(numbers).to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
-        file.flush()
-        # A disk that is full must say so before the record is changed.
-        os.fsync(file.fileno())
-    return digest(path.read_bytes())
+    typed = table.astype(numbers)
+    try:
+        return typed.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a table holds a text that UTF-8 cannot write: {error}") from error
+
+
+def _kept_csv(table: pd.DataFrame, kinds: dict[str, str]) -> bytes:
+    """The content of a table's file, which is known to give the table back.
+
+    Raises:
+        ValueError: If a name, a text or an integer would come back as another one.
+    """
+    content = _csv(table, kinds)
+    back = _read_csv(io.BytesIO(content), kinds)
+    if list(back.columns) != list(table.columns):
+        raise ValueError(
+            f"columns {list(table.columns)} would come back from a file as {list(back.columns)}"
+        )
+    for name in table:
+        if kinds[name] == "float":
+            continue
+        before = table[name].astype(object).where(table[name].notna(), "")
+        for value, other in zip(before, back[name], strict=True):
+            if value != other:
+                raise ValueError(
+                    f"column {name!r} holds {value!r}, which would come back from a file as "
+                    f"{other!r}"
+                )
+    return content
 
 
 def read_table(path: Path, record: dict) -> pd.DataFrame:
     """The table of a record, with its columns in the order first given.
 
     Measured columns are joined back where their file exists.
+
+    Raises:
+        ValueError: If a file does not hold the columns that the record says.
     """
     kinds = record["columns"]
-    table = _read_csv(path, kinds)
+    stable = [name for name in kinds if not name.endswith(VOLATILE)]
+    table = _read_recorded(path, kinds)
+    if list(table.columns) != stable:
+        raise ValueError(
+            f"{path} has the columns {list(table.columns)}, and run.json records {stable}; restore "
+            "both, or pass recompute=True to replace them"
+        )
     beside = measured_path(path)
     if "measured_sha256" in record and beside.exists():
-        measured = _read_csv(beside, kinds)
+        measured = _read_recorded(beside, kinds)
         table = table.join(measured[[name for name in measured if name not in table]])
     return table[[name for name in kinds if name in table]]
 
 
-def _read_csv(path: Path, kinds: dict[str, str]) -> pd.DataFrame:
-    types = {"int": "int64", "float": "float64", "bool": "bool", "text": "str"}
+def _read_recorded(path: Path, kinds: dict[str, str]) -> pd.DataFrame:
+    """A table's file, or an error that names it."""
+    try:
+        return _read_csv(path, kinds)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not as run.json records its columns ({error}); restore both, or pass "
+            "recompute=True to replace them"
+        ) from error
+
+
+# A line ends with a line feed and nothing else, whatever it holds: a carriage return within a text,
+# or blanks alone, are values.
+AS_WRITTEN: dict[str, Any] = {
+    "keep_default_na": False,
+    "lineterminator": "\n",
+    "skip_blank_lines": False,
+}
+
+
+def _read_csv(source: Path | io.BytesIO, kinds: dict[str, str]) -> pd.DataFrame:
     floats = {name: [""] for name, kind in kinds.items() if kind == "float"}
     return pd.read_csv(
-        path,
-        dtype={name: types[kind] for name, kind in kinds.items()},
-        keep_default_na=False,
+        source,
+        dtype={name: KINDS[kind] for name, kind in kinds.items()},
         na_values=floats,
+        **AS_WRITTEN,
     )
 
 

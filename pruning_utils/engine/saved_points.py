@@ -8,9 +8,11 @@ it has ended.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
-import shutil
+import math
+import os
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed, wait
@@ -24,14 +26,16 @@ from pruning_utils.engine.records import canonical, digest
 from pruning_utils.runtime import atomic_path
 
 log = logging.getLogger(__name__)
+SETTINGS = "parameters.json"
+LOCK = "lock"
 
 
 def checked_points(points: Sequence[Mapping]) -> list[dict]:
     """The points as dicts of JSON values.
 
     Raises:
-        ValueError: If there are none, or one is empty, repeated, not plain, or has other keys than
-            the first.
+        ValueError: If there are none, or one is empty, repeated, not plain, holds NaN, or has other
+            keys than the first; or if a table's file would not give them back.
     """
     checked: list[dict] = []
     for number, point in enumerate(points):
@@ -39,7 +43,7 @@ def checked_points(points: Sequence[Mapping]) -> list[dict]:
             raise ValueError(
                 f"point {number} must be a dict of plain values that is not empty, got {point!r}"
             )
-        checked.append(_flat_row(point, f"point {number}"))
+        checked.append(_checked_point(point, f"point {number}"))
         if set(checked[-1]) != set(checked[0]):
             raise ValueError(
                 f"points must have the same keys: point 0 has {sorted(checked[0])}, point {number} "
@@ -51,89 +55,139 @@ def checked_points(points: Sequence[Mapping]) -> list[dict]:
         raise ValueError(
             f"points must be at least one and all different, got {len(texts)}, repeated: {repeated}"
         )
+    records.refuse_what_is_lost(checked, "points")
+    _refuse_lost_digits(checked)
     return checked
 
 
-def _flat_row(row: Mapping, name: str) -> dict:
-    flat = {str(key): records.plain(value, f"{name}[{key!r}]") for key, value in row.items()}
-    nested = {key: value for key, value in flat.items() if isinstance(value, (dict, list))}
-    if nested:
-        raise ValueError(
-            f"{name} must hold single values (write a list as a text such as '3 4 5'), got {nested}"
-        )
-    return flat
+def _checked_point(point: Mapping, name: str) -> dict:
+    checked = records.flat_row(point, name)
+    for key, value in checked.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name}[{key!r}] must be a number or a text, got {value}")
+    return checked
+
+
+def _refuse_lost_digits(points: list[dict]) -> None:
+    """Raise for integers that share a column with gaps or fractions, of which six digits stay."""
+    kinds = records.column_kinds(pd.DataFrame(points))
+    for number, point in enumerate(points):
+        for key, value in point.items():
+            lost = isinstance(value, int) and kinds[key] == "float" and float(f"{value:.6g}")
+            if lost and lost != value:
+                raise ValueError(
+                    f"point {number}[{key!r}] must be an integer of six digits beside points "
+                    f"without one, got {value}"
+                )
+
+
+def seen(path: Path) -> tuple[int, ...]:
+    """By what a table's file is known again; nothing where there is none."""
+    if not records.is_there(path):
+        return ()
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a folder of points counts; what a kill left of one that does not is removed."""
+    """Whether a folder of points counts; what a kill left of one that does not is removed.
+
+    Raises:
+        RuntimeError: If another process or thread is about to begin or to end it.
+    """
+    settings = folder / SETTINGS
     if not folder.exists():
         return False
-    if (folder / "parameters.json").exists():
-        return True
-    with _held(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    return False
+    if not settings.exists():
+        with _held(folder):
+            # Another one may have begun it before it was held here.
+            if not settings.exists():
+                _empty(folder)
+    return settings.exists()
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder of points that this process holds.
+    """Remove the points of a folder that this process holds; letting it go removes the folder.
 
     A kill in between leaves one that no longer counts.
     """
-    (folder / "parameters.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    (folder / SETTINGS).unlink(missing_ok=True)
+    _empty(folder)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what lies in a folder that is held, but for its lock."""
+    for name in os.listdir(folder):
+        if name != LOCK:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
 
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
     # The lock ends with this very process: filelock closes it in processes that are forked, so a
-    # worker that outlives a killed run does not hold it. Its file goes with the folder.
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise RuntimeError(
-            f"another process is computing the points in {folder}; wait for it to end"
-        ) from error
+    # worker that outlives a killed run does not hold it. It is another one for each thread.
+    lock = FileLock(folder / LOCK)
+    while not lock.is_locked:
+        folder.mkdir(exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except FileNotFoundError:
+            continue  # the one that held it has just removed the folder
+        except Timeout as error:
+            raise RuntimeError(
+                f"another process or thread is computing the points in {folder}; wait for it to end"
+            ) from error
     try:
         yield
     finally:
+        # Removed while it is held, so that nobody else's is. Windows does not remove an open file,
+        # and filelock removes it there when it lets go.
+        if not (folder / SETTINGS).exists():
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
         lock.release()
-        # Windows keeps the folder of an open file, so one that was emptied goes now.
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 @contextlib.contextmanager
 def opened(
-    folder: Path, parameters: dict, seeds: list[dict], *, anew: bool = False
+    path: Path, before: tuple, parameters: dict, seeds: list[dict], *, anew: bool = False
 ) -> Iterator[None]:
     """Begin a folder of points, or go on with the one that is there, and hold it.
 
     Args:
-        folder: The folder of points.
+        path: The table whose points they are.
+        before: What :func:`seen` said of it when it was found to lack points.
         parameters: The sweep's settings as JSON values.
         seeds: Outcomes that are known already, for a new folder.
         anew: Discard what is there.
 
     Raises:
         ValueError: If the folder belongs to other settings, or its ``parameters.json`` is damaged.
-        RuntimeError: If another process holds the folder; nothing of it is discarded then.
+        RuntimeError: If another process or thread holds the folder, or has ended it since; nothing
+            of it is discarded then.
     """
-    settings = folder / "parameters.json"
-    folder.mkdir(exist_ok=True)
+    folder = path.with_suffix(".points")
+    settings = folder / SETTINGS
     with _held(folder):
+        if seen(path) != before and not anew:
+            raise RuntimeError(
+                f"another process or thread has just computed the points in {folder}; ask again "
+                "for the table"
+            )
         if anew:
-            settings.unlink(missing_ok=True)
-            for saved in folder.glob("*.json"):
-                saved.unlink()
+            discard(folder)
         if not settings.exists():
             for seed in seeds:
                 save(folder, seed)
             with atomic_path(settings) as target:
                 target.write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
         try:
-            recorded = json.loads(settings.read_text(encoding="utf-8"))
+            recorded = records.read_json(settings)
+            if not isinstance(recorded, dict):
+                raise ValueError(f"it must be an object, got {type(recorded).__name__}")
         except ValueError as error:
             raise ValueError(
                 f"{settings} is damaged ({error}); pass recompute=True to begin anew"
@@ -166,7 +220,7 @@ def read(folder: Path, point: dict, code: dict) -> dict | None:
     """
     path = _file(folder, point)
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = records.read_json(path)
         outcome = saved["outcome"]
         if saved["sha256"] != digest(canonical(outcome)):
             raise ValueError("its sha256 differs")
@@ -237,6 +291,59 @@ def _spread(
             future.cancel()
 
 
+def reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
+    """The points of a finished table as saved points, from which a longer sweep goes on.
+
+    Args:
+        path: The table.
+        record: Its record.
+        points: What the longer sweep asks for.
+
+    Raises:
+        ValueError: If the table holds points that are not asked for, or none of a sweep, or other
+            rows than its record counts.
+    """
+    asked = {canonical(point) for point in points}
+    entries = record.get("points", [])
+    lost = [
+        canonical(entry["point"]) for entry in entries if canonical(entry["point"]) not in asked
+    ]
+    if lost or "points" not in record:
+        held = (
+            f"{len(lost)} points that are not asked for, the first {lost[0]}"
+            if lost
+            else "no points of a sweep"
+        )
+        raise ValueError(
+            f"{path} holds {held}; ask for them too, pass recompute=True to replace the table, or "
+            "another path to keep both"
+        )
+    table = _table_of_points(path, record)
+    rows = iter(table.to_dict("records"))
+    return [
+        {
+            "point": entry["point"],
+            "rows": list(itertools.islice(rows, entry["rows"])),
+            "seconds": entry["seconds"],
+            "code": record.get("code"),
+            "peak_memory_bytes": record.get("peak_memory_bytes", 0),
+        }
+        for entry in entries
+    ]
+
+
+def _table_of_points(path: Path, record: dict) -> pd.DataFrame:
+    """The table of a sweep, which has as many rows as the record counts of its points."""
+    table = records.read_table(path, record)
+    counts = [entry["rows"] for entry in record["points"]]
+    if sum(counts) != len(table) or min(counts, default=0) < 1:
+        raise ValueError(
+            f"{path} has {len(table)} rows, and run.json is damaged: it records {counts} of its "
+            "points; restore it, or pass recompute=True to replace the table"
+        )
+    return table
+
+
 def prove(path: Path, record: dict, compute_point: Callable) -> dict:
     """Stamp a table as computed by today's code where that can be proved.
 
@@ -270,7 +377,7 @@ def _proof_by_points(path: Path, record: dict, compute_point: Callable) -> dict:
     Raises:
         ValueError: If a row is another one now.
     """
-    table = records.read_table(path, record)
+    table = _table_of_points(path, record)
     first, *others = record["points"]
     kept = [(first["point"], table.iloc[: first["rows"]])]
     if others:
@@ -299,9 +406,12 @@ def _outcome(compute_point: Callable, point: dict) -> dict:
     rows = [returned] if isinstance(returned, Mapping) else returned
     if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"compute_point must return a dict or a list of dicts, got {returned!r}")
-    rows = [_flat_row(row, f"row {number}") for number, row in enumerate(rows)]
+    rows = [records.flat_row(row, f"row {number}") for number, row in enumerate(rows)]
     for row in rows:
         clash = sorted(key for key in point if row.get(key, point[key]) != point[key])
         if clash:
             raise ValueError(f"rows hold other values than the point for {', '.join(clash)}")
-    return {"point": point, "rows": [{**point, **row} for row in rows], **cost}
+    rows = [{**point, **row} for row in rows]
+    # A table is written when all points are there: what it could not hold is refused by then.
+    records.refuse_what_is_lost(rows, "the rows")
+    return {"point": point, "rows": rows, **cost}

@@ -128,7 +128,7 @@ try:
                 recompute=recompute,
             )
         except RuntimeError as error:
-            assert "another process is computing" in str(error)
+            assert "another process or thread is computing" in str(error)
         else:
             raise AssertionError("two processes compute one table")
     assert (root / "held" / "t.points" / "parameters.json").exists(), (
