@@ -133,6 +133,151 @@ def test_untidy_tables_are_refused(tmp_path, made, message):
     assert os.listdir(tmp_path) == []
 
 
+# --- values come back as they went, or are refused ------------------------------------------------
+
+TEXTS = [
+    *(
+        "a\rb",
+        "a\nb",
+        "a\r\nb",
+        "\r",
+        "\n",
+        " a ",
+        " ",
+        "\t",
+        "",
+        "NA",
+        "nan",
+        "None",
+        "1e5",
+        "007",
+    ),
+    *(
+        '"',
+        '""',
+        'a"b',
+        "a,b",
+        "'",
+        "\\",
+        "\\n",
+        "#",
+        "True",
+        "-",
+        "a\x00b",
+        "\x00",
+        "\x1a",
+        "\x7f",
+    ),
+    *("\u2028a\u2029", "\x85", "\x0b\x0c", "\x1c", "\ufeff", "e\u0301", "\U0001f600", "x" * 10**5),
+]
+INTEGERS = [2**63 - 1, -(2**63), 2**53 + 1, 0, -1]
+
+
+@pytest.mark.parametrize("beside", [{}, {"n": INTEGERS[0]}], ids=["alone", "beside a number"])
+def test_texts_come_back_as_they_went(tmp_path, beside):
+    rows = [{"a": text, **beside} for text in TEXTS]
+    kept = results.load_or_compute(tmp_path / "t.csv", lambda: rows, parameters={})
+    later = results.load_or_compute(tmp_path / "t.csv", never, parameters={})
+    assert list(kept["a"]) == list(later["a"]) == TEXTS
+
+
+def test_points_and_rows_come_back_as_they_went(tmp_path):
+    points = [{"text": text, "n": n} for text in TEXTS for n in INTEGERS[:2]]
+    found = results.sweep(
+        points,
+        lambda point: {"back": point["text"][::-1], "other": -1 - point["n"]},
+        path=tmp_path / "s.csv",
+        parameters={},
+    )
+    assert found[["text", "n"]].to_dict("records") == points
+    assert list(found["back"]) == [point["text"][::-1] for point in points]
+    assert list(found["other"]) == [-1 - point["n"] for point in points]
+
+
+BAD_CELLS = [
+    ([2**63], r"must be an integer in \[-2\*\*63, 2\*\*63\).* got 9223372036854775808"),
+    ([-(2**70)], r"got -1180591620717411303424"),
+    ([1, 2**63, None], "got 9223372036854775808"),
+    ([10**6000], "got one of 19932 bits"),
+    ([True, 2], r"column 'a' must hold .* got \['bool', 'int'\]"),
+    (["\ud800"], "UTF-8"),
+    ([{"b": 1}], "must hold single values"),
+    ([b"bytes"], "must be plain .* bytes"),
+]
+
+
+@pytest.mark.parametrize(("cells", "message"), BAD_CELLS)
+def test_cells_that_no_file_gives_back_are_refused(tmp_path, cells, message):
+    rows = [{"a": cell} for cell in cells]
+    with pytest.raises(ValueError, match=message):
+        results.load_or_compute(tmp_path / "t.csv", lambda: rows, parameters={})
+    with pytest.raises(ValueError, match=message):
+        results.sweep(rows, never, path=tmp_path / "s.csv", parameters={})
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(RuntimeError, match=f"point .* failed with ValueError: .*{message}"):
+        results.sweep([{"n": 1}], lambda point: rows, path=tmp_path / "s.csv", parameters={})
+    assert [path.name for path in (tmp_path / "s.points").glob("*.json")] == ["parameters.json"]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pd.Series([2**64 - 1], dtype="uint64"), "column 'a' must .* got 18446744073709551615"),
+        (pd.Series([2**63, -1], dtype=object), "column 'a' must .* got 9223372036854775808"),
+        (pd.Series([2**70, None], dtype=object), "column 'a' must .* got 1180591620717411303424"),
+        (pd.Series(["\udfff"], dtype=object), "UTF-8"),
+    ],
+)
+def test_frames_that_no_file_gives_back_are_refused(tmp_path, column, message):
+    with pytest.raises(ValueError, match=message):
+        results.load_or_compute(
+            tmp_path / "t.csv", lambda: pd.DataFrame({"a": column}), parameters={}
+        )
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_that_no_file_gives_back_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"columns \['.*a'\] would come back .* as \['a'\]"):
+        results.load_or_compute(tmp_path / "t.csv", lambda: {"\ufeffa": 1}, parameters={})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([{"n": 1.5}, {"n": float("nan")}], r"point 1\['n'\] must be a number .* got nan"),
+        ([{"n": 1234567}, {"n": None}], r"point 0\['n'\] must be .* six digits .* got 1234567"),
+        ([{"n": 1234567}, {"n": 0.5}], r"point 0\['n'\] must be .* six digits .* got 1234567"),
+        ([{"n": 1}, {"n": "x"}], "column 'n' must hold numbers or texts"),
+        ([{1: 1}], "point 0 must have texts as keys, got 1"),
+    ],
+)
+def test_points_that_no_table_gives_back_are_refused_before_any_work(tmp_path, points, message):
+    with pytest.raises(ValueError, match=message):
+        results.sweep(points, never, path=tmp_path / "s.csv", parameters={})
+    assert os.listdir(tmp_path) == []
+
+
+def test_keys_of_parameters_are_texts(tmp_path):
+    results.load_or_compute(tmp_path / "t.csv", frame, parameters={"a": {"1": 2}})
+    for parameters, where in (({"a": {1: 2}}, r"parameters\['a'\]"), ({1: 2}, "parameters")):
+        with pytest.raises(ValueError, match=f"{where} must have texts as keys, got 1"):
+            results.load_or_compute(tmp_path / "t.csv", never, parameters=parameters)
+
+
+def test_parameters_of_any_size_are_compared_and_endless_ones_refused(tmp_path):
+    results.load_or_compute(tmp_path / "t.csv", frame, parameters={"n": 2**200, "m": -(2**70)})
+    with pytest.raises(ValueError, match=f"n: {2**200} there, {2**200 + 1} asked"):
+        results.load_or_compute(
+            tmp_path / "t.csv", never, parameters={"n": 2**200 + 1, "m": -(2**70)}
+        )
+    endless: list = []
+    endless.append(endless)
+    for value, message in ((endless, "nested too deeply"), (10**6000, "at most 4096 bits")):
+        with pytest.raises(ValueError, match=message):
+            results.load_or_compute(tmp_path / "u.csv", never, parameters={"n": value})
+
+
 # --- what belongs to the asked parameters, and what does not --------------------------------------
 
 
@@ -201,6 +346,107 @@ def test_table_without_sound_record_is_refused(tmp_path):
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match="no record .*recompute=True"):
         results.load_or_compute(path, never, parameters=SEED)
+
+
+RECORD = {"parameters": SEED, "sha256": "0" * 64, "columns": {"a": "int"}, "commit": None}
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("", "Expecting value"),
+        ("null", "must be an object, got NoneType"),
+        ("[1]", "must be an object, got list"),
+        ('{"t": [1]}', "the record of 't' must be an object, got list"),
+        ('{"other": 3}', "the record of 'other' must be an object, got int"),
+        ("[" * 10**5, "nested too deeply"),
+        ('{"t": ' * 10**5, "nested too deeply"),
+        ("\xff\xfe", "must be an object|Expecting value|Extra data|codec"),
+        ({**RECORD, "parameters": [1]}, "the record of 't' has a parameters of type list"),
+        ({**RECORD, "sha256": 7}, "has a sha256 of type int"),
+        ({**RECORD, "measured_sha256": None}, "has a measured_sha256 of type NoneType"),
+        ({**RECORD, "commit": 1}, "has a commit of type int"),
+        ({**RECORD, "columns": ["a"]}, "has a columns of type list"),
+        ({**RECORD, "columns": {"a": "complex"}}, "has a column of the kind 'complex'"),
+        ({**RECORD, "columns": {"a": ["int"]}}, r"has a column of the kind \['int'\]"),
+        ({**RECORD, "seconds": "1"}, "has a seconds of type str"),
+        ({**RECORD, "seconds": True}, "has a seconds of type bool"),
+        ({**RECORD, "peak_memory_bytes": 0.5}, "has a peak_memory_bytes of type float"),
+        ({**RECORD, "points": {}}, "has a points of type dict"),
+        ({**RECORD, "points": [1]}, "has points that are no objects"),
+        ({**RECORD, "points": [{"point": {}, "rows": "1", "seconds": 0}]}, "has points that are"),
+    ],
+)
+def test_a_damaged_record_is_one_clear_error(tmp_path, written, message):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    text = written if isinstance(written, str) else json.dumps({"t": written})
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    said = re.escape(str(tmp_path / "run.json")) + f" is damaged .*({message}).*restore it, or dele"
+    for read in (
+        lambda: results.load_or_compute(path, never, parameters=SEED),
+        lambda: results.load_or_compute(path, never, parameters=SEED, recompute=True),
+        lambda: results.sweep(POINTS, never, path=path, parameters=SEED),
+        lambda: results.read_record(path),
+        lambda: results.stale(path),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read()
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize("lacking", ["parameters", "sha256", "columns", "commit"])
+def test_a_record_that_lacks_a_field_is_one_clear_error(tmp_path, lacking):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    whole = json.loads((tmp_path / "run.json").read_text())
+    del whole["t"][lacking]
+    (tmp_path / "run.json").write_text(json.dumps(whole))
+    said = f"run.json is damaged: the record of 't' has no {lacking}; .*recompute=True"
+    with pytest.raises(ValueError, match=said):
+        results.load_or_compute(path, never, parameters=SEED)
+    results.load_or_compute(path, frame, parameters=SEED, recompute=True)
+    assert len(results.load_or_compute(path, never, parameters=SEED)) == 3
+
+
+def test_a_record_too_large_or_a_folder_in_its_place_is_one_clear_error(tmp_path):
+    path = tmp_path / "t.csv"
+    with (tmp_path / "run.json").open("wb") as file:
+        file.truncate(2**40)  # which take no room
+    with pytest.raises(ValueError, match=r"run.json is damaged \(it has 1099511627776 bytes"):
+        results.load_or_compute(path, never, parameters=SEED)
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(ValueError, match=r"run.json is damaged \(it is a folder\)"):
+        results.load_or_compute(path, never, parameters=SEED)
+
+
+def test_fields_of_later_releases_are_read_along_and_kept(tmp_path):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    whole = json.loads((tmp_path / "run.json").read_text())
+    whole["t"]["weather"] = {"sunny": [True]}
+    (tmp_path / "run.json").write_text(json.dumps(whole))
+    assert len(results.load_or_compute(path, never, parameters=SEED)) == 3
+    results.load_or_compute(tmp_path / "u.csv", frame, parameters=SEED)
+    assert results.read_record(path)["weather"] == {"sunny": [True]}
+
+
+def test_records_of_other_columns_or_points_than_the_file_are_clear_errors(tmp_path):
+    path = tmp_path / "s.csv"
+    results.sweep(POINTS, square, path=path, parameters=SEED)
+    sound = json.loads((tmp_path / "run.json").read_text())["s"]
+    first = {**sound["points"][0], "rows": 3}
+    columns = dict(sound["columns"])
+    for changed, message in (
+        ({"columns": {**columns, "label": "int"}}, "is not as run.json records its columns"),
+        ({"columns": {**columns, "more": "int"}}, "has the columns .* and run.json records"),
+        ({"points": [first, *sound["points"][1:]]}, r"has 6 rows.* records \[3, 2, 2\]"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps({"s": {**sound, **changed}}))
+        with pytest.raises(ValueError, match=f"s.csv {message}"):
+            results.sweep([*POINTS, {"n": 9, "label": "x"}], never, path=path, parameters=SEED)
 
 
 def test_record_says_where_the_numbers_come_from(tmp_path):
@@ -507,9 +753,10 @@ def test_failed_sweep_goes_on_where_it_was(tmp_path):
     assert not path.exists()
     with pytest.raises(ValueError, match="s.points .*seed: 0 there, 7 asked"):
         results.sweep(POINTS, never, path=path, parameters={**SEED, "seed": 7})
-    (tmp_path / "s.points" / "parameters.json").write_text("{")
-    with pytest.raises(ValueError, match="parameters.json is damaged"):
-        results.sweep(POINTS, never, path=path, parameters=SEED)
+    for damaged in ("{", "[1]", "[" * 10**5):
+        (tmp_path / "s.points" / "parameters.json").write_text(damaged)
+        with pytest.raises(ValueError, match="parameters.json is damaged"):
+            results.sweep(POINTS, never, path=path, parameters=SEED)
     (tmp_path / "s.points" / "parameters.json").write_text(json.dumps(SEED))
     resumed = Counted()
     results.sweep(POINTS, resumed, path=path, parameters=SEED)
@@ -549,6 +796,7 @@ def test_failure_lets_running_points_end_and_starts_no_other(tmp_path):
         lambda text: text.replace("0.666", "0.777"),
         lambda text: "[]",
         lambda text: "\x00" * 100,
+        lambda text: "[" * 10**5,
     ],
 )
 def test_damaged_points_are_computed_again(tmp_path, damage):
@@ -651,11 +899,56 @@ def test_points_that_are_being_computed_are_refused(tmp_path):
     def compute_again(point: dict) -> dict:
         return results.sweep(POINTS, never, path=path, parameters=SEED)
 
-    said = f"RuntimeError: another process or thread is computing the points in {path.with_suffix('.points')}"
+    folder = path.with_suffix(".points")
+    said = f"RuntimeError: another process or thread is computing the points in {folder}"
     with pytest.raises(RuntimeError, match=re.escape(said)):
         results.sweep(POINTS, compute_again, path=path, parameters=SEED)
     results.sweep(POINTS, square, path=path, parameters=SEED)
     assert path.read_bytes() == TABLE
+
+
+def test_a_second_thread_is_refused(tmp_path):
+    """It asks while the first computes, and once more when that has ended in the meantime."""
+    path, begun, goes_on, said = tmp_path / "s.csv", threading.Event(), threading.Event(), []
+
+    def compute(point: dict) -> dict:
+        begun.set()
+        assert goes_on.wait(30)
+        return {"value": point["n"]}
+
+    def first() -> None:
+        results.sweep(POINTS, compute, path=path, parameters=SEED)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(30)
+    for recompute in (False, True):
+        with pytest.raises(RuntimeError, match="another process or thread is computing the points"):
+            results.sweep(POINTS, never, path=path, parameters=SEED, recompute=recompute)
+    said.append(results.saved_points.seen(path))
+    goes_on.set()
+    thread.join(30)
+    assert list(results.sweep(POINTS, never, path=path, parameters=SEED)["value"]) == [3, 1, 2]
+    with (
+        pytest.raises(RuntimeError, match="another process or thread has just computed .*s.points"),
+        results.saved_points.opened(path, said[0], SEED, []),
+    ):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "s.csv"]
+
+
+def test_points_that_another_has_just_saved_are_not_taken_for_leftovers(tmp_path, monkeypatch):
+    folder = tmp_path / "s.points"
+    folder.mkdir()
+    held = results.saved_points._held
+
+    def begun_in_between(given: Path):
+        (folder / "parameters.json").write_text(json.dumps(SEED))
+        return held(given)
+
+    monkeypatch.setattr(results.saved_points, "_held", begun_in_between)
+    assert results.saved_points.unfinished(folder)
+    assert (folder / "parameters.json").exists()
 
 
 def refuse_writes(monkeypatch, when: str, target: str) -> None:
@@ -694,6 +987,40 @@ def test_full_disk_leaves_the_old_files(tmp_path, monkeypatch, when, target):
         )
     assert caught.value.errno == errno.ENOSPC
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize("target", ["t.csv", "t.measured.csv"])
+def test_a_table_that_cannot_be_renamed_counts_all_the_same(tmp_path, monkeypatch, target):
+    """Its record is written by then, and what is next lies beside it."""
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    with monkeypatch.context() as patch:
+        refuse_writes(patch, "replace", target)
+        with pytest.raises(OSError, match="No space left on device"):
+            results.load_or_compute(
+                path, lambda: frame().assign(layer=9), parameters={"seed": 1}, recompute=True
+            )
+    assert f".{target}.next" in os.listdir(tmp_path)
+    found = results.load_or_compute(path, never, parameters={"seed": 1})
+    assert list(found["layer"]) == [9, 9, 9] and list(found["seconds"]) == [0.123457, 2, 3]
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "t.csv", "t.measured.csv"]
+
+
+def test_what_killed_runs_left_goes_with_the_next_write_and_nothing_else(tmp_path):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    results.load_or_compute(tmp_path / "u.csv", frame, parameters=SEED)
+    whole = (tmp_path / "u.csv").read_bytes()
+    # Another table's, which was about to be renamed.
+    (tmp_path / "u.csv").rename(tmp_path / ".u.csv.next")
+    left = (".t.csv.next", ".run.json.abcdefgh.json", ".t.csv.a_b_c_d_.csv", ".v.csv.next")
+    others = (".verdicts.csv.abcdefgh.csv", "notes.csv", ".hidden")
+    for name in (*left, *others):
+        (tmp_path / name).write_text("a\n1\n")
+    results.load_or_compute(path, frame, parameters=SEED, recompute=True)
+    tables = ["run.json", "t.csv", "t.measured.csv", "u.csv", "u.measured.csv"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*tables, *others])
+    assert (tmp_path / "u.csv").read_bytes() == whole
 
 
 def test_full_disk_during_a_sweep_keeps_what_was_saved(tmp_path, monkeypatch):

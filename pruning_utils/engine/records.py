@@ -569,15 +569,14 @@ def as_table(computed: Any, path: Path) -> pd.DataFrame:
             f"compute must return a DataFrame, or its rows as dicts, for {path}, got "
             f"{type(computed).__name__}"
         )
-    return as_rows(rows, f"{path.name}")
+    return as_rows(rows, path.name)
 
 
 def as_rows(rows: list, name: str) -> pd.DataFrame:
     """Rows that are dicts as a table; what no table's file gives back is refused."""
-    try:
-        return pd.DataFrame([flat_row(row, f"row {n} of {name}") for n, row in enumerate(rows)])
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds a text that UTF-8 cannot write: {error}") from error
+    flat = [flat_row(row, f"row {number} of {name}") for number, row in enumerate(rows)]
+    with _utf8(name):
+        return pd.DataFrame(flat)
 
 
 def refuse_what_is_lost(rows: list[dict], name: str) -> None:
@@ -588,6 +587,15 @@ def refuse_what_is_lost(rows: list[dict], name: str) -> None:
     """
     table = as_rows(rows, name)
     _kept_csv(table, column_kinds(table))
+
+
+@contextlib.contextmanager
+def _utf8(name: str) -> Iterator[None]:
+    """Name what holds half a character, which pandas may refuse wherever it meets it."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must hold texts that UTF-8 can write: {error}") from error
 
 
 def column_kinds(table: pd.DataFrame) -> dict[str, str]:
@@ -608,7 +616,8 @@ def column_kinds(table: pd.DataFrame) -> dict[str, str]:
         raise ValueError(
             f"the index {list(table.index.names)} would be lost: make it columns with reset_index()"
         )
-    return {name: _kind(table[name].infer_objects()) for name in names}
+    with _utf8("a table"):
+        return {name: _kind(table[name].infer_objects()) for name in names}
 
 
 def _kind(column: pd.Series) -> str:
@@ -648,10 +657,8 @@ def _csv(table: pd.DataFrame, kinds: dict[str, str]) -> bytes:
     """The content of a table's file."""
     numbers = {name: "float64" for name in table if kinds[name] == "float"}
     typed = table.astype(numbers)
-    try:
+    with _utf8("a table"):
         return typed.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"a table holds a text that UTF-8 cannot write: {error}") from error
 
 
 def _kept_csv(table: pd.DataFrame, kinds: dict[str, str]) -> bytes:

@@ -1,12 +1,19 @@
-"""Kills sweeps at random moments and before each change of the disk; two processes, one folder."""
+"""Kills sweeps at random moments and before each change of the disk; two processes, one folder.
 
+Tables that are replaced are killed before each change too: what is read next is whole.
+"""
+
+import itertools
 import os
 import random
 import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+
+import pandas as pd
 
 from pruning_utils import results
 from pruning_utils.engine import records
@@ -31,11 +38,15 @@ def run(folder, n):
 
 
 def killed(folder, n, delay=None, step=None):
+    return was_killed(lambda: run(folder, n), delay, step)
+
+
+def was_killed(work, delay=None, step=None, changes=()):
     child = os.fork()
     if child == 0:
         if step is not None:
-            kill_before(step)
-        run(folder, n)
+            kill_before(step, changes)
+        work()
         os._exit(0)
     if delay is not None:
         time.sleep(delay)
@@ -45,7 +56,7 @@ def killed(folder, n, delay=None, step=None):
     return status == signal.SIGKILL
 
 
-def kill_before(step):
+def kill_before(step, changes):
     left = [step]
 
     def counting(change):
@@ -57,7 +68,7 @@ def kill_before(step):
 
         return changed
 
-    for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+    for name in ("replace", "rename", "unlink", "rmdir", "mkdir", *changes):
         setattr(os, name, counting(getattr(os, name)))
 
 
@@ -86,12 +97,73 @@ while killed(root / f"step{step}", 3, step=step):
     step += 1
 assert step > 12, step
 
+
+def table_of(value, measured):
+    frame = pd.DataFrame({"a": [value, value]})
+    return frame.assign(seconds=value / 2) if measured else frame
+
+
+def kept(path, value, measured, recompute):
+    results.load_or_compute(
+        path, lambda: table_of(value, measured), parameters={"value": value}, recompute=recompute
+    )
+
+
+def not_computed():
+    raise AssertionError("computed, though a table is there")
+
+
+def whole_value(path, measured):
+    """The one value of a table that is read as it is; None where there is none."""
+    for value in (1, 2):
+        try:
+            found = results.load_or_compute(path, not_computed, parameters={"value": value})
+        except ValueError as error:
+            assert "made with other parameters (value: " in str(error), error
+            continue
+        except AssertionError:
+            return None
+        pd.testing.assert_frame_equal(found, table_of(value, measured[value]))
+        return value
+    raise AssertionError("neither the old table nor the new one is read")
+
+
+def replaced_at_each_step(folder, first, measured):
+    """Values that are read after a table was killed before each change of the disk."""
+    values = []
+    for step in itertools.count():
+        path = folder / str(step) / "t.csv"
+        if first:
+            kept(path, 1, measured[1], recompute=False)
+        replace = partial(kept, path, 2, measured[2], recompute=True)
+        if not was_killed(replace, step=step, changes=("fsync", "chmod")):
+            assert whole_value(path, measured) == 2
+            return values
+        values.append(whole_value(path, measured))
+        assert values[-1] is not None or not first, step
+        replace()
+        assert whole_value(path, measured) == 2
+        beside = ["t.measured.csv"] if measured[2] else []
+        assert sorted(os.listdir(path.parent)) == ["run.json", "t.csv", *beside], step
+
+
+for name, first, with_times in (
+    ("none", False, (2,)),
+    ("both", True, (1, 2)),
+    ("old", True, (1,)),
+    ("new", True, (2,)),
+):
+    measured = {value: value in with_times for value in (1, 2)}
+    values = replaced_at_each_step(root / f"replaced-{name}", first, measured)
+    before = 1 if first else None
+    changed = values.index(2)
+    assert set(values[:changed]) == {before} and set(values[changed:]) == {2}, values
+    assert changed >= 4 and len(values) - changed >= 2, values
+
 children = []
 for name in "ab":
     children.append(os.fork())
     if children[-1] == 0:
-        import pandas as pd
-
         for number in range(20):
             results.load_or_compute(
                 root / "two" / f"{name}{number}.csv",
