@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ from pruning_utils.embedded import (
     embedded_checkpoint,
     quiet_loading,
 )
-from pruning_utils.engine import hub, model_files, wrappers
+from pruning_utils.engine import hub, identities, model_files, wrappers
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import (
@@ -166,30 +165,24 @@ def _load_config(source: str, options: dict[str, Any]) -> PreTrainedConfig:
 
 
 def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) -> str:
-    """Which weights a name stands for, as recorded beside every result.
+    """Which weights and tokenizer a name stands for, as recorded beside every result.
 
-    It takes milliseconds and no network.
+    It takes no network, and milliseconds: only the weights of a directory that are new or changed
+    are read, once.
 
     Returns:
         Name and sha256 of the embedded file, or a hub id with its revision, or the name of a
-        directory with a digest of its configuration and of each safetensors file: header, size, and
-        256 samples spread over the weights.
+        directory with a digest of all that it loads as, see :mod:`pruning_utils.engine.identities`.
+
+    Raises:
+        ValueError: If the name stands for nothing, or the directory names weights outside of it.
     """
     if name == EMBEDDED:
         return f"{EMBEDDED_GGUF} sha256:{EMBEDDED_SHA256[:16]}"
     source = Path(_resolve(name, revision))
     if not source.is_dir():
         return f"{name}@{revision or 'main'}"
-    digest = hashlib.sha256((source / "config.json").read_bytes())
-    for path in sorted(source.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(int.from_bytes(file.read(8), "little")))
-            for start in range(0, size, max(size // 256, 4096)):
-                file.seek(start)
-                digest.update(file.read(4096))
-    return f"{source.resolve().name} sha256:{digest.hexdigest()[:16]}"
+    return f"{source.resolve().name} sha256:{identities.directory_digest(source)[:16]}"
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig:

