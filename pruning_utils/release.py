@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 CONVERTER = "convert_hf_to_gguf.py"  # of llama.cpp
+# What Markdown may take for more than text, within a line without HTML: escapes, fences, links.
+MARKUP = re.compile(r"\\|`{2,}|~{2,}|[\[\]]")
 GGUF_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
 
@@ -79,6 +83,9 @@ def model_card(
     """A card that says what a model is, how it was made and how well it does: Markdown with the
     header of model hubs.
 
+    What is given is shown as text. It becomes no HTML, link, fence, line or cell of its own; only
+    code between single backticks stays code.
+
     Args:
         base: Name of the model that it was made from.
         layers: 0-based numbers of its layers that are gone.
@@ -86,7 +93,7 @@ def model_card(
         parameters: That are stored.
         recipe: How it was trained.
         text: What it was trained on.
-        scores: A row a measure, a column a model: printed as they are.
+        scores: A row a measure, a column a model: numbers are printed as they are.
         record: Of the run: any plain values, such as parameters, versions and commit.
 
     Raises:
@@ -99,7 +106,7 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     header = ModelCardData(
-        base_model=base,
+        base_model=_one_line(base),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["layer-pruning", "depth-pruning"],
@@ -109,28 +116,61 @@ def model_card(
 {header.to_yaml()}
 ---
 
-# {base} without {len(layers)} of its {n_layers} layers
+# {_shown(base)} without {len(layers)} of its {n_layers} layers
 
-* Removed: layers {", ".join(map(str, layers))}, counted from 0; {left} are left, \
+* Removed: layers {_shown(", ".join(map(str, layers)))}, counted from 0; {left} are left, \
 {parameters:,} parameters in all.
-* Trained: {recipe}.
-* On: {text}.
+* Trained: {_shown(recipe)}.
+* On: {_shown(text)}.
 
 It is for research on pruning. What the base model may be used for holds for this one, and so do \
 its faults; removing layers adds more.
 
 ## Scores
 
-{scores.to_markdown()}
+{_shown_table(scores).to_markdown()}
 
 ## How it was made
 
 With pruning_utils {__version__}:
 
 ```json
-{json.dumps(record, indent=1, sort_keys=True)}
+{_shown_json(record)}
 ```
 """
+
+
+def _one_line(text: object) -> str:
+    """A text with single blanks where it has blanks, line ends or control characters."""
+    printed = "".join(one if one.isprintable() else " " for one in str(text))
+    return " ".join(printed.split())
+
+
+def _shown(text: object) -> str:
+    """A text as Markdown that shows it within a line."""
+    line = html.escape(_one_line(text), quote=False)
+    return MARKUP.sub(lambda found: re.sub(r"(.)", r"\\\1", found[0]), line)
+
+
+def _shown_cell(value: object) -> object:
+    """A text as a cell of a table, the parts of a tuple as one; anything else as it is."""
+    if isinstance(value, tuple):
+        value = ", ".join(map(str, value))
+    return _shown(value).replace("|", "\\|") if isinstance(value, str) else value
+
+
+def _shown_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """A table whose texts and names are cells of Markdown, and nothing else."""
+    shown = scores.map(_shown_cell)
+    shown.index = pd.Index(map(_shown_cell, scores.index), name=_shown_cell(scores.index.name))
+    shown.columns = pd.Index(map(_shown_cell, scores.columns))
+    return shown
+
+
+def _shown_json(record: dict) -> str:
+    """JSON that is the same when it is read, and shows no HTML or backticks when it is not."""
+    text = json.dumps(record, indent=1, sort_keys=True)
+    return re.sub("[<>&`]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def logit_difference(

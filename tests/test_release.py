@@ -1,6 +1,7 @@
 """What a released model carries, what it costs, and that others can load it."""
 
 import json
+import re
 import stat
 import sys
 
@@ -46,6 +47,56 @@ def test_the_card_says_what_was_done_and_measured():
     for said in (CARD["recipe"], CARD["text"], "| loss on XSum |", "4.5"):
         assert said in body
     assert json.loads(body.split("```json\n")[1].split("```")[0]) == CARD["record"]
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a\n\n```\nb",
+    "a\n`````json\nb\n`````",
+    "a\n~~~~\nb",
+    "a\n---\nbase_model: other",
+    "a\r\n# heading\u2028# another\x0b\x85\x00",
+    "a ![b](http://c/d) [e](javascript:f) \\[g](h)",
+    "a | b\n|---|\n\\|",
+    "<!-- & &lt; -->",
+    "key: [1, {a: b}] # 'x\" %TAG !!python/object:os.system",
+)
+
+
+@pytest.mark.parametrize("given", HOSTILE)
+def test_what_a_card_is_given_is_shown_as_text(given):
+    """The card has the lines, cells, fences and fields of one that is given plain words."""
+    scores = pd.DataFrame(
+        {given: ["x", 2.5], "other": [given, 0.25]}, index=pd.Index([given, "y"], name=given)
+    )
+    words = {"base": given, "recipe": given, "text": given, "scores": scores}
+    record = {"seed": [given], given: given}
+    card = release.model_card(**{**CARD, **words, "record": record})
+    plain_scores = scores.set_axis(["a", "b"], axis=1).set_axis(["a", "b"]).map(lambda _: "a")
+    plain = release.model_card(
+        **{**CARD, **dict.fromkeys(words, "a"), "scores": plain_scores, "record": record}
+    )
+    assert len(card.splitlines()) == len(plain.splitlines())
+    header, body = card.split("---\n", 2)[1:]
+    assert {**yaml.safe_load(header), "base_model": ""} == {
+        **yaml.safe_load(plain.split("---\n", 2)[1]),
+        "base_model": "",
+    }
+    assert yaml.safe_load(header)["base_model"] == release._one_line(given)
+    assert json.loads(body.split("```json\n")[1].split("```")[0]) == record
+    assert not re.search(r"[<>]|&(?!(amp|lt|gt);)", body)
+    above = body.split("## How")[0]
+    assert body.count("``") == 2 and "~~" not in above
+    assert not re.search(r"(?<!\\)(\\\\)*[\[\]]", above), "a link"
+    rows = [line for line in body.splitlines() if line.startswith("|")]
+    assert [len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows] == [4] * 4
+
+
+def test_numbers_and_plain_words_of_a_card_are_as_they_were_given():
+    scores = SCORES.rename_axis("a measure")
+    card = release.model_card(**{**CARD, "scores": scores, "recipe": "rate 0.003, as `lora k=3`"})
+    assert scores.to_markdown() in card and scores.index.name == "a measure"
+    assert "* Trained: rate 0.003, as `lora k=3`.\n" in card
 
 
 def test_a_card_without_scores_is_refused():
