@@ -175,9 +175,18 @@ def announce(to_run: list[Job], jobs: list[Job], project: Path) -> None:
 
 def recorded_seconds(project: Path, job: Job) -> float:
     """What computing the committed tables of a notebook took."""
-    folder = project / "results" / job.profile / job.name
+    found = sound_records(project / "results" / job.profile / job.name)
+    return sum(record.get("seconds", 0) for record in found.values())
+
+
+def sound_records(folder: Path) -> dict:
+    """All records of a folder of tables.
+
+    Raises:
+        Refused: If they are damaged.
+    """
     try:
-        return sum(record.get("seconds", 0) for record in records.read_records(folder).values())
+        return records.read_records(folder)
     except ValueError as error:
         raise Refused(str(error)) from error
 
@@ -292,7 +301,14 @@ def print_comparisons(compared: list[comparisons.Comparison], *, all_of_them: bo
 
 
 def replace_committed(jobs: list[Job], project: Path, output: Path) -> None:
-    """Copy a reproduction's tables, records, figures and notebooks over the committed ones."""
+    """Copy a reproduction's tables, records, figures and notebooks over the committed ones.
+
+    Raises:
+        Refused: If a record of either is damaged, before anything is replaced.
+    """
+    for source in output.glob("results/*/*/run.json"):
+        for place in (source, project / source.relative_to(output)):
+            sound_records(place.parent)
     for source in sorted([*output.glob("results/*/*/*.csv"), *output.glob("figures/*")]):
         with runtime.atomic_path(project / source.relative_to(output)) as target:
             shutil.copyfile(source, target)

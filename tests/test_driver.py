@@ -755,6 +755,19 @@ def test_tables_are_compared_column_by_column(tmp_path, new, fault):
     assert [(row.item, row.fault) for row in compared] == [("00_a/t.csv", fault)]
 
 
+@pytest.mark.parametrize("damaged", ["new", "committed"])
+def test_nothing_is_replaced_where_a_record_is_damaged(tmp_path, damaged):
+    for name in ("new", "committed"):
+        folder = tmp_path / name / "results" / "cpu" / "00_first"
+        folder.mkdir(parents=True)
+        (folder / "embedded.csv").write_text(f"a\n{name}\n")
+        (folder / "run.json").write_text("[]" if name == damaged else '{"embedded": {}}')
+    before = files(tmp_path)
+    with pytest.raises(modes.Refused, match=f"{damaged}/results.*run.json is damaged"):
+        modes.replace_committed([], tmp_path / "committed", tmp_path / "new")
+    assert files(tmp_path) == before
+
+
 def test_reproduce_goes_on_compares_and_accepts(project, capfd, monkeypatch):
     assert drive(project) == 0
     committed = project / "results" / "cpu" / "00_first" / "embedded.csv"
