@@ -951,6 +951,18 @@ def test_points_that_another_has_just_saved_are_not_taken_for_leftovers(tmp_path
     assert (folder / "parameters.json").exists()
 
 
+def test_a_table_that_is_replaced_while_it_is_read_is_never_a_mixture(tmp_path):
+    path = tmp_path / "t.csv"
+    results.load_or_compute(path, frame, parameters=SEED)
+    before = results.read_record(path)
+    other = frame().assign(layer=9, seconds=7.0)[["seconds", "layer"]]
+    new = results.load_or_compute(path, lambda: other, parameters=SEED, recompute=True)
+    pd.testing.assert_frame_equal(records.read_table(path, before), new)
+    results.load_or_compute(path, frame, parameters={"seed": 1}, recompute=True)
+    with pytest.raises(ValueError, match="other parameters .*seed: 1 there, 0 asked"):
+        records.read_table(path, before)
+
+
 def refuse_writes(monkeypatch, when: str, target: str) -> None:
     """Let the disk be full for one file: as its content is written out, or as it is renamed into
     place."""

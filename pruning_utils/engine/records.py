@@ -344,15 +344,9 @@ def checked_record(path: Path, parameters: dict) -> dict:
         ValueError: If the table has no record, is not the file recorded, or was made with other
             parameters.
     """
-    record = _record_of_files(path)
+    record, _ = _read_whole(path)
     listed = awaiting(path)
     refuse_differences(_as_listed(record["parameters"], parameters, listed), parameters, path)
-    edited = _edited(path, record)
-    if edited:
-        raise ValueError(
-            f"{edited[0]} is not the file that run.json records (sha256 differs): it was edited or "
-            "damaged; restore it, or pass recompute=True to replace it"
-        )
     changed = [] if listed else definitions.INSTALLED.changes(record.get("code"))
     if changed:
         warnings.warn(
@@ -373,25 +367,43 @@ def _as_listed(recorded: dict, asked: dict, listed: dict | None) -> dict:
     return {**recorded, key: asked[key]} if made_so and asked_so else recorded
 
 
-def _record_of_files(path: Path) -> dict:
-    """The record of a table, read again where its files are others than it says.
+def _read_whole(path: Path) -> tuple[dict, dict[Path, bytes]]:
+    """A table's record, and what its files hold as that record says.
 
-    A run that goes on beside this one may just have replaced them.
+    Raises:
+        ValueError: If a file is another one than recorded.
     """
-    record = read_record(path)
-    if not _edited(path, record):
-        return record
-    _settle(path)
-    return read_record(path)
+    record, contents = read_record(path), _contents(path)
+    if _edited(path, record, contents):
+        # A run that goes on beside this one may just replace them, or a killed one has begun to.
+        with contextlib.suppress(OSError), locked(path.parent):
+            finish(path.parent)
+            record, contents = read_record(path), _contents(path)
+    edited = _edited(path, record, contents)
+    if edited:
+        raise ValueError(
+            f"{edited[0]} is not the file that run.json records (sha256 differs): it was edited or "
+            "damaged; restore it, or pass recompute=True to replace it"
+        )
+    return record, contents
 
 
-def _edited(path: Path, record: dict) -> list[Path]:
-    """The files of a table that are there and have another sha256 than the one recorded."""
+def _contents(path: Path) -> dict[Path, bytes]:
+    """What the files of a table hold that are there."""
+    found = {}
+    for file in (path, measured_path(path)):
+        with contextlib.suppress(FileNotFoundError):
+            found[file] = file.read_bytes()
+    return found
+
+
+def _edited(path: Path, record: dict, contents: dict[Path, bytes]) -> list[Path]:
+    """The files of a table that have another sha256 than the one recorded."""
     expected = {path: record["sha256"], measured_path(path): record.get("measured_sha256")}
     return [
         file
-        for file, sha256 in expected.items()
-        if sha256 and file.exists() and digest(file.read_bytes()) != sha256
+        for file, content in contents.items()
+        if expected[file] and digest(content) != expected[file]
     ]
 
 
@@ -668,7 +680,7 @@ def _kept_csv(table: pd.DataFrame, kinds: dict[str, str]) -> bytes:
         ValueError: If a name, a text or an integer would come back as another one.
     """
     content = _csv(table, kinds)
-    back = _read_csv(io.BytesIO(content), kinds)
+    back = _read_csv(content, kinds)
     if list(back.columns) != list(table.columns):
         raise ValueError(
             f"columns {list(table.columns)} would come back from a file as {list(back.columns)}"
@@ -689,30 +701,34 @@ def _kept_csv(table: pd.DataFrame, kinds: dict[str, str]) -> bytes:
 def read_table(path: Path, record: dict) -> pd.DataFrame:
     """The table of a record, with its columns in the order first given.
 
-    Measured columns are joined back where their file exists.
+    Measured columns are joined back where their file exists. A table that was replaced since, by
+    one with the same parameters, is read as it is now.
 
     Raises:
-        ValueError: If a file does not hold the columns that the record says.
+        ValueError: If a file is another one than recorded, or does not hold the columns that the
+            record says.
     """
-    kinds = record["columns"]
+    now, contents = _read_whole(path)
+    refuse_differences(now["parameters"], record["parameters"], path)
+    kinds = now["columns"]
     stable = [name for name in kinds if not name.endswith(VOLATILE)]
-    table = _read_recorded(path, kinds)
+    table = _read_recorded(path, contents, kinds)
     if list(table.columns) != stable:
         raise ValueError(
             f"{path} has the columns {list(table.columns)}, and run.json records {stable}; restore "
             "both, or pass recompute=True to replace them"
         )
     beside = measured_path(path)
-    if "measured_sha256" in record and beside.exists():
-        measured = _read_recorded(beside, kinds)
+    if "measured_sha256" in now and beside in contents:
+        measured = _read_recorded(beside, contents, kinds)
         table = table.join(measured[[name for name in measured if name not in table]])
     return table[[name for name in kinds if name in table]]
 
 
-def _read_recorded(path: Path, kinds: dict[str, str]) -> pd.DataFrame:
-    """A table's file, or an error that names it."""
+def _read_recorded(path: Path, contents: dict[Path, bytes], kinds: dict[str, str]) -> pd.DataFrame:
+    """The table in a file that was read, or an error that names the file."""
     try:
-        return _read_csv(path, kinds)
+        return _read_csv(contents[path], kinds)
     except ValueError as error:
         raise ValueError(
             f"{path} is not as run.json records its columns ({error}); restore both, or pass "
@@ -729,10 +745,10 @@ AS_WRITTEN: dict[str, Any] = {
 }
 
 
-def _read_csv(source: Path | io.BytesIO, kinds: dict[str, str]) -> pd.DataFrame:
+def _read_csv(content: bytes, kinds: dict[str, str]) -> pd.DataFrame:
     floats = {name: [""] for name, kind in kinds.items() if kind == "float"}
     return pd.read_csv(
-        source,
+        io.BytesIO(content),
         dtype={name: KINDS[kind] for name, kind in kinds.items()},
         na_values=floats,
         **AS_WRITTEN,
