@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pruning_utils import models
+from pruning_utils.engine.checks import number, plain_value, true_or_false, whole_number
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -113,13 +114,14 @@ def heal(
             named), or a loss is not finite.
     """
     given = locals()
+    merge = true_or_false("merge", merge)
     settings = check_settings(model, {name: given[name] for name in given.keys() - NOT_RECORDED})
     from pruning_utils.engine import trainer  # importing it takes seconds
 
-    run = trainer.Run(output_dir, settings, model, train_ids, eval_ids)
-    torch.manual_seed(seed)
+    run = trainer.Run(output_dir, settings, model, tokenizer, train_ids, eval_ids)
+    torch.manual_seed(settings["seed"])
     trained = trainable_copy(model, settings)
-    run.begin(tokenizer)
+    run.begin()
     history = trainer.train(
         trained,
         run,
@@ -165,26 +167,33 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
             "the model must be a 16- or 32-bit one without adapters: load it with quantize=None, "
             "merge adapters first; 'qlora' quantises a copy itself"
         )
+    n_layers = len(models.decoder_layers(model))
     whole_numbers = {
         "steps": (1, LARGEST),
         "batch_size": (1, LARGEST),
         "warmup_steps": (0, settings["steps"]),
         "rank": (1, LARGEST),
-        "last_k": (0, len(models.decoder_layers(model))),
+        "last_k": (0, n_layers if settings["method"] == "last_layers" else LARGEST),
         "seed": (0, LARGEST),
     }
     for name, (low, high) in whole_numbers.items():
-        if type(settings[name]) is not int or not low <= settings[name] <= high:
-            raise ValueError(
-                f"{name} must be a whole number from {low} to {high}, got {settings[name]!r}"
-            )
+        settings[name] = whole_number(name, settings[name], low, high)
     for name in ("learning_rate", "alpha"):
-        if not isinstance(settings[name], int | float) or not 0 < settings[name] < math.inf:
-            raise ValueError(f"{name} must be above 0, got {settings[name]!r}")
-    if not isinstance(settings["dropout"], int | float) or not 0 <= settings["dropout"] < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {settings['dropout']!r}")
+        settings[name] = number(
+            name, settings[name], "above 0", lambda value: 0 < value <= sys.float_info.max
+        )
+    settings["dropout"] = number(
+        "dropout", settings["dropout"], "in [0, 1)", lambda share: 0 <= share < 1
+    )
+    for name in ("train_norm", "untie"):
+        settings[name] = true_or_false(name, settings[name])
+    plain_value("targets", settings["targets"])
     if settings["method"] in ADAPTERS:
-        adapter_targets(model, settings["targets"])
+        weights = [
+            model.get_submodule(name).weight for name in adapter_targets(model, settings["targets"])
+        ]
+        largest = max(min(weight.shape) for weight in weights)
+        whole_number("rank", settings["rank"], 1, largest, of="no adapted weight has a higher rank")
     return settings
 
 
@@ -279,10 +288,11 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
         if name.startswith(prefix) and isinstance(module, nn.Linear | Conv1D)
     ]
     known = {name.rpartition(".")[2] for name in linear}
-    asked = set(targets) if isinstance(targets, list | tuple) else set()
-    if targets in ("all", "mlp"):
+    listed = targets if isinstance(targets, list | tuple) else []
+    asked = {name if isinstance(name, str) else None for name in listed}
+    if isinstance(targets, str) and targets in ("all", "mlp"):
         asked = known
-    if targets == "mlp":
+    if isinstance(targets, str) and targets == "mlp":
         linear = [name for name in linear if _is_feed_forward(name.removeprefix(prefix))]
     chosen = [name for name in linear if name.rpartition(".")[2] in asked]
     if not chosen or not asked <= known:

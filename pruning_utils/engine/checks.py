@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -34,3 +36,70 @@ def whole_number(
     allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
     counted = f" ({of})" if of else ""
     raise ValueError(f"{name} must be a whole number {allowed}{counted}, got {value!r}")
+
+
+def number(name: str, value: object, allowed: str, holds: Callable[[float], bool]) -> int | float:
+    """Refuse a value that is no number, or not one of those that are allowed.
+
+    NumPy's numbers are numbers. Booleans are none.
+
+    Args:
+        name: What the message calls the value.
+        value: What a function was given.
+        allowed: Which numbers are, for the message: ``"above 0"``.
+        holds: Whether a number is one of them.
+
+    Returns:
+        The value as Python's own int or float.
+
+    Raises:
+        ValueError: If the value is no such number; it and what is allowed are named.
+    """
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        own = value.item() if isinstance(value, np.generic) else value
+        if holds(own):
+            return own
+    raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def true_or_false(name: str, value: object) -> bool:
+    """Refuse a value that is neither True nor False: a text such as ``"no"`` would count as True.
+
+    Args:
+        name: What the message calls the value.
+        value: What a function was given; NumPy's booleans are taken.
+
+    Returns:
+        The value as Python's own bool.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def plain_value(name: str, value: object) -> object:
+    """Refuse a value that does not come back from JSON as it was written.
+
+    Args:
+        name: What the message calls the value.
+        value: What a function was given.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is no text, number, truth value or None, nor a list or mapping of those.
+    """
+    try:
+        is_plain = json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        is_plain = False
+    if not is_plain:
+        raise ValueError(
+            f"{name} must be a plain value (text, number, True, False, None, or a list of them), "
+            f"got {value!r}"
+        )
+    return value

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,14 @@ from transformers import (
 )
 
 from pruning_utils import models, runtime
+from pruning_utils.engine import memory, passes
 from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.checks import whole_number
 
 # In one forward and backward pass. Larger batches are accumulated, so that memory does not grow.
 MICRO_BATCH_TOKENS = 8192
+# In a step: several times what the largest models are trained with. Its token ids take 512 MiB.
+STEP_TOKENS = 2**26
 # In an evaluation pass at least: with fewer, reading the weights takes longer than multiplying.
 EVALUATION_TOKENS = 1024
 # Parameters from which on activations are computed again instead of kept.
@@ -49,6 +54,7 @@ class Run:
 
     Attributes:
         settings: As of :func:`healing.check_settings`.
+        tokenizer: The model's tokenizer, saved in the folder.
         train_ids: Windows to train on, ``(n_windows, seq_len)``.
         eval_ids: Windows whose loss is measured before training and on the way; None: none.
         folder: Where training is saved; None: nowhere.
@@ -58,12 +64,15 @@ class Run:
         output_dir: The folder, or None.
         settings: See above.
         model: The model to heal, whose weights are recorded as a digest.
+        tokenizer: See above.
         train_ids: See above.
         eval_ids: See above.
 
     Raises:
-        ValueError: If the model cannot take the windows; or if the folder holds anything but a run
-            with the same settings, weights and windows (what differs is named).
+        ValueError: If the model cannot take the windows; if a batch of them is larger than
+            :data:`STEP_TOKENS`; if there is a folder and a tokenizer that cannot be saved; or if
+            the folder holds anything but a run with the same settings, weights and windows (what
+            differs is named).
     """
 
     def __init__(
@@ -71,18 +80,32 @@ class Run:
         output_dir: str | Path | None,
         settings: dict[str, Any],
         model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
         train_ids: torch.Tensor,
         eval_ids: torch.Tensor | None,
     ):
         models.check_input_ids(model, train_ids, shortest=2)
         if eval_ids is not None:
             models.check_input_ids(model, eval_ids, shortest=2)
+        whole_number(
+            "batch_size",
+            settings["batch_size"],
+            1,
+            STEP_TOKENS // train_ids.shape[1],
+            of=f"windows of {train_ids.shape[1]} tokens, {STEP_TOKENS} in a step",
+        )
         self.settings = settings
+        self.tokenizer = tokenizer
         self.train_ids = train_ids
         self.eval_ids = eval_ids
         self.folder: Path | None = None
         self.checkpoint: Path | None = None
         if output_dir is not None:
+            if not callable(getattr(tokenizer, "save_pretrained", None)):
+                raise ValueError(
+                    "tokenizer must be one that can be saved where output_dir is given, got "
+                    f"{tokenizer!r}"
+                )
             self.folder = Path(output_dir)
             self._recorded = settings | {
                 "model": runtime.tensor_digest(dict(model.named_parameters())),
@@ -91,13 +114,24 @@ class Run:
             }
             self.checkpoint = _last_whole_checkpoint(self.folder, self._recorded)
 
-    def begin(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write down, where there is a folder, what the run is and the model's tokenizer."""
+    def begin(self) -> None:
+        """Write down, where there is a folder, what the run is and the model's tokenizer.
+
+        Raises:
+            ValueError: If the tokenizer cannot be saved; nothing is written then.
+        """
         if self.folder is None:
             return
-        with runtime.atomic_path(self.folder / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(self._recorded, indent=1))
-        tokenizer.save_pretrained(self.folder)
+        with tempfile.TemporaryDirectory() as saved:
+            try:
+                self.tokenizer.save_pretrained(Path(saved))
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"tokenizer must be one that can be saved, got {self.tokenizer!r}: {error}"
+                ) from error
+            with runtime.atomic_path(self.folder / SETTINGS) as temporary:
+                temporary.write_text(json.dumps(self._recorded, indent=1))
+            shutil.copytree(saved, self.folder, dirs_exist_ok=True)
 
 
 def train(
@@ -128,24 +162,26 @@ def train(
         ValueError: If a loss is not finite.
     """
     steps, batch_size = run.settings["steps"], run.settings["batch_size"]
-    use_cache = model.config.use_cache
     evaluate_at = set() if run.eval_ids is None else evenly(steps, evaluations)
     save_at = set() if run.folder is None else evenly(steps, saves)
-    with tqdm(total=steps, desc="healing", leave=False) as bar:
+    with (
+        tqdm(total=steps, desc="healing", leave=False) as bar,
+        # Trainer sets it. In a larger configuration, around that of the text, it may not exist.
+        passes.replaced(model.config, "use_cache", False),
+    ):
         trainer = HealingTrainer(
             model,
             _training_arguments(model, run),
             _as_batch,
-            windows_in_order(run.train_ids, steps * batch_size, run.settings["seed"]),
+            WindowsInOrder(run.train_ids, steps * batch_size, run.settings["seed"]),
             None if run.eval_ids is None else list(run.eval_ids.cpu().long()),
             loss=loss,
             in_bfloat16=in_bfloat16,
+            at_once=micro_batch_size(batch_size, run.train_ids.shape[1]),
             callbacks=[Schedule(evaluate_at, save_at, bar)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-    # What Trainer set for the time of the training.
-    model.config.use_cache = use_cache
     model.activation_checkpointing_disable()
     return _history(trainer.state.log_history, batch_size * run.train_ids.shape[1])
 
@@ -166,20 +202,42 @@ def _history(log: list[dict[str, float]], tokens_per_step: int) -> pd.DataFrame:
 class HealingTrainer(Trainer):
     """A Trainer whose loss is one mean over all tokens, and whose evaluations leave no trace.
 
+    A step's windows come as one batch, which passes through the model a few at a time. Where they
+    do not fit into memory there are fewer, and the step begins again: with the gradients, and the
+    random numbers, that it began with.
+
     Args:
         *given: As of Trainer.
         loss: Mean loss of a batch from its logits and its token ids.
         in_bfloat16: Whether products are computed in bfloat16, whatever holds the weights.
+        at_once: Windows of a batch in one forward and backward pass; it divides the batch evenly.
         **named: As of Trainer.
     """
 
-    # All micro-batches hold equally many tokens: Trainer averages over their means.
+    # All parts of a batch hold equally many tokens: Trainer averages over their means.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *given: Any, loss: Loss, in_bfloat16: bool, **named: Any):
+    def __init__(self, *given: Any, loss: Loss, in_bfloat16: bool, at_once: int, **named: Any):
         super().__init__(*given, **named)
         self.mean_loss = loss
         self.in_bfloat16 = in_bfloat16
+        batch_size = self.args.per_device_train_batch_size
+        self.trained = memory.BatchSize(at_once, noun="windows", whole=batch_size)
+        self.evaluated = memory.BatchSize(self.args.per_device_eval_batch_size, noun="windows")
+
+    def training_step(self, model: nn.Module, inputs: dict, *others: Any) -> torch.Tensor:
+        """Add a batch's gradients, and return its mean loss."""
+        train_part = super().training_step
+        while True:
+            drawn = _random_states()
+            parts = inputs["labels"].split(self.trained.size)
+            self.current_gradient_accumulation_steps = len(parts)
+            try:
+                return sum(train_part(model, {"labels": part}) for part in parts)
+            except memory.ERRORS as error:
+                self.trained.halve(len(parts[0]), error)
+            model.zero_grad()
+            _set_random_states(drawn)
 
     def compute_loss(
         self,
@@ -188,12 +246,20 @@ class HealingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """The mean loss of a micro-batch, where asked with outputs as Trainer expects them."""
+        """The mean loss of a batch; where evaluated, with outputs as Trainer expects them."""
         ids = inputs["labels"]
+        if not return_outputs:
+            return self._loss_of(model, ids)
+        shares = self.evaluated.run(
+            lambda rows: self._loss_of(model, ids[rows]) * (len(ids[rows]) / len(ids)), len(ids)
+        )
+        loss = sum(shares)
+        return loss, {"loss": loss}
+
+    def _loss_of(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
-        loss = self.mean_loss(logits, ids)
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return self.mean_loss(logits, ids)
 
     def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
         """As of Trainer, but the dropout that follows does not depend on evaluations."""
@@ -235,6 +301,16 @@ class Schedule(TrainerCallback):
         seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
+def _random_states() -> list[torch.Tensor]:
+    """States of the generators that dropout draws from."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def _set_random_states(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1:])
+
+
 def _training_arguments(model: nn.Module, run: Run) -> TrainingArguments:
     """What Trainer is told: a cosine schedule, norm 1, full batches in order, no saves of its own.
 
@@ -243,20 +319,19 @@ def _training_arguments(model: nn.Module, run: Run) -> TrainingArguments:
     batch_size = run.settings["batch_size"]
     micro = micro_batch_size(batch_size, run.train_ids.shape[1])
     evaluated = run.train_ids if run.eval_ids is None else run.eval_ids
-    n_parameters = sum(weight.numel() for weight in model.parameters())
+    is_large = sum(weight.numel() for weight in model.parameters()) > LARGE
     arguments = TrainingArguments(
         output_dir=str(run.folder or "."),
         max_steps=run.settings["steps"],
         train_sampling_strategy="sequential",
-        per_device_train_batch_size=micro,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=max(micro, EVALUATION_TOKENS // evaluated.shape[1]),
-        gradient_accumulation_steps=batch_size // micro,
         learning_rate=run.settings["learning_rate"],
         warmup_steps=run.settings["warmup_steps"],
         lr_scheduler_type="cosine",
         max_grad_norm=1.0,
         weight_decay=0.0,
-        activation_checkpointing=n_parameters > LARGE,
+        activation_checkpointing=is_large and model.supports_gradient_checkpointing,
         use_cpu=model.device.type == "cpu",
         seed=run.settings["seed"],
         logging_steps=1,
@@ -286,25 +361,42 @@ def micro_batch_size(batch_size: int, seq_len: int) -> int:
     One where a single window of ``seq_len`` tokens is longer than that.
     """
     most = max(MICRO_BATCH_TOKENS // seq_len, 1)
-    return max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= most)
+    return max(size for size in range(1, min(batch_size, most) + 1) if batch_size % size == 0)
 
 
-def windows_in_order(ids: torch.Tensor, n: int, seed: int) -> list[torch.Tensor]:
+class WindowsInOrder(torch.utils.data.Dataset):
     """``n`` windows: all of them in a random order, then all in a new order, and so on.
+
+    Only one order exists at a time, however many windows are asked for.
 
     Args:
         ids: Windows, ``(n_windows, seq_len)``.
-        n: Number of windows to return.
+        n: Number of windows.
         seed: Seed of the orders.
-
-    Returns:
-        Windows of shape ``(seq_len,)``, int64, on the CPU.
     """
-    generator = torch.Generator().manual_seed(seed)
-    n_orders = n // len(ids) + 1
-    orders = [torch.randperm(len(ids), generator=generator) for _ in range(n_orders)]
-    rows = ids.cpu().long()
-    return [rows[index] for index in torch.cat(orders)[:n].tolist()]
+
+    def __init__(self, ids: torch.Tensor, n: int, seed: int):
+        self.rows = ids.cpu().long()
+        self.n = n
+        self.seed = seed
+        self._begin()
+
+    def _begin(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.n_drawn = 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """A window of shape ``(seq_len,)``, int64, on the CPU."""
+        number, place = divmod(index, len(self.rows))
+        if number < self.n_drawn - 1:
+            self._begin()
+        while self.n_drawn <= number:
+            self.order = torch.randperm(len(self.rows), generator=self.generator)
+            self.n_drawn += 1
+        return self.rows[self.order[place]]
 
 
 def _as_batch(windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
