@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from pruning_utils import data, models
-from pruning_utils.engine import hub, passes, prefixes
-from pruning_utils.engine.checks import whole_number
+from pruning_utils.engine import hub, memory, passes, prefixes
+from pruning_utils.engine.checks import refuse_nan, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,46 +65,49 @@ def token_losses(model: nn.Module, input_ids: torch.Tensor, *, batch_size: int =
             and can be trained.
         input_ids: Token ids without padding, integer, of shape ``(N, T)``, T from 2 to the model's
             context length.
-        batch_size: Windows in one forward pass, at least 1. No context is carried from one window
-            to the next.
+        batch_size: Windows in one forward pass, at least 1. It is halved, with a notice, where
+            memory does not suffice. No context is carried from one window to the next.
 
     Returns:
         float32 tensor of shape ``(N, T - 1)`` on the CPU; column t is the loss of token t + 1.
 
     Raises:
-        ValueError: If an argument is out of range, or a loss is NaN.
+        ValueError: If an argument is out of range, weights are missing, or a loss is NaN.
+        MemoryError: If not even one window fits into memory.
     """
     models.check_input_ids(model, input_ids, shortest=2)
+    passes.refuse_missing_weights(model)
     if input_ids.dtype == torch.bool:
         raise ValueError("input_ids must hold integers, got torch.bool")
-    batch_size = whole_number("batch_size", batch_size, 1)
-    input_ids = input_ids.to(model.get_input_embeddings().weight.device, torch.long)
+    batches = memory.BatchSize(whole_number("batch_size", batch_size, 1), noun="windows")
+    input_ids = input_ids.to(passes.input_device(model), torch.long)
     with passes.evaluation_mode(model), torch.no_grad():
-        losses = torch.cat(
-            [_batch_losses(model, batch).cpu() for batch in input_ids.split(batch_size)]
-        )
-    if losses.isnan().any():
-        raise ValueError(
-            f"the losses must be numbers, but {int(losses.isnan().sum())} of {losses.numel()} are "
-            f"NaN, first in window {int(losses.isnan().any(1).nonzero()[0])}"
-        )
-    return losses
+        losses = batches.run(lambda rows: batch_losses(model, input_ids[rows]), len(input_ids))
+    return refuse_nan(torch.cat(losses))
 
 
-def _batch_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """Losses (B, T - 1): the layers run once, then the model's own head on chunks of tokens."""
+def batch_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Losses of one batch: the layers run once, then the model's own head on chunks of tokens.
+
+    Args:
+        model: As for :func:`token_losses`, in evaluation mode.
+        batch: Token ids of shape ``(B, T)``, int64, on the model's device.
+
+    Returns:
+        float32 tensor of shape ``(B, T - 1)`` on the CPU, NaN included.
+    """
     backbone, output = passes.run_backbone(model, batch)
     if backbone is None:
         return torch.stack(
             [_losses(model(row[None], use_cache=False).logits[0, :-1], row[1:]) for row in batch]
-        )
+        ).cpu()
     states = output.last_hidden_state[:, :-1].flatten(0, 1)
     targets = batch[:, 1:].flatten()
     losses = []
     for logits in passes.head_logits(model, backbone, output, states):
         losses.append(_losses(logits, targets[: len(logits)]))
         targets = targets[len(logits) :]
-    return torch.cat(losses).view(len(batch), -1)
+    return torch.cat(losses).view(len(batch), -1).cpu()
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -163,7 +166,8 @@ def evaluate_tasks(
             number is the ``question_id``.
         num_fewshot: Solved questions before each one, 0 to 16.
         limit: Questions of each task, at least 1; None takes all.
-        batch_size: Questions in one forward pass, at least 1.
+        batch_size: Questions in one forward pass, at least 1. It is halved, with a notice, where
+            memory does not suffice.
         shot_order: 0 takes the shots in their fixed order; any other number is the seed of another
             order of the same shots (with lm-eval's tasks, the seed of their choice).
 

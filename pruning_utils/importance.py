@@ -7,7 +7,6 @@ layer; layers with low scores are dropped first.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,13 +15,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pruning_utils import evaluation, models
-from pruning_utils.engine import passes
+from pruning_utils.engine import memory, passes
 from pruning_utils.engine.bars import tqdm
-from pruning_utils.engine.checks import whole_number
+from pruning_utils.engine.checks import refuse_nan, whole_number
 
 # Tokens in a batch where batch_size is None. On a CPU, more would leave its caches.
 TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**15}
-logger = logging.getLogger(__name__)
 
 
 def magnitude(model: nn.Module, *, norm: int = 1) -> np.ndarray:
@@ -36,9 +34,11 @@ def magnitude(model: nn.Module, *, norm: int = 1) -> np.ndarray:
         float64 scores ``(L,)``, summed in float32 or better.
 
     Raises:
-        ValueError: If the weights are quantised, the norm is another one, or a score is not finite.
+        ValueError: If the weights are quantised or not in memory, the norm is another one, or a
+            score is not finite.
     """
     _refuse_quantized(model)
+    passes.refuse_missing_weights(model, offloaded=False)
     if norm not in (1, 2) or isinstance(norm, bool):
         raise ValueError(f"norm must be 1 or 2, got {norm!r}")
     scores = [_layer_magnitude(layer, norm) for layer in models.decoder_layers(model)]
@@ -77,21 +77,23 @@ def taylor(
         products taken in float32 and sums in float64.
 
     Raises:
-        ValueError: If the weights are quantised, an argument is out of range, or a score is not
-            finite.
+        ValueError: If the weights are quantised or not in memory, an argument is out of range, or
+            a score is not finite.
+        MemoryError: If not even one sample fits into memory.
     """
     _refuse_quantized(model)
     models.check_input_ids(model, input_ids, shortest=2)
-    input_ids = input_ids.to(model.get_input_embeddings().weight.device, torch.long)
-    size = min(len(input_ids), _checked_size(batch_size, input_ids, 1))
+    passes.refuse_missing_weights(model, offloaded=False)
+    input_ids = input_ids.to(passes.input_device(model), torch.long)
+    batches = memory.BatchSize(min(len(input_ids), _checked_size(batch_size, input_ids, 1)))
     alone: list = [None] * len(models.decoder_layers(model))
     while True:
         try:
-            return _finite(_taylor(model, input_ids, size, alone))
+            return _finite(_taylor(model, input_ids, batches.size, alone))
         except passes.Unclear:
             alone = passes.arguments_alone(model, input_ids)
-        except RuntimeError as error:
-            size = _halved(size, error)
+        except memory.ERRORS as error:
+            batches.halve(batches.size, error)
 
 
 def _taylor(
@@ -208,34 +210,36 @@ def perplexity_without_block(
         - 1.
 
     Raises:
-        ValueError: If an argument is out of range, or a loss is NaN.
+        ValueError: If an argument is out of range, weights are missing, or a loss is NaN.
+        MemoryError: If not even one sample fits into memory.
     """
     models.check_input_ids(model, input_ids, shortest=2)
+    passes.refuse_missing_weights(model)
     n_layers = len(models.decoder_layers(model))
     block_size = whole_number("block_size", block_size, 1, n_layers - 1)
-    input_ids = input_ids.to(model.get_input_embeddings().weight.device, torch.long)
+    input_ids = input_ids.to(passes.input_device(model), torch.long)
     n_streams = n_layers - block_size + 2
     size = _checked_size(batch_size, input_ids, n_streams)
-    sums = np.zeros(n_streams)
-    done = 0
-    alone: list = [None] * len(models.decoder_layers(model))
-    with tqdm(total=len(input_ids), desc="without each layer", leave=False) as progress:
-        while done < len(input_ids):
-            batch = input_ids[done : done + size]
-            try:
-                with _streams(model, len(batch), block_size, alone):
-                    rows = batch.repeat(n_streams, 1)
-                    losses = evaluation.token_losses(model, rows, batch_size=len(rows))
-            except passes.Unclear:
-                alone = passes.arguments_alone(model, input_ids)
-                continue
-            except RuntimeError as error:
-                size = _halved(len(batch), error)
-                continue
-            # A row of losses is a sample in one stream; the rows of a stream follow each other.
-            sums += losses.double().view(n_streams, -1).sum(1).numpy()
-            done += len(batch)
-            progress.update(len(batch))
+    alone: list = [None] * n_layers
+
+    def losses_of(samples: slice) -> np.ndarray:
+        """Summed losses of some samples in each stream."""
+        rows = input_ids[samples].repeat(n_streams, 1)
+        try:
+            with _streams(model, len(rows) // n_streams, block_size, alone):
+                losses = evaluation.batch_losses(model, rows)
+        except passes.Unclear:
+            alone[:] = passes.arguments_alone(model, input_ids)
+            return losses_of(samples)
+        # A row of losses is a sample in one stream; the rows of a stream follow each other.
+        return refuse_nan(losses).double().view(n_streams, -1).sum(1).numpy()
+
+    with (
+        passes.evaluation_mode(model),
+        torch.no_grad(),
+        tqdm(total=len(input_ids), desc="without each layer", leave=False) as progress,
+    ):
+        sums = sum(memory.BatchSize(size).run(losses_of, len(input_ids), progress))
     with np.errstate(over="ignore"):
         return np.exp(sums[1:] / (input_ids.shape[0] * (input_ids.shape[1] - 1)))
 
@@ -298,18 +302,6 @@ def _checked_size(batch_size: int | None, input_ids: torch.Tensor, n_streams: in
         return whole_number("batch_size", batch_size, 1)
     most = TOKENS_AT_ONCE["cuda" if input_ids.is_cuda else "cpu"]
     return max(1, most // (n_streams * input_ids.shape[1]))
-
-
-def _halved(size: int, error: RuntimeError) -> int:
-    """Half the batch size after an error for lack of memory; any other error is raised again."""
-    # On a CPU, torch raises no error of its own kind for this.
-    lacks_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-    if size == 1 or not lacks_memory:
-        raise error
-    logger.warning(
-        "a batch of %d samples does not fit into memory; going on with %d", size, size // 2
-    )
-    return size // 2
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:

@@ -38,8 +38,8 @@ def block_distances(distance: np.ndarray, block_size: int, *, keep_last: int = 0
         that starts at l.
 
     Raises:
-        ValueError: If the matrix is not square or holds NaN where a block would read it, or a
-            number is out of range.
+        ValueError: If the matrix is not square or holds NaN or -inf where a block would read it,
+            or a number is out of range.
     """
     distance = np.asarray(distance, dtype=np.float64)
     if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or len(distance) < 2:
@@ -50,17 +50,17 @@ def block_distances(distance: np.ndarray, block_size: int, *, keep_last: int = 0
     whole_number("keep_last", keep_last, 0, n_layers - 1)
     whole_number("block_size", block_size, 1, n_layers - keep_last)
     values = np.diagonal(distance, block_size)[: n_layers - keep_last - block_size + 1]
-    if np.isnan(values).any():
-        raise ValueError(
-            f"the distance of the block at layer {int(np.isnan(values).argmax())} is NaN"
-        )
+    wrong = ~(values > -np.inf)
+    if wrong.any():
+        kind = "NaN" if np.isnan(values[wrong][0]) else "-inf"
+        raise ValueError(f"the distance of the block at layer {int(wrong.argmax())} is {kind}")
     return values.copy()
 
 
 def best_block(distance: np.ndarray, block_size: int, *, keep_last: int = 0) -> Block:
     """The block whose ends are closest, l*(n) of arXiv:2403.17887, Eq. (7).
 
-    Of equal distances the one with the lower start is taken.
+    Of equal distances the one with the lower start is taken; +inf ranks last.
 
     Arguments and errors as for :func:`block_distances`.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from pruning_utils import models
+from pruning_utils.engine import memory, passes
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import whole_number
 
@@ -72,35 +75,51 @@ def measure_similarity(
         model: A causal language model, quantised if need be; it is left as it was, and can be
             trained.
         input_ids: Token ids of shape ``(n_samples, seq_len)``.
-        attention_mask: 1 at real tokens and 0 at padding, of the same shape; the real tokens of a
-            row must be consecutive. None: all are real.
-        batch_size: Samples in a micro-batch, at least 1.
+        attention_mask: 1 or True at real tokens and 0 or False at padding, of the same shape: a
+            tensor of any dtype, an array or a list of rows. The real tokens of a row must be
+            consecutive. None: all are real.
+        batch_size: Samples in a micro-batch, at least 1. It is halved, with a notice, where memory
+            does not suffice.
 
     Returns:
         The :class:`Similarity`.
 
     Raises:
-        ValueError: If an argument is out of range, or a state is zero or not finite (the layer and
-            sample are named).
+        ValueError: If an argument is out of range, weights are missing, the layers do not pass on
+            one state for each token, or a state is zero or not finite (the layer and sample are
+            named).
+        MemoryError: If not even one sample fits into memory.
     """
     models.check_input_ids(model, input_ids)
-    batch_size = whole_number("batch_size", batch_size, 1)
+    passes.refuse_missing_weights(model)
+    batches = memory.BatchSize(whole_number("batch_size", batch_size, 1))
     rows, lengths = align_right_padded(input_ids, attention_mask)
-    sums = _RunningSums(len(models.decoder_layers(model)))
-    with _LayerStates(model) as states, torch.no_grad():
-        for start in tqdm(range(0, len(rows), batch_size), desc="similarity", leave=False):
-            length = lengths[start : start + batch_size]
-            # No name for the states: they must be gone before the next micro-batch begins.
-            sums.add(
-                states.of(rows[start : start + batch_size, : int(length.max())].to(model.device)),
-                length.to(model.device),
-                first_sample=start,
-            )
+    sums, device = _RunningSums(len(models.decoder_layers(model))), passes.input_device(model)
+
+    def add(samples: slice) -> None:
+        """Add a micro-batch to the sums: all of it, or nothing."""
+        nonlocal sums
+        length = lengths[samples]
+        larger = copy.copy(sums)
+        # No name for the states: they must be gone before the next micro-batch begins.
+        larger.add(
+            states.of(rows[samples, : int(length.max())].to(device)),
+            length.to(device),
+            first_sample=samples.start,
+        )
+        sums = larger
+
+    with (
+        _LayerStates(model) as states,
+        torch.no_grad(),
+        tqdm(total=len(rows), desc="similarity", leave=False) as progress,
+    ):
+        batches.run(add, len(rows), progress)
     return sums.result()
 
 
 def align_right_padded(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    input_ids: torch.Tensor, attention_mask: object | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Move the real tokens of each row to its left end.
 
@@ -115,15 +134,7 @@ def align_right_padded(
     n_samples, seq_len = input_ids.shape
     if attention_mask is None:
         return input_ids, torch.full((n_samples,), seq_len)
-    if attention_mask.shape != input_ids.shape or not bool(
-        ((attention_mask == 0) | (attention_mask == 1)).all()
-    ):
-        raise ValueError(
-            f"attention_mask must hold 0 and 1 in the shape {tuple(input_ids.shape)} of input_ids, "
-            f"got shape {tuple(attention_mask.shape)}, values "
-            f"{attention_mask.unique().tolist()[:4]}"
-        )
-    mask = attention_mask.to("cpu", torch.long)
+    mask = passes.as_mask(attention_mask, input_ids.shape)
     lengths, starts = mask.sum(1), mask.argmax(1)
     ends = seq_len - mask.flip(1).argmax(1)
     wrong = ((lengths == 0) | (ends - starts != lengths)).nonzero()
@@ -141,29 +152,23 @@ class _LayerStates:
         self.states: list[torch.Tensor] = []
 
     def __enter__(self):
-        self.modes = {module: module.training for module in self.model.modules()}
-        for module in self.modes:
-            # In evaluation mode, 4-bit layers on a CPU pack their weights and train no more.
-            module.training = bool(getattr(module, "support_avx512bf16_for_cpu", False))
-        self.hooks = [
-            layer.register_forward_pre_hook(self._keep_input, with_kwargs=True)
-            for layer in self.layers
-        ]
-        self.hooks.append(self.layers[-1].register_forward_hook(self._keep_output))
+        self.undo = contextlib.ExitStack()
+        self.undo.enter_context(passes.evaluation_mode(self.model))
+        for layer in self.layers:
+            hook = layer.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            self.undo.callback(hook.remove)
+        self.undo.callback(self.layers[-1].register_forward_hook(self._keep_output).remove)
         return self
 
     def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-        for module, mode in self.modes.items():
-            module.training = mode
+        self.undo.close()
         self.states = []
 
     def _keep_input(self, layer, inputs, named_inputs):
-        self.states.append(inputs[0] if inputs else named_inputs["hidden_states"])
+        self.states.append(inputs[0] if inputs else named_inputs.get("hidden_states"))
 
     def _keep_output(self, layer, inputs, output):
-        self.states.append(output[0] if isinstance(output, tuple) else output)
+        self.states.append(passes.states_in(output))
 
     def of(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
         """The L+1 states, each of shape ``(batch, seq_len, hidden)``."""
@@ -175,6 +180,13 @@ class _LayerStates:
                 f"{type(self.model).__name__} ran {len(states) - 1} of its {len(self.layers)} "
                 "layers once"
             )
+        for state in states:
+            if getattr(state, "shape", ())[:-1] != input_ids.shape:
+                raise ValueError(
+                    f"the layers of {type(self.model).__name__} must pass on one state for each "
+                    f"token, (batch, seq_len) = {tuple(input_ids.shape)}, but theirs are of shape "
+                    f"{tuple(getattr(state, 'shape', ()))}"
+                )
         return states
 
 
@@ -219,13 +231,17 @@ class _RunningSums:
                     f"the input of layer {index} (where {self.n_states - 1} is the output of the "
                     f"last) is zero or not finite at a token of sample {first_sample + among}"
                 )
-            self.angles += angle.sum(0, dtype=torch.float64).cpu().numpy()
+            # Not in place: a copy made before keeps the sums that it had.
+            self.angles = self.angles + angle.sum(0, dtype=torch.float64).cpu().numpy()
             neighbours = cosine.diagonal(1, dim1=1, dim2=2).double()
-            self.influence += (1 - neighbours).sum(0).cpu().numpy()
-            self.inner += (neighbours * norm[:, 1:] * norm[:, :-1]).sum(0).cpu().numpy()
-            self.squares += norm.square().sum(0).cpu().numpy()
+            self.influence = self.influence + (1 - neighbours).sum(0).cpu().numpy()
+            self.inner = self.inner + (
+                (neighbours * norm[:, 1:] * norm[:, :-1]).sum(0).cpu().numpy()
+            )
+            self.squares = self.squares + norm.square().sum(0).cpu().numpy()
         ends = lengths.cumsum(0) - 1
         angle, _, _ = _angles(torch.stack([row[ends] for row in rows], dim=1).double())
+        # Nothing fails after this.
         self.last.append(angle.float().cpu().numpy())
         self.n_tokens += n_tokens
 

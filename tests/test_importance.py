@@ -174,23 +174,23 @@ def test_each_layer_runs_once_for_each_batch_on_as_few_rows_as_there_are_streams
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch, caplog):
     model, ids = ARCHITECTURES["llama"](), windows(6)
     expected = importance.perplexity_without_layer(model, ids)
-    own = evaluation.token_losses
+    own = evaluation.batch_losses
     sizes = []
 
-    def scarce(model, rows, *, batch_size):
+    def scarce(model, rows):
         sizes.append(len(rows) // (N_LAYERS + 1))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("no room")
-        return own(model, rows, batch_size=batch_size)
+        return own(model, rows)
 
-    monkeypatch.setattr(evaluation, "token_losses", scarce)
+    monkeypatch.setattr(evaluation, "batch_losses", scarce)
     with caplog.at_level(logging.WARNING):
         assert importance.perplexity_without_layer(model, ids, batch_size=5) == pytest.approx(
             expected, rel=1e-6
         )
     assert sizes == [5, 2, 2, 2] and "5 samples does not fit" in caplog.text
     monkeypatch.setattr(
-        evaluation, "token_losses", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a fault"))
+        evaluation, "batch_losses", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a fault"))
     )
     with pytest.raises(RuntimeError, match="a fault"):
         importance.perplexity_without_layer(model, ids)

@@ -107,6 +107,9 @@ def test_infinite_distances_lose_and_nan_is_refused():
     with pytest.raises(ValueError, match="the block at layer 1 is NaN"):
         selection.best_block(distance, 2)
     assert selection.best_block(distance, 3).start == 0, "no block of three reads that entry"
+    distance[1, 3] = -math.inf
+    with pytest.raises(ValueError, match="the block at layer 1 is -inf"):
+        selection.best_block(distance, 2)
     distance = planted(4, {2: 0})
     distance[2, 4] = math.nan
     assert selection.best_block(distance, 2, keep_last=1).start == 0, (

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 
 def whole_number(
@@ -78,6 +79,21 @@ def true_or_false(name: str, value: object) -> bool:
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def refuse_nan(losses: torch.Tensor) -> torch.Tensor:
+    """Refuse losses ``(n_windows, n_tokens)`` among which there are NaN; else they come back.
+
+    Raises:
+        ValueError: If one is NaN; the first window that has one is named.
+    """
+    missing = losses.isnan()
+    if missing.any():
+        raise ValueError(
+            f"the losses must be numbers, but {int(missing.sum())} of {losses.numel()} are NaN, "
+            f"first in window {int(missing.any(1).nonzero()[0])}"
+        )
+    return losses
 
 
 def plain_value(name: str, value: object) -> object:

@@ -105,19 +105,86 @@ def head_logits(
             yield model(tokens, use_cache=False).logits[0].float()
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes token ids: where its embedding lies, or is brought in to run."""
+    embedding = model.get_input_embeddings()
+    if embedding.weight.device.type != "meta":
+        return embedding.weight.device
+    hooks = [hook for module in model.modules() for hook in _loading_hooks(module)]
+    return torch.device(hooks[0].execution_device)
+
+
+def refuse_missing_weights(model: nn.Module, *, offloaded: bool = True) -> None:
+    """Refuse a model with weights that are not there: what is computed without them is no result.
+
+    Args:
+        model: The model that is to run.
+        offloaded: Whether weights are taken that lie in main memory or on a disk until hooks of
+            accelerate bring them in for a forward pass. Where the weights themselves are asked for,
+            they are not.
+
+    Raises:
+        ValueError: If a parameter or buffer is on the device ``meta``; the first one is named.
+    """
+    brought = {}
+    for name, module in model.named_modules():
+        hooks = _loading_hooks(module) if offloaded else []
+        above = brought.get(name.rpartition(".")[0], False)
+        brought[name] = above or any(hook.place_submodules for hook in hooks)
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        missing = [key for key, tensor in own if tensor.device.type == "meta"]
+        if missing and not hooks and not brought[name]:
+            raise ValueError(
+                f"the model's weights must be in memory, but {name}.{missing[0]} is on the device "
+                "meta: it was never loaded, or is offloaded; load the model onto one device"
+            )
+
+
+def _loading_hooks(module: nn.Module) -> list:
+    """Hooks of accelerate that bring a module's weights in before its forward pass."""
+    hook = getattr(module, "_hf_hook", None)
+    return [part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)]
+
+
+def as_mask(mask: object, shape: torch.Size) -> torch.Tensor:
+    """An attention mask as a tensor.
+
+    Args:
+        mask: 1 at real tokens and 0 at padding, or True and False: a tensor, an array or a list of
+            rows.
+        shape: That of the token ids.
+
+    Returns:
+        int64 tensor of that shape on the CPU.
+
+    Raises:
+        ValueError: If the mask has another shape, or holds anything else.
+    """
+    allowed = f"attention_mask must hold 0 and 1 in the shape {tuple(shape)} of input_ids"
+    try:
+        tensor = torch.as_tensor(mask).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{allowed}, got {type(mask).__name__}: {error}") from error
+    if tensor.shape != shape or not bool(((tensor == 0) | (tensor == 1)).all()):
+        raise ValueError(
+            f"{allowed}, got shape {tuple(tensor.shape)}, values {tensor.unique().tolist()[:4]}"
+        )
+    return tensor.long()
+
+
 def causal_model(model: nn.Module) -> nn.Module:
     """The causal language model itself, which adapters wrap."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def states_in(output: Any) -> torch.Tensor:
-    """The hidden states in what a layer returns: them alone, or the first part of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states in what a layer returns: them alone, or the first of several parts."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def with_states(output: Any, states: torch.Tensor) -> Any:
     """What a layer returns, with other hidden states."""
-    return (states, *output[1:]) if isinstance(output, tuple) else states
+    return (states, *output[1:]) if isinstance(output, tuple | list) else states
 
 
 class Unclear(Exception):

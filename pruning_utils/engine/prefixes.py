@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from pruning_utils import models
-from pruning_utils.engine import passes
+from pruning_utils.engine import memory, passes
 from pruning_utils.engine.bars import tqdm
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def loglikelihoods(
         requests: Token ids of prompt and answer, at least one each, together at most
             :func:`longest_shared` plus one: an answer's last token is never an input.
         batch_size: Rows in a forward pass; a row holds a prompt with its answers, or prompts that
-            share half.
+            share half. There are fewer where memory does not suffice.
 
     Returns:
         For each request, in the order given, ``(sum of the log-probabilities in nats, whether
@@ -126,23 +126,47 @@ def loglikelihoods(
     for number, (prompt, _) in enumerate(requests):
         answers.setdefault(tuple(prompt), []).append(number)
     found = _Found(np.zeros(len(requests)), np.ones(len(requests), dtype=bool))
+    batches = memory.BatchSize(batch_size, noun="questions")
     with (
         torch.no_grad(),
         tqdm(total=len(requests), desc="log-likelihoods", leave=False) as progress,
     ):
-        for beginning, prompts_of_rows in _groups(sorted(answers), batch_size):
-            rows = []
-            for prompts in prompts_of_rows:
-                numbers = [number for prompt in prompts for number in answers[prompt]]
-                asked = [(number, *requests[number]) for number in numbers]
-                rows.append(_tree(asked, len(beginning)))
-            rows.sort(key=lambda row: -len(row.tokens))
-            cached = _cached(model, beginning)
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                _add_batch(model, batch, len(beginning), cached, found)
-                progress.update(len({number for row in batch for number, *_ in row.predicted}))
+        while answers:
+            try:
+                for numbers in _batches(model, requests, answers, batches.size, found):
+                    progress.update(len(numbers))
+            except memory.ERRORS as error:
+                batches.halve(batches.size, error)
     return list(zip(found.sums.tolist(), found.greedy.tolist(), strict=True))
+
+
+def _batches(
+    model: nn.Module,
+    requests: Sequence[tuple[list[int], list[int]]],
+    answers: dict[tuple, list[int]],
+    batch_size: int,
+    found: _Found,
+) -> Iterator[set[int]]:
+    """Run the prompts of ``answers``, each with its requests, and take those that are done away.
+
+    Yields:
+        The numbers of the requests of each batch.
+    """
+    for beginning, prompts_of_rows in _groups(sorted(answers), batch_size):
+        rows = []
+        for prompts in prompts_of_rows:
+            numbers = [number for prompt in prompts for number in answers[prompt]]
+            asked = [(number, *requests[number]) for number in numbers]
+            rows.append(_tree(asked, len(beginning)))
+        rows.sort(key=lambda row: -len(row.tokens))
+        cached = _cached(model, beginning)
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            _add_batch(model, batch, len(beginning), cached, found)
+            done = {number for row in batch for number, *_ in row.predicted}
+            for number in done:
+                answers.pop(tuple(requests[number][0]), None)
+            yield done
 
 
 class _Found(NamedTuple):
@@ -246,7 +270,7 @@ def _cached(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torc
     """Keys and values of each layer for the beginning that prompts share; [] for no beginning."""
     if not beginning:
         return []
-    device = model.get_input_embeddings().weight.device
+    device = passes.input_device(model)
     _, output = passes.run_backbone(model, torch.tensor([beginning], device=device), use_cache=True)
     return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
@@ -254,11 +278,11 @@ def _cached(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torc
 def _add_batch(
     model: nn.Module, rows: list[_Tree], start: int, cached: list, found: _Found
 ) -> None:
-    """Run one batch of rows, the longest first, and add what it tells to the requests.
+    """Run one batch of rows, the longest first, and add what it tells to the requests, all of it.
 
     The first ``start`` tokens of each text are in ``cached``.
     """
-    device = model.get_input_embeddings().weight.device
+    device = passes.input_device(model)
     longest = len(rows[0].tokens)
     tokens, inputs = _inputs(model, rows, start, cached)
     backbone, output = passes.run_backbone(model, tokens.to(device), **inputs)
@@ -266,7 +290,7 @@ def _add_batch(
     # Several tokens may be predicted from one state, which goes through the head once.
     wanted, which = np.unique(nodes, return_inverse=True)
     states = output.last_hidden_state.flatten(0, 1)[torch.from_numpy(wanted).to(device)]
-    first = 0
+    first, told = 0, []
     for logits in passes.head_logits(model, backbone, output, states):
         here = (which >= first) & (which < first + len(logits))
         places = torch.from_numpy((which - first)[here]).to(device)
@@ -274,9 +298,11 @@ def _add_batch(
         # As lm-eval does: logsumexp differs by 1e-5 nats a token.
         logs = logits.log_softmax(-1)[places, expected]
         is_greedy = logits.argmax(-1)[places] == expected
-        np.add.at(found.sums, numbers[here], logs.double().cpu().numpy())
-        np.logical_and.at(found.greedy, numbers[here], is_greedy.cpu().numpy())
+        told.append((numbers[here], logs.double().cpu().numpy(), is_greedy.cpu().numpy()))
         first += len(logits)
+    for which_requests, logs_of_tokens, greedy in told:
+        np.add.at(found.sums, which_requests, logs_of_tokens)
+        np.logical_and.at(found.greedy, which_requests, greedy)
 
 
 def _inputs(
@@ -285,7 +311,7 @@ def _inputs(
     """Token ids of a batch on the CPU, padded to its first row, and the arguments beside them."""
     from transformers import DynamicCache
 
-    device = model.get_input_embeddings().weight.device
+    device = passes.input_device(model)
     longest = len(rows[0].tokens)
     tokens = np.zeros((len(rows), longest), dtype=np.int64)
     places = np.zeros((len(rows), longest), dtype=np.int64)
