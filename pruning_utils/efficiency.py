@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruning_utils import models, runtime
+from pruning_utils.engine import passes
 from pruning_utils.engine.checks import whole_number
 
 
@@ -99,8 +100,8 @@ def generation_speed(
         texts over the whole time) and ``peak_bytes`` (as :func:`runtime.peak_memory_bytes`).
 
     Raises:
-        ValueError: If a number is out of range, or prompt and answer are longer than the model's
-            context.
+        ValueError: If a number is out of range, weights are missing, or prompt and answer are
+            longer than the model's context.
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),
@@ -110,21 +111,24 @@ def generation_speed(
         ("repeats", repeats, 1),
     ):
         whole_number(name, value, least)
+    passes.refuse_missing_weights(model)
     longest = models.context_length(model.config)
     if prompt_tokens + new_tokens > longest:
         raise ValueError(
             f"prompt_tokens + new_tokens must be at most the model's context of {longest}, got "
             f"{prompt_tokens + new_tokens}"
         )
-    weight = model.get_input_embeddings().weight
+    device = passes.input_device(model)
     prompts = torch.randint(
-        weight.shape[0], (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(seed)
+        model.get_input_embeddings().num_embeddings,
+        (batch_size, prompt_tokens),
+        generator=torch.Generator().manual_seed(seed),
     )
     rows = []
     for run in range(warmups + repeats):
-        if weight.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        moments = _generation_moments(model, prompts.to(weight.device), new_tokens)
+        moments = _generation_moments(model, prompts.to(device), new_tokens)
         if run >= warmups:
             rows.append(
                 {

@@ -239,7 +239,8 @@ def perplexity_without_block(
         torch.no_grad(),
         tqdm(total=len(input_ids), desc="without each layer", leave=False) as progress,
     ):
-        sums = sum(memory.BatchSize(size).run(losses_of, len(input_ids), progress))
+        parts = memory.BatchSize(size).run(losses_of, len(input_ids), progress)
+    sums = sum(parts, np.zeros(n_streams))
     with np.errstate(over="ignore"):
         return np.exp(sums[1:] / (input_ids.shape[0] * (input_ids.shape[1] - 1)))
 

@@ -180,13 +180,7 @@ class _LayerStates:
                 f"{type(self.model).__name__} ran {len(states) - 1} of its {len(self.layers)} "
                 "layers once"
             )
-        for state in states:
-            if getattr(state, "shape", ())[:-1] != input_ids.shape:
-                raise ValueError(
-                    f"the layers of {type(self.model).__name__} must pass on one state for each "
-                    f"token, (batch, seq_len) = {tuple(input_ids.shape)}, but theirs are of shape "
-                    f"{tuple(getattr(state, 'shape', ()))}"
-                )
+        passes.refuse_other_states(self.model, states, input_ids)
         return states
 
 

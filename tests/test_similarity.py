@@ -139,6 +139,37 @@ def test_every_architecture_gives_what_all_states_give(name):
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        (lambda states: torch.cat([states, states], dim=1), r"\(2, 12, 48\)"),
+        (lambda states: states[:, 1:], r"\(2, 5, 48\)"),
+        (lambda states: states[:, :, None], r"\(2, 6, 1, 48\)"),
+        (lambda states: {"states": states}, r"\(\)"),
+    ],
+    ids=["prompt in front", "one is gone", "streams", "no tensor"],
+)
+def test_states_that_are_not_one_for_each_token_are_refused(change, shape):
+    model = tiny_llama()
+    models.decoder_layers(model)[-1].register_forward_hook(
+        lambda layer, given, output: change(output)
+    )
+    model.model.norm.forward = lambda states: states
+    with pytest.raises(
+        ValueError, match=rf"one state for each token, .* = \(2, 6\), but theirs .* {shape}"
+    ):
+        similarity.measure_similarity(model, windows(2, 6))
+
+
+def test_layers_that_return_lists_are_scanned():
+    model, ids = tiny_llama(), windows(2, 6)
+    expected = as_results(similarity.measure_similarity(model, ids))
+    layer = models.decoder_layers(model)[-1]
+    layer.register_forward_hook(lambda layer, given, output: [output, None])
+    model.model.norm.register_forward_pre_hook(lambda norm, given: (given[0][0],))
+    assert_equal(similarity.measure_similarity(model, ids), expected, 0)
+
+
 def test_the_last_state_is_the_raw_output_before_the_final_norm():
     model, input_ids = tiny_llama(), windows()
     found = similarity.measure_similarity(model, input_ids)
@@ -275,11 +306,23 @@ def test_a_mask_of_any_dtype_or_of_ones_counts_the_same():
         )
 
 
+def test_a_mask_may_be_an_array_or_a_list_of_rows():
+    model, rows = tiny_llama(), windows(3, 6)
+    ids, mask = padded(rows, [6, 2, 4], "left")
+    expected = as_results(similarity.measure_similarity(model, ids, mask))
+    for other in (mask.numpy(), mask.bool().numpy(), mask.double().numpy(), mask.tolist()):
+        assert_equal(similarity.measure_similarity(model, ids, other), expected, 0)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
         (torch.ones(2, 5), r"shape \(2, 6\) of input_ids, got shape \(2, 5\)"),
         (torch.ones(6), r"got shape \(6,\)"),
+        ([[1, 1], [1]], r"hold 0 and 1 in the shape \(2, 6\) of input_ids, got list"),
+        (np.full((2, 6), "1"), "hold 0 and 1 .* got ndarray"),
+        ("111111", "hold 0 and 1 .* got str"),
+        (np.full((2, 6), np.nan), r"hold 0 and 1 .* values \[nan"),
         (torch.full((2, 6), 2), r"hold 0 and 1 .* values \[2\]"),
         (torch.full((2, 6), 0.5), r"hold 0 and 1 .* values \[0\.5\]"),
         (

@@ -18,10 +18,10 @@ LOGITS_AT_ONCE = 2**25
 
 
 @contextlib.contextmanager
-def replaced(module: object, name: str, function: object) -> Iterator[None]:
-    """Let an attribute of one module, of torch or of Python, be another function for a while."""
+def replaced(module: object, name: str, value: object) -> Iterator[None]:
+    """Let an attribute of one module, of torch or of Python, be something else for a while."""
     before = {key: value for key, value in vars(module).items() if key == name}
-    vars(module)[name] = function
+    vars(module)[name] = value
     try:
         yield
     finally:
@@ -126,7 +126,8 @@ def refuse_missing_weights(model: nn.Module, *, offloaded: bool = True) -> None:
     Raises:
         ValueError: If a parameter or buffer is on the device ``meta``; the first one is named.
     """
-    brought = {}
+    # Of each module, whether a hook on it or above it brings in all that it holds.
+    brought: dict[str, bool] = {}
     for name, module in model.named_modules():
         hooks = _loading_hooks(module) if offloaded else []
         above = brought.get(name.rpartition(".")[0], False)
@@ -144,6 +145,29 @@ def _loading_hooks(module: nn.Module) -> list:
     """Hooks of accelerate that bring a module's weights in before its forward pass."""
     hook = getattr(module, "_hf_hook", None)
     return [part for part in getattr(hook, "hooks", [hook]) if getattr(part, "offload", False)]
+
+
+def refuse_other_states(model: nn.Module, states: Sequence, input_ids: torch.Tensor) -> None:
+    """Refuse what layers pass on where that is not one state for each token of the text.
+
+    Some models put a prompt of their own before the text, others pass on several streams. The
+    states at the places of the tokens are not those of the tokens then.
+
+    Args:
+        model: The model that has run, for the message.
+        states: What its layers were given, or returned.
+        input_ids: Token ids ``(B, T)``.
+
+    Raises:
+        ValueError: If one is no tensor of shape ``(B, T, D)``.
+    """
+    for state in states:
+        shape = tuple(getattr(state, "shape", ()))
+        if shape[:-1] != input_ids.shape:
+            raise ValueError(
+                f"the layers of {type(model).__name__} must pass on one state for each token, "
+                f"(batch, seq_len) = {tuple(input_ids.shape)}, but theirs are of shape {shape}"
+            )
 
 
 def as_mask(mask: object, shape: torch.Size) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -36,10 +36,19 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
 
     Args:
         model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer; a copy of it is used.
+        tokenizer: Its tokenizer; a copy of it is used. Where a text begins with its answer, it
+            stands after the token of :func:`first_token`.
         batch_size: As for :func:`loglikelihoods`.
+
+    Raises:
+        ValueError: If weights are missing, or the tokenizer is none; and, by a method, before a
+            task is scored, if it gives ids outside the model's vocabulary, or a task generates text
+            and no token ends one.
     """
     from lm_eval.models.huggingface import HFLM
+
+    passes.refuse_missing_weights(model)
+    own, begins = _own_tokenizer(tokenizer, model)
 
     class SharingLM(HFLM):
         """The backend, with its two methods for log-likelihoods replaced."""
@@ -51,30 +60,119 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
         def _loglikelihood_tokens(
             self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
+            _refuse_what_does_not_fit(self.model, requests, self.max_length)
             longest = min(longest_shared(self.model), self.max_length)
             fits = [len(prompt) + len(answer) <= longest + 1 for _, prompt, answer in requests]
             pairs = [request[1:] for request, fit in zip(requests, fits, strict=True) if fit]
             others = [request for request, fit in zip(requests, fits, strict=True) if not fit]
             stock = []
             if others:
-                stock = super()._loglikelihood_tokens(others, disable_tqdm, override_bs)
+                run = super()._loglikelihood_tokens
+                stock = _on_fewer(self, run, others, disable_tqdm, override_bs)
             shared = loglikelihoods(self.model, pairs, batch_size=self.batch_size)
             from_stock, from_shared = iter(stock), iter(shared)
             return [next(from_shared if fit else from_stock) for fit in fits]
+
+        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+            """As the stock backend does, where the tokenizer has a token that ends a text."""
+            if own.eos_token_id is None:
+                raise ValueError(
+                    "a task that generates text needs a tokenizer with an end-of-text token, but "
+                    "eos_token is None"
+                )
+            return _on_fewer(self, super().generate_until, requests, disable_tqdm)
 
     # HFLM ties weights again, which would undo an untied head, and sets a mode that is set already.
     with (
         passes.replaced(model, "tie_weights", lambda: None),
         passes.replaced(model, "eval", lambda: model),
     ):
-        return SharingLM(
+        scorer = SharingLM(
             pretrained=model,
-            # HFLM may give it a padding token, and what it encodes resets padding and truncation of
-            # the backend: a shallow copy shares both with the caller's tokenizer.
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=own,
             batch_size=batch_size,
             softmax_dtype="float32",
+            prefix_token_id=begins,
         )
+    # Of offloaded weights the model may name another.
+    scorer._device = passes.input_device(model)
+    return scorer
+
+
+def _own_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: nn.Module
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """A copy of a tokenizer that has a token for padding, and its :func:`first_token`."""
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise ValueError(f"tokenizer must be that of the model, got {tokenizer!r}")
+    # HFLM may give it a padding token, and what it encodes resets padding and truncation of the
+    # backend: a shallow copy shares both with the caller's tokenizer.
+    own = copy.deepcopy(tokenizer)
+    begins = first_token(own, model)
+    # HFLM would take one of these. Else it would add a token that the model does not have.
+    if own.pad_token_id is None and own.unk_token_id is None and own.eos_token_id is None:
+        own.pad_token_id = begins
+    return own, begins
+
+
+def _refuse_what_does_not_fit(model: nn.Module, requests: list, context: int) -> None:
+    """ValueError for requests (texts, prompt, answer) that the model cannot score.
+
+    Its embedding lacks an id, or its context has no room for an answer.
+    """
+    longest = max((len(answer) for *_, answer in requests), default=0)
+    if longest > context:
+        raise ValueError(
+            f"answers must fit into the model's context of {context} tokens, but one has {longest}"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = max((max(prompt + answer) for _, prompt, answer in requests), default=0)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer must be that of the model, but its token id {largest} is outside the "
+            f"vocabulary [0, {vocabulary})"
+        )
+
+
+def _on_fewer(scorer: Any, run: Callable, *given: Any) -> Any:
+    """What a method of the stock backend returns; the batch is smaller where memory is short."""
+    batches = memory.BatchSize(scorer.batch_size, noun="questions")
+    while True:
+        try:
+            return run(*given)
+        except memory.ERRORS as error:
+            batches.halve(batches.size, error)
+        scorer.batch_size_per_gpu = batches.size
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
+    """The token that a text without a prompt is put after, so that its first token is predicted.
+
+    It is the first that exists, and is one of the model's, of: the token that begins a text, that
+    which ends one, either of them by the model's configuration, the token for padding, the one for
+    what is unknown, and a line break.
+
+    Raises:
+        ValueError: If none does.
+    """
+    config = models.text_config(model)
+    known = [
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        getattr(config, "bos_token_id", None),
+        getattr(config, "eos_token_id", None),
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        *tokenizer.encode("\n", add_special_tokens=False)[-1:],
+    ]
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for token in known:
+        if isinstance(token, int) and 0 <= token < vocabulary:
+            return token
+    raise ValueError(
+        "the tokenizer must have a token that begins or ends a text, pads one or stands for what "
+        f"is unknown, within the model's vocabulary [0, {vocabulary}), got {known}"
+    )
 
 
 def longest_shared(model: nn.Module) -> float:

@@ -69,10 +69,10 @@ class Run:
         eval_ids: See above.
 
     Raises:
-        ValueError: If the model cannot take the windows; if a batch of them is larger than
-            :data:`STEP_TOKENS`; if there is a folder and a tokenizer that cannot be saved; or if
-            the folder holds anything but a run with the same settings, weights and windows (what
-            differs is named).
+        ValueError: If weights are not in memory, or the model cannot take the windows; if a batch
+            of them is larger than :data:`STEP_TOKENS`; if there is a folder and a tokenizer that
+            cannot be saved; or if the folder holds anything but a run with the same settings,
+            weights and windows (what differs is named).
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Run:
         train_ids: torch.Tensor,
         eval_ids: torch.Tensor | None,
     ):
+        passes.refuse_missing_weights(model, offloaded=False)
         models.check_input_ids(model, train_ids, shortest=2)
         if eval_ids is not None:
             models.check_input_ids(model, eval_ids, shortest=2)
@@ -95,7 +96,7 @@ class Run:
             of=f"windows of {train_ids.shape[1]} tokens, {STEP_TOKENS} in a step",
         )
         self.settings = settings
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.train_ids = train_ids
         self.eval_ids = eval_ids
         self.folder: Path | None = None

@@ -1,0 +1,126 @@
+"""Questions with tokenizers that lack special tokens, or belong to another model."""
+
+import functools
+import logging
+
+import pandas as pd
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from pruning_utils import evaluation, models
+from pruning_utils.engine import prefixes
+
+
+def tokenizer(size: int = 128, **special: str) -> PreTrainedTokenizerFast:
+    """One that reads characters: printable ones from 3 on, then names that no text holds."""
+    names = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127)), "\n"]
+    names += [f"<{number}>" for number in range(size - len(names))]
+    vocab = {name: number for number, name in enumerate(names)}
+    own = Tokenizer(BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=own, **special)
+
+
+def model(**special: int | None):
+    found = ARCHITECTURES["llama"]()
+    for name in ("bos_token_id", "eos_token_id"):
+        setattr(found.config, name, special.get(name))
+    found.config.max_position_embeddings = 2048
+    return found
+
+
+@pytest.mark.parametrize(
+    ("in_tokenizer", "in_model", "expected"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, {}, 1),
+        ({"eos_token": "</s>", "pad_token": "<unk>"}, {"bos_token_id": 7}, 2),
+        ({"pad_token": "<unk>"}, {"bos_token_id": 7, "eos_token_id": 8}, 7),
+        ({"pad_token": "!"}, {"bos_token_id": 999, "eos_token_id": [8, 9]}, 4),
+        ({"unk_token": "<unk>"}, {}, 0),
+        ({}, {}, 98),
+    ],
+)
+def test_the_token_before_a_text_without_a_prompt(in_tokenizer, in_model, expected):
+    assert prefixes.first_token(tokenizer(**in_tokenizer), model(**in_model)) == expected
+
+
+def test_questions_score_without_any_special_token_as_with_one():
+    network, bare = model(), tokenizer()
+    found = evaluation.evaluate_tasks(network, bare, ["openbookqa"], limit=3).questions
+    # Prompts are not empty there, so no token stands before them.
+    other = evaluation.evaluate_tasks(
+        network, tokenizer(eos_token="</s>", pad_token="<unk>"), ["openbookqa"], limit=3
+    ).questions
+    assert len(found) == 3 and found["nll"].gt(0).all()
+    pd.testing.assert_frame_equal(found, other)
+    assert (bare.pad_token, bare.eos_token, bare.bos_token) == (None, None, None)
+
+
+def test_no_token_at_all_is_one_clear_error():
+    lonely = tokenizer()
+    lonely.encode = lambda *_, **__: []
+    with pytest.raises(ValueError, match="must have a token that begins or ends a text"):
+        prefixes.first_token(lonely, model())
+
+
+@pytest.mark.parametrize("wrong", [None, "gpt2", torch.nn.Linear(2, 2)])
+def test_what_is_no_tokenizer_is_refused(wrong):
+    with pytest.raises(ValueError, match="tokenizer must be that of the model, got"):
+        evaluation.evaluate_tasks(model(), wrong, ["openbookqa"], limit=1)
+
+
+def test_ids_outside_the_vocabulary_are_refused_before_any_pass():
+    network = model()
+    network.resize_token_embeddings(90)  # "w" is number 90
+    network.register_forward_pre_hook(lambda *_: pytest.fail("scoring began"))
+    with pytest.raises(
+        ValueError,
+        match=r"tokenizer must be that of the model, but its token id \d+ is outside "
+        r"the vocabulary \[0, 90\)",
+    ):
+        evaluation.evaluate_tasks(network, tokenizer(bos_token="<s>"), ["openbookqa"], limit=2)
+
+
+def test_answers_longer_than_the_context_are_refused():
+    network = model()
+    network.config.max_position_embeddings = 16
+    with pytest.raises(ValueError, match=r"context of 16 tokens, but one has \d\d"):
+        evaluation.evaluate_tasks(network, tokenizer(bos_token="<s>"), ["openbookqa"], limit=2)
+
+
+def test_tokens_that_no_question_holds_do_no_harm():
+    network, known = model(), tokenizer(bos_token="<s>", eos_token="</s>")
+    longer = tokenizer(4000, bos_token="<s>", eos_token="</s>")
+    score = functools.partial(evaluation.evaluate_tasks, network, tasks=["openbookqa"], limit=2)
+    pd.testing.assert_frame_equal(score(longer).questions, score(known).questions)
+
+
+def test_generated_answers_need_a_token_that_ends_them():
+    scorer = prefixes.language_model(model(), tokenizer(bos_token="<s>"), 2)
+    with pytest.raises(ValueError, match="end-of-text token, but eos_token is None"):
+        scorer.generate_until([])
+
+
+def test_the_stock_backend_goes_on_with_smaller_batches(caplog, monkeypatch):
+    # Prompts beyond the context go there.
+    network, known = model(), tokenizer(bos_token="<s>", eos_token="</s>")
+    network.config.max_position_embeddings = 40
+    score = functools.partial(
+        evaluation.evaluate_tasks, network, known, ["openbookqa"], limit=2, batch_size=4
+    )
+    expected, calls = score().questions, []
+
+    def refuse(module, given, named):
+        states = given[0] if given else named["hidden_states"]
+        calls.append(len(states))
+        if len(states) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    models.decoder_layers(network)[-1].register_forward_pre_hook(refuse, with_kwargs=True)
+    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
+        pd.testing.assert_frame_equal(score().questions, expected, rtol=1e-5)
+    assert calls[:2] == [4, 2] and max(calls[1:]) == 2
+    assert "a batch of 4 questions does not fit into memory; going on with 2" in caplog.text
