@@ -31,6 +31,9 @@ LOGITS_AT_ONCE = 2**22  # in float32: 16 MiB
 NOT_RECORDED = ("model", "tokenizer", "train_ids", "eval_ids", "output_dir", "merge")
 # Parts of the names of attention and other token mixers.
 NOT_FEED_FORWARD = ("attn", "attention", "mixer", "conv", "ssm", "mamba")
+# Parts of the names of classes that derive from PyTorch's linear module and do more: they choose
+# experts, or multiply groups of features apart.
+NOT_LINEAR = ("Router", "Grouped")
 LARGEST = 2**32 - 1  # of a whole number among the settings
 
 
@@ -285,7 +288,9 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     linear = [
         name
         for name, module in model.named_modules()
-        if name.startswith(prefix) and isinstance(module, nn.Linear | Conv1D)
+        if name.startswith(prefix)
+        and isinstance(module, nn.Linear | Conv1D)
+        and not any(part in type(module).__name__ for part in NOT_LINEAR)
     ]
     known = {name.rpartition(".")[2] for name in linear}
     listed = targets if isinstance(targets, list | tuple) else []

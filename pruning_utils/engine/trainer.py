@@ -9,6 +9,7 @@ Importing this module imports transformers, which takes seconds: import it where
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -261,6 +262,24 @@ class HealingTrainer(Trainer):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
         return self.mean_loss(logits, ids)
+
+    def _save(self, *given: Any, **named: Any) -> None:
+        """As of Trainer, but under the names that the weights have in memory.
+
+        Trainer loads weights by these. Many models save theirs by other names, of older versions.
+        """
+        own = functools.partial(self.model.save_pretrained, save_original_format=False)
+        save = self.model.save_pretrained if hasattr(self.model, "peft_config") else own
+        with passes.replaced(self.model, "save_pretrained", save):
+            super()._save(*given, **named)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint whose weights are not those of the model."""
+        if load_result.unexpected_keys:
+            raise ValueError(
+                f"{self.args.output_dir} holds weights of other names, such as "
+                f"{load_result.unexpected_keys[0]}: delete it to train from the beginning"
+            )
 
     def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
         """As of Trainer, but the dropout that follows does not depend on evaluations."""

@@ -1,0 +1,123 @@
+"""Text decoders inside larger configurations, and models that are saved under other names."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES, SIZES
+from test_healing import Tokenizer, bits, same
+
+from pruning_utils import evaluation, healing, importance, similarity, surgery
+
+TEXT = SIZES | {"num_hidden_layers": 3, "head_dim": 8}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+CONFIGURATIONS = {
+    "gemma3": lambda: transformers.Gemma3Config(
+        text_config=TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 8},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+    ),
+    "llama4": lambda: transformers.Llama4Config(
+        text_config=TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 2},
+        vision_config=VISION
+        | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    ),
+}
+IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(3))
+SETTINGS = {"steps": 2, "warmup_steps": 0, "batch_size": 2, "rank": 2, "last_k": 1}
+
+
+def decoder(name: str):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGURATIONS[name]()).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.15)
+    return model
+
+
+def own_loss(model) -> float:
+    with torch.no_grad():
+        logits = model(IDS, use_cache=False).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_text_decoder_is_scanned_and_scored(name):
+    model = decoder(name)
+    assert similarity.measure_similarity(model, IDS).block_influence.shape == (3,)
+    loss = float(evaluation.token_losses(model, IDS).double().mean())
+    assert loss == pytest.approx(own_loss(model), abs=1e-5)
+    without = importance.perplexity_without_layer(model, IDS)
+    for layer in (0, 2):
+        cut = surgery.drop_layers(copy.deepcopy(model), [layer])
+        assert without[layer] == pytest.approx(evaluation.perplexity(cut, IDS), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("gemma3", "qlora"), ("gemma3", "dora"), ("gemma3", "full"), ("llama4", "lora")],
+)
+def test_a_text_decoder_is_cut_healed_saved_and_loaded(name, method, tmp_path, monkeypatch):
+    model = surgery.drop_layers(decoder(name), [1])
+    settings = SETTINGS | {"method": method, "merge": True, "output_dir": tmp_path / "run"}
+    healed = healing.heal(model, Tokenizer, IDS, **settings).model
+    assert type(healed) is type(model)
+    # Set for the time of the training, also where a configuration has none.
+    assert ("use_cache" in vars(healed.config)) == ("use_cache" in vars(model.config))
+    assert healed.config.text_config.use_cache == model.config.text_config.use_cache
+    assert own_loss(healed) < own_loss(model)
+    surgery.save(healed, Tokenizer, tmp_path / "saved")
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32
+    )
+    assert own_loss(back.eval()) == pytest.approx(own_loss(healed), abs=1e-6)
+    monkeypatch.setattr(healing, "_mean_loss", lambda *_: pytest.fail("trained again"))
+    assert same(bits(healing.heal(model, Tokenizer, IDS, **settings).model), bits(healed))
+
+
+def test_a_run_goes_on_where_weights_are_saved_under_other_names(tmp_path, monkeypatch):
+    """Experts lie in one tensor in memory, and are saved one by one."""
+    model = ARCHITECTURES["mixtral"]()
+    settings = SETTINGS | {"method": "last_layers", "output_dir": tmp_path / "run"}
+    healed = healing.heal(model, Tokenizer, IDS, **settings).model
+    changed = {name for name, tensor in bits(healed).items() if (tensor != bits(model)[name]).any()}
+    assert any("experts" in name for name in changed)
+    monkeypatch.setattr(healing, "_mean_loss", lambda *_: pytest.fail("trained again"))
+    assert same(bits(healing.heal(model, Tokenizer, IDS, **settings).model), bits(healed))
+
+
+def test_a_checkpoint_of_other_names_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from pruning_utils.engine import trainer
+
+    model = ARCHITECTURES["llama"]()
+    settings = SETTINGS | {"method": "last_layers", "output_dir": tmp_path / "run"}
+    healing.heal(model, Tokenizer, IDS, **settings)
+    last = tmp_path / "run/checkpoint-2"
+    weights = load_file(last / "model.safetensors")
+    renamed = {name.replace("mlp", "feed_forward"): value for name, value in weights.items()}
+    save_file(renamed, last / "model.safetensors", metadata={"format": "pt"})
+    trainer.seal(last)
+    with pytest.raises(ValueError, match="holds weights of other names, such as .*feed_forward"):
+        healing.heal(model, Tokenizer, IDS, **settings)
+
+
+def test_what_chooses_experts_gets_no_adapter():
+    model = decoder("llama4")
+    routers = [name for name, module in model.named_modules() if "Router" in type(module).__name__]
+    targets = healing.adapter_targets(model, "all")
+    assert routers and not set(routers) & set(targets)
+    assert any(name.endswith("down_proj") for name in targets)
+    with pytest.raises(ValueError, match="targets must be"):
+        healing.adapter_targets(model, ["router"])
