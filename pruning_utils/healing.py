@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +33,7 @@ NOT_RECORDED = ("model", "tokenizer", "train_ids", "eval_ids", "output_dir", "me
 NOT_FEED_FORWARD = ("attn", "attention", "mixer", "conv", "ssm", "mamba")
 # Parts of the names of classes that derive from PyTorch's linear module and do more: they choose
 # experts, or multiply groups of features apart.
-NOT_LINEAR = ("Router", "Grouped")
+NOT_LINEAR = re.compile("Router|Grouped")
 LARGEST = 2**32 - 1  # of a whole number among the settings
 
 
@@ -182,9 +182,7 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
     for name, (low, high) in whole_numbers.items():
         settings[name] = whole_number(name, settings[name], low, high)
     for name in ("learning_rate", "alpha"):
-        settings[name] = number(
-            name, settings[name], "above 0", lambda value: 0 < value <= sys.float_info.max
-        )
+        settings[name] = number(name, settings[name], "above 0", lambda value: 0 < value < 1e300)
     settings["dropout"] = number(
         "dropout", settings["dropout"], "in [0, 1)", lambda share: 0 <= share < 1
     )
@@ -290,7 +288,7 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
         for name, module in model.named_modules()
         if name.startswith(prefix)
         and isinstance(module, nn.Linear | Conv1D)
-        and not any(part in type(module).__name__ for part in NOT_LINEAR)
+        and not NOT_LINEAR.search(type(module).__name__)
     ]
     known = {name.rpartition(".")[2] for name in linear}
     listed = targets if isinstance(targets, list | tuple) else []
