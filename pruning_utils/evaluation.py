@@ -75,12 +75,10 @@ def token_losses(model: nn.Module, input_ids: torch.Tensor, *, batch_size: int =
         ValueError: If an argument is out of range, weights are missing, or a loss is NaN.
         MemoryError: If not even one window fits into memory.
     """
-    models.check_input_ids(model, input_ids, shortest=2)
+    input_ids = models.check_input_ids(model, input_ids, shortest=2)
     passes.refuse_missing_weights(model)
-    if input_ids.dtype == torch.bool:
-        raise ValueError("input_ids must hold integers, got torch.bool")
     batches = memory.BatchSize(whole_number("batch_size", batch_size, 1), noun="windows")
-    input_ids = input_ids.to(passes.input_device(model), torch.long)
+    input_ids = input_ids.to(passes.input_device(model))
     with passes.evaluation_mode(model), torch.no_grad():
         losses = batches.run(lambda rows: batch_losses(model, input_ids[rows]), len(input_ids))
     return refuse_nan(torch.cat(losses))

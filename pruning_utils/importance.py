@@ -82,9 +82,9 @@ def taylor(
         MemoryError: If not even one sample fits into memory.
     """
     _refuse_quantized(model)
-    models.check_input_ids(model, input_ids, shortest=2)
+    input_ids = models.check_input_ids(model, input_ids, shortest=2)
     passes.refuse_missing_weights(model, offloaded=False)
-    input_ids = input_ids.to(passes.input_device(model), torch.long)
+    input_ids = input_ids.to(passes.input_device(model))
     batches = memory.BatchSize(min(len(input_ids), _checked_size(batch_size, input_ids, 1)))
     alone: list = [None] * len(models.decoder_layers(model))
     while True:
@@ -213,11 +213,11 @@ def perplexity_without_block(
         ValueError: If an argument is out of range, weights are missing, or a loss is NaN.
         MemoryError: If not even one sample fits into memory.
     """
-    models.check_input_ids(model, input_ids, shortest=2)
+    input_ids = models.check_input_ids(model, input_ids, shortest=2)
     passes.refuse_missing_weights(model)
     n_layers = len(models.decoder_layers(model))
     block_size = whole_number("block_size", block_size, 1, n_layers - 1)
-    input_ids = input_ids.to(passes.input_device(model), torch.long)
+    input_ids = input_ids.to(passes.input_device(model))
     n_streams = n_layers - block_size + 2
     size = _checked_size(batch_size, input_ids, n_streams)
     alone: list = [None] * n_layers

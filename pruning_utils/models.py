@@ -7,7 +7,7 @@ import copy
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ def load_model(
         ModuleNotFoundError: If the embedded package is not installed; the message says how to
             install it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     device = runtime.choose_device(device)
     precision = runtime.resolve_dtype(dtype, device)
@@ -78,13 +78,13 @@ def load_model(
     on_disk = contextlib.nullcontext() if os.path.isdir(source) else hub.asked_or_cached()
     with quiet_loading(), model_files.named_errors(source, revision), on_disk:
         model_files.refuse_adapter(source, options)
-        config = _load_config(source, options)
+        config = model_files.configuration(source, options)
         if quantize and getattr(config, "quantization_config", None):
             raise ValueError(
                 f"its weights are quantised already, so quantize must be None, got {quantize!r}"
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = model_files.auto_class(config).from_pretrained(
             source,
             use_safetensors=True,
             dtype=precision,
@@ -95,6 +95,7 @@ def load_model(
             **storage,
         )
         model_files.refuse_other_weights(report)
+        model_files.refuse_picture_needed(model)
         if quantize and not any(
             "bitsandbytes" in type(part).__module__ for part in decoder_layers(model).modules()
         ):
@@ -138,30 +139,6 @@ def _resolve(name: str | os.PathLike, revision: str | None) -> str:
             "'owner/name'"
         )
     return source
-
-
-def _load_config(source: str, options: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration, refused where the model is not a decoder-only language model."""
-    from transformers import AutoConfig, PreTrainedConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING,
-    )
-
-    model_files.refuse_kernels_of_hub(PreTrainedConfig.get_config_dict(source, **options)[0])
-    config = AutoConfig.from_pretrained(source, **options)
-    kinds = {
-        "an encoder-decoder": getattr(config, "is_encoder_decoder", False),
-        "an encoder-only": type(config) in MODEL_FOR_MASKED_LM_MAPPING,
-        "not a causal language": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING,
-    }
-    for kind, is_so in kinds.items():
-        if is_so:
-            raise ValueError(
-                f"{config.model_type} is {kind} model; layer pruning needs a decoder-only language "
-                "model"
-            )
-    return config
 
 
 def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) -> str:

@@ -90,7 +90,7 @@ def measure_similarity(
             named).
         MemoryError: If not even one sample fits into memory.
     """
-    models.check_input_ids(model, input_ids)
+    input_ids = models.check_input_ids(model, input_ids)
     passes.refuse_missing_weights(model)
     batches = memory.BatchSize(whole_number("batch_size", batch_size, 1))
     rows, lengths = align_right_padded(input_ids, attention_mask)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pruning_utils import __version__, runtime
-from pruning_utils.engine import held_configurations, saved_models, wrappers
+from pruning_utils.engine import held_configurations, passes, saved_models, wrappers
 from pruning_utils.models import decoder_layers, text_config
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -439,7 +439,7 @@ def save(
             stays.
     """
     wrappers.refuse_wrapped(model)
-    wrappers.refuse_no_weights(model)
+    passes.refuse_missing_weights(model)
     path = Path(path)
     ours = path.is_dir() and (overwrite or (path / MARKER).is_file() or not any(path.iterdir()))
     if path.exists() and not ours:

@@ -116,7 +116,7 @@ def prune_width(
             "input_ids"
         )
     if input_ids is not None:
-        models.check_input_ids(model, input_ids, shortest=2)
+        input_ids = models.check_input_ids(model, input_ids, shortest=2)
     plan = _plan(model, intermediate_size, n_kv_heads)
     if not plan.cuts:
         return model

@@ -41,7 +41,6 @@ ORDER = (
     "models",
     "engine.passes",
     "data",
-    "engine.passes",
     "similarity",
     "selection",
     "engine.held_configurations",

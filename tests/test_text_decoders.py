@@ -7,8 +7,11 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, SIZES
 from test_healing import Tokenizer, bits, same
+from tokenizers import Tokenizer as Tokenizers
+from tokenizers.models import BPE
 
-from pruning_utils import evaluation, healing, importance, similarity, surgery
+from pruning_utils import evaluation, healing, importance, models, similarity, surgery
+from pruning_utils.engine import model_files
 
 TEXT = SIZES | {"num_hidden_layers": 3, "head_dim": 8}
 VISION = {
@@ -30,6 +33,17 @@ CONFIGURATIONS = {
         vision_config=VISION
         | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
     ),
+    # These are known as models of pictures and text only.
+    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
+        text_config=TEXT
+        | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "depth": 2, "num_heads": 2}
+        | {"out_hidden_size": 32},
+    ),
+    "llava": lambda: transformers.LlavaConfig(
+        text_config=TEXT | {"model_type": "llama"},
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+    ),
 }
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(3))
 SETTINGS = {"steps": 2, "warmup_steps": 0, "batch_size": 2, "rank": 2, "last_k": 1}
@@ -37,12 +51,20 @@ SETTINGS = {"steps": 2, "warmup_steps": 0, "batch_size": 2, "rank": 2, "last_k":
 
 def decoder(name: str):
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGURATIONS[name]()).eval()
+    config = CONFIGURATIONS[name]()
+    model = model_files.auto_class(config).from_config(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(0, 0.15)
     return model
+
+
+def usual_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    own = Tokenizers(BPE({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, [], unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=own, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def own_loss(model) -> float:
@@ -65,10 +87,20 @@ def test_a_text_decoder_is_scanned_and_scored(name):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("gemma3", "qlora"), ("gemma3", "dora"), ("gemma3", "full"), ("llama4", "lora")],
+    [
+        ("gemma3", "qlora"),
+        ("gemma3", "dora"),
+        ("gemma3", "full"),
+        ("llama4", "lora"),
+        ("qwen2_5_vl", "qlora"),
+        ("llava", "last_layers"),
+    ],
 )
 def test_a_text_decoder_is_cut_healed_saved_and_loaded(name, method, tmp_path, monkeypatch):
-    model = surgery.drop_layers(decoder(name), [1])
+    decoder(name).save_pretrained(tmp_path / "whole")
+    usual_tokenizer().save_pretrained(tmp_path / "whole")
+    model, _ = models.load_model(tmp_path / "whole", dtype="float32")
+    surgery.drop_layers(model, [1])
     settings = SETTINGS | {"method": method, "merge": True, "output_dir": tmp_path / "run"}
     healed = healing.heal(model, Tokenizer, IDS, **settings).model
     assert type(healed) is type(model)
@@ -77,9 +109,7 @@ def test_a_text_decoder_is_cut_healed_saved_and_loaded(name, method, tmp_path, m
     assert healed.config.text_config.use_cache == model.config.text_config.use_cache
     assert own_loss(healed) < own_loss(model)
     surgery.save(healed, Tokenizer, tmp_path / "saved")
-    back = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "saved", dtype=torch.float32
-    )
+    back = type(model).from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert own_loss(back.eval()) == pytest.approx(own_loss(healed), abs=1e-6)
     monkeypatch.setattr(healing, "_mean_loss", lambda *_: pytest.fail("trained again"))
     assert same(bits(healing.heal(model, Tokenizer, IDS, **settings).model), bits(healed))
@@ -121,3 +151,14 @@ def test_what_chooses_experts_gets_no_adapter():
     assert any(name.endswith("down_proj") for name in targets)
     with pytest.raises(ValueError, match="targets must be"):
         healing.adapter_targets(model, ["router"])
+
+
+def test_a_model_that_needs_pictures_is_refused_as_it_is_loaded(tmp_path):
+    config = transformers.BlipConfig(
+        text_config=SIZES | {"num_hidden_layers": 3, "encoder_hidden_size": 16},
+        vision_config=VISION,
+    )
+    transformers.BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    usual_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot be loaded: blip .* of text alone"):
+        models.load_model(tmp_path)

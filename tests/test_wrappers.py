@@ -1,13 +1,11 @@
 """What is no model, or hides one, is refused with a word on what to pass."""
 
-import accelerate
 import pytest
 import torch
 from architectures import tiny
 from torch import nn
 
 from pruning_utils import importance, models, similarity, surgery
-from pruning_utils.engine import wrappers
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(3))
 WRAPPED = {
@@ -49,14 +47,3 @@ def test_a_model_compiled_in_place_is_itself():
     model = tiny("LlamaConfig")
     model.compile(backend="eager")
     assert len(surgery.drop_layers(model, [1]).model.layers) == 7
-
-
-def test_weights_that_are_nowhere_are_told_from_weights_that_are_brought_back():
-    whole = tiny("LlamaConfig")
-    wrappers.refuse_no_weights(whole)
-    whole.model.layers[3].mlp.to("meta")
-    with pytest.raises(ValueError, match="model.layers.3.mlp.* has no values"):
-        wrappers.refuse_no_weights(whole)
-    moved = accelerate.cpu_offload(tiny("LlamaConfig"), execution_device="cpu")
-    assert any(weight.is_meta for weight in moved.parameters())
-    wrappers.refuse_no_weights(moved)

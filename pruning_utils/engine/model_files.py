@@ -6,9 +6,15 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from pruning_utils.engine.memory import is_lack_of_memory
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 # Fields of a configuration that may name a kernel on a hub, which is code.
 KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
@@ -55,6 +61,50 @@ def refuse_kernels_of_hub(settings: dict[str, Any]) -> None:
             refuse_kernels_of_hub(value)
 
 
+def configuration(source: str, options: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a model, once it is seen to ask for no code.
+
+    Args:
+        source: A directory or a hub id.
+        options: Further arguments for reading it.
+
+    Raises:
+        ValueError: If a field names a kernel on a hub.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    refuse_kernels_of_hub(PreTrainedConfig.get_config_dict(source, **options)[0])
+    return AutoConfig.from_pretrained(source, **options)
+
+
+def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
+    """The class of transformers that loads a model with this configuration.
+
+    Of a model that also takes pictures the text decoder is what is measured, cut and healed.
+
+    Raises:
+        ValueError: If it is no decoder-only language model; what it is instead is said.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as known
+
+    takes_pictures = type(config) in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_causal = type(config) in known.MODEL_FOR_CAUSAL_LM_MAPPING
+    kinds = {
+        "an encoder-decoder": getattr(config, "is_encoder_decoder", False),
+        "an encoder-only": type(config) in known.MODEL_FOR_MASKED_LM_MAPPING,
+        "not a causal language": not is_causal and not takes_pictures,
+    }
+    for kind, is_so in kinds.items():
+        if is_so:
+            raise ValueError(
+                f"{config.model_type} is {kind} model; layer pruning needs a decoder-only language "
+                "model"
+            )
+    # As a causal language model alone, some would leave the weights for pictures out.
+    return AutoModelForImageTextToText if takes_pictures else AutoModelForCausalLM
+
+
 def refuse_other_weights(report: dict[str, Any]) -> None:
     """Refuse a model whose files hold other weights than its configuration describes.
 
@@ -77,6 +127,33 @@ def refuse_other_weights(report: dict[str, Any]) -> None:
         )
 
 
+def refuse_picture_needed(model: PreTrainedModel) -> None:
+    """Refuse a model that takes pictures and cannot do without, seen on a text of two tokens.
+
+    Raises:
+        ValueError: If it gives no logits for each token of a text alone.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    takes_pictures = type(model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    # Their first pass may repack quantised weights, and it takes time: only where it is needed.
+    if not takes_pictures or getattr(model, "is_quantized", False):
+        return
+    text = torch.tensor([[0, 1]], device=model.device)
+    try:
+        with torch.no_grad():
+            n_positions = model(input_ids=text, use_cache=False).logits.shape[1]
+    except Exception as error:  # each architecture misses its picture in its own way
+        if is_lack_of_memory(error):
+            raise
+        n_positions = 0
+    if n_positions != text.shape[1]:
+        raise ValueError(
+            f"{model.config.model_type} gives no prediction for each token of text alone; layer "
+            "pruning needs a decoder-only language model"
+        )
+
+
 @contextlib.contextmanager
 def named_errors(source: str, revision: str | None) -> Iterator[None]:
     """Turn what libraries raise about a model into one ValueError that names it and says why.
@@ -90,17 +167,11 @@ def named_errors(source: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each quantisation and architecture fails in its own way
-        if getattr(error, "errno", None) or is_out_of_memory(error):
+        if getattr(error, "errno", None) or is_lack_of_memory(error):
             raise
         raise ValueError(
             f"{source!r} cannot be loaded: {_fault(error, source, revision)}"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU, in Python, or in torch on the CPU."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def _fault(error: Exception, source: str, revision: str | None) -> str:

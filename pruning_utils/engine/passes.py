@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pruning_utils import models, runtime
+from pruning_utils.engine import wrappers
 
 # float32 logits that are alive at a time: 128 MiB.
 LOGITS_AT_ONCE = 2**25
@@ -124,8 +125,10 @@ def refuse_missing_weights(model: nn.Module, *, offloaded: bool = True) -> None:
             they are not.
 
     Raises:
-        ValueError: If a parameter or buffer is on the device ``meta``; the first one is named.
+        ValueError: If a parameter or buffer is on the device ``meta``; the first one is named. Also
+            for what is no model, or is inside something else.
     """
+    wrappers.refuse_wrapped(model)
     # Of each module, whether a hook on it or above it brings in all that it holds.
     brought: dict[str, bool] = {}
     for name, module in model.named_modules():

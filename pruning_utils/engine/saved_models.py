@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from pruning_utils.embedded import quiet_loading
 from pruning_utils.engine import passes
+from pruning_utils.engine.memory import is_lack_of_memory
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -71,9 +72,11 @@ def write(
             tokenizer.save_pretrained(folder)
             _complete(folder / "tokenizer_config.json", _complete_tokenizer)
         refuse_unlike(model, folder)
-    except (OSError, MemoryError, torch.OutOfMemoryError, SafetensorError):
+    except (OSError, SafetensorError):
         raise
     except Exception as error:  # the code of architectures and quantisers fails in many ways
+        if is_lack_of_memory(error):
+            raise
         told = str(error) or type(error).__name__
         raise ValueError(f"{type(model).__name__} cannot be saved: {told}") from error
 
@@ -127,7 +130,9 @@ def true_configuration(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _complete(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change, in place, what a JSON file says."""
+    """Change, in place, what a JSON file says, if there is one."""
+    if not path.is_file():
+        return
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)

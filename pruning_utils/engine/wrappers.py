@@ -32,31 +32,3 @@ def refuse_wrapped(model: object) -> None:
             f"model must be a causal language model of transformers, as load_model returns it, got "
             f"{'the class ' + model.__name__ if isinstance(model, type) else kind}"
         )
-
-
-def refuse_no_weights(model: nn.Module) -> None:
-    """Refuse a model some of whose weights are nowhere: their products would be made up.
-
-    Weights that accelerate has moved to the CPU or to disk pass: it brings them back as they are
-    needed.
-
-    Args:
-        model: A causal language model.
-
-    Raises:
-        ValueError: If a weight is on torch's device ``meta`` and nothing would load it.
-    """
-    for path, part in model.named_modules():
-        for name, weight in part.named_parameters(recurse=False):
-            if weight.is_meta and not _is_brought_back(part):
-                raise ValueError(
-                    f"{path}.{name} has no values (it is on torch's device meta): load the weights "
-                    "first"
-                )
-
-
-def _is_brought_back(part: nn.Module) -> bool:
-    """Whether accelerate loads a module's weights before it runs."""
-    hook = getattr(part, "_hf_hook", None)
-    hooks = [hook, *getattr(hook, "hooks", ())]
-    return any(getattr(one, "offload", False) for one in hooks)
