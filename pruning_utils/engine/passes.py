@@ -65,9 +65,15 @@ def run_backbone(
         """Called after the forward of each candidate."""
         outputs[module] = output
 
-    # Most models call their base model. OPT calls the decoder inside it, and Llama 4 has it under
-    # another name.
-    candidates = (causal.base_model, causal.get_decoder(), getattr(causal, "model", causal))
+    # Most models call their base model. OPT calls the decoder inside it, Llama 4 has it under
+    # another name, and where it takes pictures, in a causal language model inside it.
+    decoder = causal.get_decoder()
+    candidates = (
+        causal.base_model,
+        decoder,
+        getattr(causal, "model", causal),
+        getattr(decoder, "model", causal),
+    )
     with contextlib.ExitStack() as undo:
         for module in set(candidates) - {causal}:
             undo.enter_context(module.register_forward_hook(keep))
@@ -76,12 +82,12 @@ def run_backbone(
         head = model.get_output_embeddings()
         undo.enter_context(replaced(head, "forward", lambda states: states[..., :1]))
         model(batch, logits_to_keep=1, **{"use_cache": False, **inputs})
-    backbone = next((module for module in candidates if module in outputs), None)
-    output = outputs.get(backbone)
-    states = getattr(output, "last_hidden_state", None)
-    if states is None or states.shape[:2] != batch.shape:
-        return None, None
-    return backbone, output
+    for module in candidates:
+        output = outputs.get(module)
+        states = getattr(output, "last_hidden_state", None)
+        if states is not None and states.shape[:2] == batch.shape:
+            return module, output
+    return None, None
 
 
 def head_logits(
