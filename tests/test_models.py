@@ -545,6 +545,22 @@ def test_weights_that_the_configuration_leaves_out_are_refused(llama_copy):
         models.load_model(llama_copy)
 
 
+@pytest.mark.parametrize("n_layers", [0, -1, 10**9])
+def test_a_number_of_layers_that_is_none_is_refused_at_once(llama_copy, n_layers):
+    edit_config(llama_copy, num_hidden_layers=n_layers)
+    with pytest.raises(ValueError, match=f"cannot be loaded: .*num_hidden_layers.*{n_layers}"):
+        models.load_model(llama_copy)
+
+
+def test_weights_outside_the_directory_are_refused(llama_copy):
+    """By an index of shards; what lies there would be no part of the model's identity either."""
+    (llama_copy / "model.safetensors").rename(llama_copy.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
+    (llama_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="cannot be loaded: .*'../elsewhere.safetensors' as weig"):
+        models.load_model(llama_copy)
+
+
 @pytest.mark.parametrize("has_configuration", [False, True])
 def test_an_adapter_is_told_from_a_model(llama_copy, tmp_path, has_configuration):
     base = LlamaForCausalLM.from_pretrained(llama_copy)

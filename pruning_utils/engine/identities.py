@@ -51,14 +51,24 @@ def directory_digest(folder: Path) -> str:
         ValueError: If the configuration or an index is damaged, or names a file that is not below
             the directory.
     """
-    paths = [folder / name for name in _names(folder)]
+    paths = [folder / name for name in files_read(folder)]
     digests = _file_digests(paths)
     found = [(path.relative_to(folder).as_posix(), digests[path]) for path in paths]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def _names(folder: Path) -> list[str]:
-    """The files that are read, by their names below a directory, sorted."""
+def files_read(folder: Path) -> list[str]:
+    """The files that a model and its tokenizer are loaded from.
+
+    Args:
+        folder: Their directory.
+
+    Returns:
+        Names below the directory, sorted.
+
+    Raises:
+        ValueError: As for :func:`directory_digest`.
+    """
     names = {path.name for path in folder.iterdir() if _is_read(path.name)}
     names |= {f"{TEMPLATES}/{path.name}" for path in folder.glob(f"{TEMPLATES}/*.jinja")}
     chosen = _object(folder / "config.json").get("transformers_weights")

@@ -6,10 +6,13 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pruning_utils.engine import identities
+from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.memory import is_lack_of_memory
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -19,6 +22,8 @@ if TYPE_CHECKING:  # importing it takes seconds
 # Fields of a configuration that may name a kernel on a hub, which is code.
 KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 ADAPTER = "adapter_config.json"
+# Ten times as many as the deepest model that is known has.
+MOST_LAYERS = 10_000
 
 
 def refuse_adapter(source: str, options: dict[str, Any]) -> None:
@@ -62,19 +67,27 @@ def refuse_kernels_of_hub(settings: dict[str, Any]) -> None:
 
 
 def configuration(source: str, options: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a model, once it is seen to ask for no code.
+    """The configuration of a model, once it is seen to ask for no code and no foreign file.
 
     Args:
         source: A directory or a hub id.
         options: Further arguments for reading it.
 
     Raises:
-        ValueError: If a field names a kernel on a hub.
+        ValueError: If a field names a kernel on a hub, or the number of layers is no such number,
+            or weights are said to lie outside a directory.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
+    if os.path.isdir(source):
+        identities.files_read(Path(source))
     refuse_kernels_of_hub(PreTrainedConfig.get_config_dict(source, **options)[0])
-    return AutoConfig.from_pretrained(source, **options)
+    config = AutoConfig.from_pretrained(source, **options)
+    # Layers are made before a weight is read: too many would take hours.
+    n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if n_layers is not None:
+        whole_number("num_hidden_layers", n_layers, 1, MOST_LAYERS)
+    return config
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
