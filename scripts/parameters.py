@@ -6,9 +6,10 @@ A parameter is set by its name. One value inside a mapping is set by a dotted na
 - Values come from the notebook, then the profile's section ``all``, its section of the notebook,
   and the command line. In each of these whole values come first, and dotted names after them.
 - A dotted name only replaces what is there, by a value of the type that the notebook's own has.
-- A whole mapping replaces the one before it. Most mappings hold settings: the notebook knows their
-  keys, and another key would be read by nobody or fail hours later, so it is refused. Those of
-  :data:`CHOSEN_KEYS` are keyed by names that the user chooses, so they may be given any keys.
+- A whole mapping replaces the one before it, and is looked at inside too. Most mappings hold
+  settings: the notebook reads them by their keys, so each must be there with a value of its type,
+  and another key would be read by nobody or fail hours later. Those of :data:`CHOSEN_KEYS` are
+  keyed by names that the user chooses, so they may be given any keys, with values like theirs.
 - Sections of a profile share mappings. There a mapping of settings may hold a key that another
   notebook has in its mapping of that name.
 """
@@ -20,18 +21,18 @@ from collections.abc import Iterable
 
 import yaml
 
-# Parameters whose mapping is keyed by names that the user chooses, and what these name.
+# Mappings that are keyed by names that the user chooses, and what these name.
 CHOSEN_KEYS = {
-    "tasks": "tasks",
-    "shot_tasks": "tasks",
-    "texts": "evaluation texts",
-    "sources": "texts to heal on, or their labels",
+    "scored_on.tasks": "tasks",
+    "scored_on.texts": "evaluation texts",
+    "shots.tasks": "tasks",
+    "healing.rates": "ways to train, or sets of layers and for each its ways",
+    "healing.sources": "texts to heal on, by their labels",
+    "swapped.sets": "sets of layers",
     "shapes": "shapes of a smaller model",
-    "grids": "sets of layers",
-    "rounds": "sets of layers",
-    "candidates": "sets of layers",
-    "swapped": "sets of layers",
 }
+# What may stand where the notebook's own value has another type: names in place of a word for them.
+OTHER_TYPES: dict[str, type] = {"healing.targets": list}
 
 
 class Refused(ValueError):
@@ -65,27 +66,28 @@ class Values:
 
         Args:
             given: Values by name.
-            known: For each mapping of settings the keys that it may have.
+            known: For each mapping of settings, by its dotted name, the keys that it may have.
         """
         dotted = [key for key in given if "." in str(key)]
         for key, value in given.items():
             if key not in dotted:
                 self._give_whole(key, value, known)
         for key in dotted:
-            self._give_inside(key, given[key])
+            self._give_inside(key, given[key], known)
 
     def _give_whole(self, key: str, value: object, known: dict[str, list[str]]) -> None:
-        fault = parameter_fault(self.notebook, key, value, self.defaults)
-        if not fault and isinstance(value, dict) and key in known:
-            fault = key_fault(self.notebook, key, value, known[key])
+        fault = parameter_fault(self.notebook, key, self.defaults)
+        if not fault:
+            fault = value_fault(self.notebook, key, value, own=self.defaults[key], known=known)
         if fault:
             self.faults.append(fault)
         self.now[key] = value
 
-    def _give_inside(self, dotted: str, value: object) -> None:
+    def _give_inside(self, dotted: str, value: object, known: dict[str, list[str]]) -> None:
         parameter, *path = dotted.split(".")
-        if parameter not in self.defaults:
-            self.faults.append(parameter_fault(self.notebook, parameter, value, self.defaults))
+        fault = parameter_fault(self.notebook, parameter, self.defaults)
+        if fault:
+            self.faults.append(fault)
             return
         try:
             self.now[parameter] = with_value_inside(
@@ -93,6 +95,7 @@ class Values:
                 path,
                 value,
                 own=self.defaults[parameter],
+                known=known,
                 notebook=self.notebook,
                 name=parameter,
             )
@@ -101,7 +104,14 @@ class Values:
 
 
 def with_value_inside(
-    mapping: object, path: list[str], value: object, *, own: object, notebook: str, name: str
+    mapping: object,
+    path: list[str],
+    value: object,
+    *,
+    own: object,
+    known: dict[str, list[str]],
+    notebook: str,
+    name: str,
 ) -> object:
     """A copy of a mapping with another value at the end of a path of keys.
 
@@ -110,6 +120,7 @@ def with_value_inside(
         path: At least one key; each but the first is looked for in the value of the one before.
         value: What takes the place of the value there.
         own: The notebook's own mapping, whose value there tells the type.
+        known: As for :meth:`Values.give`.
         notebook: The notebook's name, for messages.
         name: The mapping's name, for messages.
 
@@ -126,27 +137,51 @@ def with_value_inside(
     own_value = own[key] if isinstance(own, dict) and key in own else mapping[key]
     if deeper:
         value = with_value_inside(
-            mapping[key], deeper, value, own=own_value, notebook=notebook, name=inner
+            mapping[key], deeper, value, own=own_value, known=known, notebook=notebook, name=inner
         )
     else:
-        fault = type_fault(notebook, inner, value, own_value)
+        fault = value_fault(notebook, inner, value, own=own_value, known=known)
         if fault:
             raise Refused(fault)
     return {**mapping, key: value}
 
 
 def setting_keys(notebooks: Iterable[dict[str, object]]) -> dict[str, list[str]]:
-    """For each mapping of settings the keys that it has by default in one of these notebooks.
+    """For each mapping of settings, by its dotted name, its keys in one of these notebooks.
 
     Args:
         notebooks: Of each notebook its own values.
     """
     found: dict[str, list[str]] = {}
     for defaults in notebooks:
-        for name, value in defaults.items():
-            if isinstance(value, dict) and name not in CHOSEN_KEYS:
+        for name, value in mappings_in(defaults):
+            if not has_chosen_keys(name):
                 found[name] = list(dict.fromkeys([*found.get(name, []), *value]))
     return found
+
+
+def mappings_in(values: dict, name: str = "") -> list[tuple[str, dict]]:
+    """All mappings among values and inside them, each with its dotted name.
+
+    Args:
+        values: Values by name.
+        name: The dotted name of what holds them; "" for parameters.
+    """
+    found: list[tuple[str, dict]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            inner = f"{name}.{key}" if name else str(key)
+            found += [(inner, value), *mappings_in(value, inner)]
+    return found
+
+
+def has_chosen_keys(name: str) -> bool:
+    """Whether the keys of this mapping, or of one that holds it, are names that the user chooses.
+
+    Args:
+        name: Its dotted name.
+    """
+    return any(f"{name}.".startswith(f"{chosen}.") for chosen in CHOSEN_KEYS)
 
 
 def key_fault(notebook: str, name: str, keys: Iterable, known: list) -> str:
@@ -158,29 +193,67 @@ def key_fault(notebook: str, name: str, keys: Iterable, known: list) -> str:
     return f"{notebook}: {name} has no {', '.join(unknown)}; it has: {there}"
 
 
-def parameter_fault(name: str, key: str, value: object, defaults: dict[str, object]) -> str:
-    """What is wrong with a parameter's value: there is no such parameter, or it has another type.
+def parameter_fault(name: str, key: str, defaults: dict[str, object]) -> str:
+    """The message where a notebook has no such parameter; "" if it has.
 
     Args:
         name: The notebook's name.
         key: The parameter's name.
-        value: The value that is given.
         defaults: The notebook's own values.
+    """
+    return (
+        "" if key in defaults else f"{name} has no parameter {key}; it has: {', '.join(defaults)}"
+    )
+
+
+def value_fault(
+    notebook: str, name: str, value: object, *, own: object, known: dict[str, list[str]]
+) -> str:
+    """The message where a value has another type than it should, or a mapping other keys.
+
+    Args:
+        notebook: The notebook's name.
+        name: The dotted name of what is given.
+        value: What is given.
+        own: The notebook's own value, or one that it should be like.
+        known: As for :meth:`Values.give`.
 
     Returns:
-        The message; "" if nothing is wrong.
+        The first thing that is wrong with it or inside it; "" if nothing is.
     """
-    if key not in defaults:
-        return f"{name} has no parameter {key}; it has: {', '.join(defaults)}"
-    return type_fault(name, key, value, defaults[key])
+    fault = type_fault(notebook, name, value, own)
+    if fault or not isinstance(value, dict) or not isinstance(own, dict):
+        return fault
+    chosen = has_chosen_keys(name)
+    if not chosen:
+        fault = key_fault(notebook, name, value, known.get(name, list(own)))
+        fault = fault or lack_fault(notebook, name, value, own)
+    # What a key that the user has chosen may stand for.
+    example = next((inner for inner in own.values() if inner is not None), None)
+    for key, inner in value.items():
+        like = own.get(key, example if chosen else None)
+        fault = fault or value_fault(notebook, f"{name}.{key}", inner, own=like, known=known)
+    return fault
+
+
+def lack_fault(notebook: str, name: str, given: dict, own: dict) -> str:
+    """The message where a whole mapping lacks keys that the notebook reads; "" if it has them."""
+    lacking = [str(key) for key in own if key not in given]
+    if not lacking:
+        return ""
+    return (
+        f"{notebook}: {name} lacks {', '.join(lacking)}; a whole mapping has every key, and "
+        f"{name}.KEY=VALUE sets one alone"
+    )
 
 
 def type_fault(name: str, key: str, value: object, default: object) -> str:
     """The message where a value has another type than the notebook's own; "" if it fits.
 
-    None fits everything, a whole number fits where a float is, and a list where a tuple is.
+    None fits everything, a whole number fits where a float is, and a list where a tuple is; for a
+    few names also what :data:`OTHER_TYPES` says.
     """
-    if value is None or default is None:
+    if value is None or default is None or isinstance(value, OTHER_TYPES.get(key, ())):
         return ""
     allowed: dict[type, tuple[type, ...]] = {
         float: (int, float),

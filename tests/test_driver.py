@@ -271,13 +271,14 @@ def test_only_the_notebooks_own_values_replace_the_committed_one(project):
 
 NESTED = f"""{PARAMETERS}
 healing = {{"targets": "all", "rank": 8, "rate": 0.01, "source": None, "inner": {{"steps": 1}}}}
-tasks = {{"piqa": 0, "boolq": 0}}"""
+scored_on = {{"tasks": {{"piqa": 0, "boolq": 0}}, "n_questions": 24}}"""
 OTHERS = {"targets": "all", "rate": 0.01, "source": None, "inner": {"steps": 1}}
+WHOLE = "{targets: mlp, rank: 2, rate: 1, source: null, inner: {steps: 3}}"
 
 
 @pytest.fixture
 def nested(project) -> Path:
-    """The same checkout, where the first notebook has a mapping of settings and one of tasks."""
+    """The same checkout, whose first notebook has mappings of settings, one with tasks inside."""
     write_notebook(project / "notebooks" / "00_first.ipynb", parameters=NESTED)
     return project
 
@@ -290,9 +291,10 @@ def planned(project: Path, **given: str) -> jobs.Job:
 
 
 def test_a_dotted_name_replaces_one_value_of_the_whole_mapping(nested):
-    job = planned(nested, healing__rank="4", healing__inner__steps="7", tasks__boolq="5")
+    job = planned(nested, healing__rank="4", healing__inner__steps="7", scored_on__tasks__boolq="5")
     healing = {"targets": "all", "rank": 4, "rate": 0.01, "source": None, "inner": {"steps": 7}}
-    assert job.changes == {"healing": healing, "tasks": {"piqa": 0, "boolq": 5}}
+    scored_on = {"tasks": {"piqa": 0, "boolq": 5}, "n_questions": 24}
+    assert job.changes == {"healing": healing, "scored_on": scored_on}
     assert job.values["healing"] == healing and job.values["steps"] == 10
     assert list(job.values["healing"]) == list(healing), "the order of keys stays"
     assert planned(nested, healing__rank="8").changes == {}, "the notebook's own value"
@@ -307,11 +309,12 @@ def test_dotted_names_of_profile_and_command_are_merged_in_turn(nested):
     assert planned(nested).changes == {"healing": {**OTHERS, "targets": "mlp", "rank": 16}}
     job = planned(nested, healing__rank="4")
     assert job.changes == {"healing": {**OTHERS, "targets": "mlp", "rank": 4}}
-    profile.write_text("00_first:\n  healing.rank: 16\n  healing: {rank: 2, rate: 0.1}\n")
-    assert planned(nested).values["healing"] == {"rank": 16, "rate": 0.1}, "the whole comes first"
-    assert planned(nested, healing__rate="0.2").values["healing"] == {"rank": 16, "rate": 0.2}
-    job = planned(nested, healing__rate="0.2", healing="{rank: 3, rate: 1}")
-    assert job.values["healing"] == {"rank": 3, "rate": 0.2}, "it replaces what the profile has"
+    profile.write_text(f"00_first:\n  healing.rank: 16\n  healing: {WHOLE}\n")
+    whole = {"targets": "mlp", "rank": 16, "rate": 1, "source": None, "inner": {"steps": 3}}
+    assert planned(nested).values["healing"] == whole, "the whole comes first"
+    assert planned(nested, healing__rate="0.2").values["healing"] == {**whole, "rate": 0.2}
+    job = planned(nested, healing__rate="0.2", healing=WHOLE)
+    assert job.values["healing"] == {**whole, "rank": 2, "rate": 0.2}, "it replaces the profile's"
 
 
 def test_the_command_line_sets_several_values_at_once(nested, monkeypatch):
@@ -346,7 +349,11 @@ def test_a_notebook_gets_the_whole_mapping(nested, capfd):
             "00_first: healing has no ranks; it has: targets, rank, rate, source, inner\n",
         ),
         (["-p", "healing.inner.rank=4"], "", "00_first: healing.inner has no rank; it has: steps"),
-        (["-p", "tasks.siqa=4"], "", "00_first: tasks has no siqa; it has: piqa, boolq"),
+        (
+            ["-p", "scored_on.tasks.siqa=4"],
+            "",
+            "00_first: scored_on.tasks has no siqa; it has: piqa, boolq",
+        ),
         (["-p", "steps.rank=4"], "", "00_first: steps is no mapping but 10, so it has no rank"),
         (
             ["-p", "healing.rank.a=4"],
@@ -366,6 +373,38 @@ def test_a_notebook_gets_the_whole_mapping(nested, capfd):
         ),
         (["-p", "healing.inner=3"], "", "healing.inner must be a dict like its default"),
         (
+            ["-p", "healing.inner.steps=abc"],
+            "",
+            "00_first: healing.inner.steps must be a int like its default 1, got 'abc'\n",
+        ),
+        (
+            ["-p", f"healing={WHOLE.replace('rank: 2', 'rank: abc')}"],
+            "",
+            "00_first: healing.rank must be a int like its default 8, got 'abc'\n",
+        ),
+        (
+            ["-p", f"healing={WHOLE.replace('steps: 3', 'steps: abc')}"],
+            "",
+            "00_first: healing.inner.steps must be a int like its default 1, got 'abc'\n",
+        ),
+        (["-p", "healing.inner={step: 3}"], "", "00_first: healing.inner has no step; it has: ste"),
+        (
+            ["-p", "healing={rank: 4}"],
+            "",
+            "00_first: healing lacks targets, rate, source, inner; a whole mapping has every key, "
+            "and healing.KEY=VALUE sets one alone\n",
+        ),
+        (
+            ["-p", "scored_on.tasks={siqa: no shots}"],
+            "",
+            "00_first: scored_on.tasks.siqa must be a int like its default 0, got 'no shots'\n",
+        ),
+        (
+            ["-p", "scored_on={tasks: {siqa: 1.5}, n_questions: 3}"],
+            "",
+            "00_first: scored_on.tasks.siqa must be a int like its default 0, got 1.5\n",
+        ),
+        (
             ["-p", "healing={rank: 4, ranks: 4, 1: 2}"],
             "",
             "00_first: healing has no ranks, 1; it has: targets, rank, rate, source, inner\n",
@@ -374,6 +413,7 @@ def test_a_notebook_gets_the_whole_mapping(nested, capfd):
         ([], "00_first:\n  healing.ranks: 4\n", "00_first: healing has no ranks; it has: targets"),
         ([], "00_first:\n  healing.rate: 1e-4\n", "healing.rate must be a float like .* '1e-4'"),
         ([], "00_first:\n  healing: {ranks: 4}\n", "00_first: healing has no ranks"),
+        ([], "00_first:\n  healing: {rank: 4}\n", "00_first: healing lacks targets, rate, source"),
         (
             ["-p", "healing.rank=x", "-p", "healing.ranks=4"],
             "",
@@ -393,8 +433,31 @@ def test_values_inside_mappings_are_refused_before_anything_runs(
 
 
 def test_keys_that_the_user_chooses_may_be_new_in_a_whole_mapping(nested):
-    job = planned(nested, tasks="{siqa: 3}", healing="{rank: 2}")
-    assert job.changes == {"tasks": {"siqa": 3}, "healing": {"rank": 2}}
+    job = planned(nested, scored_on__tasks="{siqa: 3}")
+    assert job.changes == {"scored_on": {"tasks": {"siqa": 3}, "n_questions": 24}}
+    job = planned(nested, scored_on="{tasks: {}, n_questions: null}")
+    assert job.changes == {"scored_on": {"tasks": {}, "n_questions": None}}
+
+
+def test_values_by_names_that_the_user_chooses_are_like_those_that_are_there():
+    """All the way down: sets of layers, ways to train each, and rates of each way."""
+    own = {"rates": {"taylor": {"LoRA": [0.01]}}, "targets": "all"}
+    known = parameters.setting_keys([{"healing": own}])
+    assert known == {"healing": ["rates", "targets"]}, "not of what the user names"
+
+    def fault(rates: object, targets: object = "mlp") -> str:
+        given = {"rates": rates, "targets": targets}
+        return parameters.value_fault("00", "healing", given, own=own, known=known)
+
+    assert fault({"perplexity": {"DoRA": [1], "full": None}, "taylor": {}}) == ""
+    assert fault({}, targets=["q_proj"]) == "", "names in place of a word for them"
+    assert fault({"perplexity": [0.1]}) == (
+        "00: healing.rates.perplexity must be a dict like its default {'LoRA': [0.01]}, got [0.1]"
+    )
+    assert fault({"perplexity": {"DoRA": 0.1}}) == (
+        "00: healing.rates.perplexity.DoRA must be a list like its default [0.01], got 0.1"
+    )
+    assert fault({}, targets=3) == "00: healing.targets must be a str like its default 'all', got 3"
 
 
 def test_sections_of_a_profile_may_share_a_mapping_of_settings(nested):
@@ -403,11 +466,13 @@ def test_sections_of_a_profile_may_share_a_mapping_of_settings(nested):
         parameters=f'{PARAMETERS}\nhealing = {{"rank": 8, "alpha": 16}}',
     )
     profile = nested / "profiles" / "cpu.yaml"
-    profile.write_text("all:\n  healing: {rank: 2, alpha: 4}\n")
+    given = WHOLE.replace("}}", "}, alpha: 4}")
+    profile.write_text(f"all:\n  healing: {given}\n")
     first, second = jobs.plan(nested, "cpu", [], {}, False)
-    assert first.values["healing"] == second.values["healing"] == {"rank": 2, "alpha": 4}
+    assert first.values["healing"] == second.values["healing"]
+    assert first.values["healing"]["alpha"] == 4
     with pytest.raises(jobs.Refused, match="00_first: healing has no alpha; it has: targets, rank"):
-        planned(nested, healing="{rank: 2, alpha: 4}")
+        planned(nested, healing=given)
 
 
 @pytest.mark.parametrize("words", [["steps"], ["steps", "3", "4"], ["=3"], ["steps=3", "rate"]])
@@ -429,19 +494,20 @@ def test_help_says_what_may_be_set(capsys):
 def test_the_notebooks_mappings_are_settings_or_have_keys_that_the_user_chooses():
     """A new mapping is one of settings, unless it is added to CHOSEN_KEYS."""
     defaults = [jobs.own_defaults(path) for path in jobs.notebook_paths(ROOT).values()]
-    mappings = {
-        name for values in defaults for name, value in values.items() if isinstance(value, dict)
-    }
+    mappings = {name for values in defaults for name, _ in parameters.mappings_in(values)}
     assert set(parameters.CHOSEN_KEYS) <= mappings
-    assert mappings - set(parameters.CHOSEN_KEYS) == {
+    assert {name for name in mappings if not parameters.has_chosen_keys(name)} == {
         "healing",
+        "healing.timed",
         "quantised",
-        "rates",
-        "samples",
-        "speed",
-        "study",
-        "timed",
-        "window",
+        "scored_on",
+        "scored_on.speed",
+        "scored_on.timed",
+        "shots",
+        "swapped",
+        "sweep",
+        "text",
+        "text.samples",
     }
 
 

@@ -1,6 +1,7 @@
 """The collection as a reader finds it: notebooks run, results are fresh, figures show them, the
 README's code works."""
 
+import ast
 import hashlib
 import os
 import re
@@ -12,6 +13,7 @@ import comparisons
 import nbformat
 import notebook_files
 import pandas as pd
+import parameters
 import pytest
 from PIL import Image
 from smoke_groups import SHARED_TABLES, folder_name, scope
@@ -26,6 +28,11 @@ TABLES = sorted(
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 FIGURES = sorted((ROOT / "figures").rglob("*.png"))
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+BOOKS = {path.stem[:2]: notebook_files.read_notebook(path) for path in NOTEBOOKS}
+PARAMETERS = {digits: notebook_files.parameters_of(book, digits) for digits, book in BOOKS.items()}
+MOST_PARAMETERS = 12
 
 
 def run(*command, cwd=ROOT, **variables):
@@ -54,6 +61,72 @@ def test_notebooks_that_share_tables_run_on_one_worker():
         assert len({scopes[digits] for digits in group}) == 1
     assert len(set(scopes.values())) == len(SHARED_TABLES) + 2, "00 and 01 stand alone"
     assert scope("tests/test_data.py::test_a[02_x]") == "tests/test_data.py::test_a[02_x]"
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def vocabulary() -> dict[str, list[str]]:
+    """The rows of the table of parameters in notebooks/README.md: by name the other cells."""
+    _, _, section = (ROOT / "notebooks" / "README.md").read_text().partition("## Parameters\n")
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    names = [row[0].strip("`") for row in rows]
+    assert len(names) == len(set(names)), "a row for each name"
+    return dict(zip(names, [row[1:] for row in rows], strict=True))
+
+
+def numbers_of(cell: str) -> set[str]:
+    """The notebooks that a cell such as ``all but 02, 03``, ``04 to 12`` or ``05`` names."""
+    said = re.findall(r"\d\d", cell)
+    if cell.startswith("all"):
+        return set(BOOKS) - set(said)
+    return {digits for digits in BOOKS if said[0] <= digits <= said[-1]}
+
+
+def test_a_notebook_has_few_parameters_and_each_is_explained():
+    counts = {digits: len(values) for digits, values in PARAMETERS.items()}
+    assert max(counts.values()) <= MOST_PARAMETERS, counts
+    bare = []
+    for digits, book in BOOKS.items():
+        (cell,) = (cell for cell in book.cells if notebook_files.has_tag(cell, "parameters"))
+        lines = cell.source.splitlines()
+        for statement in ast.parse(cell.source).body:
+            own = lines[statement.lineno - 1 : statement.end_lineno]
+            if not any(re.search(r"  # \S", line) for line in own):
+                bare.append((digits, own[0]))
+    assert bare == [], "each has its meaning and unit beside it"
+
+
+def test_parameters_are_those_of_the_table():
+    found = vocabulary()
+    named = {name for values in PARAMETERS.values() for name in values}
+    assert set(found) == named
+    for name, (meaning, keys, where) in found.items():
+        having = {digits for digits, values in PARAMETERS.items() if name in values}
+        assert numbers_of(where) == having and meaning, name
+        own = [PARAMETERS[digits][name] for digits in having]
+        settings = [value for value in own if isinstance(value, dict)]
+        if name in parameters.CHOSEN_KEYS:
+            settings = []
+        assert set(re.findall(r"\w+", keys)) == set().union(*settings), name
+
+
+def test_a_name_of_a_parameter_means_nothing_else_in_any_notebook():
+    named = {name for values in PARAMETERS.values() for name in values}
+    reused = []
+    for digits, book in BOOKS.items():
+        for cell in book.cells:
+            if cell.cell_type != "code" or notebook_files.has_tag(cell, "parameters"):
+                continue
+            for node in ast.walk(ast.parse(cell.source)):
+                is_set = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+                if is_set and node.id in named:
+                    reused.append((digits, cell.id, node.id))
+    assert reused == []
+
+
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

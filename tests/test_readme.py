@@ -108,7 +108,7 @@ def distances(quantity: str) -> Callable[[dict], Interval]:
 
 def jump(names: dict) -> Found:
     """Where the accuracy falls, and whether the loss jumps there, as 03 names it beforehand."""
-    loss, fall = names["jump"][names["text"]], names["place"]
+    loss, fall = names["jump"][names["first_text"]], names["place"]
     if loss.high < fall.low or fall.high < loss.low:
         return fall, "does not hold"
     return fall, "holds" if fall.high - fall.low <= 2 * names["width"] else "cannot be told"
@@ -253,7 +253,7 @@ ROWS = [
     Row(
         "03",
         "The healed loss has no jump (steepness below 2)",
-        lies("below", lambda names: names["steep"][names["text"], "healed"], 2),
+        lies("below", lambda names: names["steep"][names["first_text"], "healed"], 2),
         SHORT,
         1,
         "steepness healed",
