@@ -126,6 +126,19 @@ def test_a_name_of_a_parameter_means_nothing_else_in_any_notebook():
     assert reused == []
 
 
+def test_the_idea_that_a_notebook_shows_is_something_that_a_reader_can_call():
+    shown = [
+        (digits, name)
+        for digits, book in BOOKS.items()
+        for cell in book.cells
+        for name in re.findall(r'pages\.source\("(.+?)"\)', cell.source)
+    ]
+    assert {digits for digits, _ in shown} == set(BOOKS)
+    private = [(digits, name) for digits, name in shown if "._" in name]
+    # Removal in rounds is a step of the study, which none calls alone.
+    assert private == [("11", "studies.study.Study._in_rounds")]
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
