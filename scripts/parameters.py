@@ -242,7 +242,7 @@ def lack_fault(notebook: str, name: str, given: dict, own: dict) -> str:
     if not lacking:
         return ""
     return (
-        f"{notebook}: {name} lacks {', '.join(lacking)}; a whole mapping has every key, and "
+        f"{notebook}: {name} lacks {', '.join(lacking)}; a whole mapping must have every key; "
         f"{name}.KEY=VALUE sets one alone"
     )
 

@@ -32,9 +32,9 @@ values of parameters:
   "healing.steps: 64". A dotted name only replaces what is there, by a value of
   the same type; of one source it comes after whole values.
 
-  -p quantised="{{depths: [0], precisions: [nf4]}}" replaces the whole mapping. It
-  must hold the keys that the notebook has there, as the notebook reads them by
-  name, and no others. Any keys may be given where they are names that you
+  -p swapped="{{sets: {{taylor: null}}, n_windows: 8}}" replaces the whole mapping.
+  It must hold the keys that the notebook has there, as the notebook reads them
+  by name, and no others. Any keys may be given where they are names that you
   choose:
 {textwrap.indent(textwrap.fill(", ".join(CHOSEN_KEYS), 76), "  ")}.
 """

@@ -391,8 +391,8 @@ def test_a_notebook_gets_the_whole_mapping(nested, capfd):
         (
             ["-p", "healing={rank: 4}"],
             "",
-            "00_first: healing lacks targets, rate, source, inner; a whole mapping has every key, "
-            "and healing.KEY=VALUE sets one alone\n",
+            "00_first: healing lacks targets, rate, source, inner; a whole mapping must have every "
+            "key; healing.KEY=VALUE sets one alone\n",
         ),
         (
             ["-p", "scored_on.tasks={siqa: no shots}"],
