@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from pruning_utils.embedded import embedded_file
-from pruning_utils.engine import hub
+from pruning_utils.engine import beginnings, checks, hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -296,11 +296,7 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Returns:
         The ids before the first one of the text, special tokens all of them; often empty.
     """
-    (bare,) = tokenizer(["a"], add_special_tokens=False, verbose=False)["input_ids"]
-    (whole,) = tokenizer(["a"], verbose=False)["input_ids"]
-    starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
-    prefix = list(whole[: starts[0]]) if bare and starts else []
-    return prefix if all(token in tokenizer.all_special_ids for token in prefix) else []
+    return beginnings.of_text(tokenizer)
 
 
 def pack(
@@ -327,19 +323,15 @@ def pack(
         LongTensor of shape ``(n_windows, seq_len)``; the last, incomplete window is dropped.
 
     Raises:
-        ValueError: If ``seq_len`` is too short, ``limit`` below 1, the tokenizer has no
-            ``eos_token``, or the texts do not fill one window.
+        ValueError: If ``seq_len`` is too short, ``limit`` below 1, the tokenizer is none of
+            transformers or has no ``eos_token``, or the texts are no texts or do not fill one
+            window.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos_token to put between documents")
+    texts = beginnings.checked_texts(tokenizer, texts)
     prefix = text_prefix(tokenizer)
-    length = seq_len - len(prefix)
-    if length < 2 or (limit is not None and limit < 1):
-        raise ValueError(
-            f"seq_len must be at least {2 + len(prefix)} tokens and limit at least 1 window, got "
-            f"{seq_len} and {limit}"
-        )
-    texts = list(texts)
+    length = checks.whole_number("seq_len", seq_len, 2 + len(prefix), of="tokens") - len(prefix)
+    if limit is not None:
+        limit = checks.whole_number("limit", limit, 1, of="windows")
     stream: list[int] = []
     start, count = 0, 1
     while start < len(texts) and (limit is None or len(stream) < limit * length):
@@ -365,8 +357,8 @@ def _windows(
     label: str,
 ) -> torch.Tensor:
     """The first ``n_samples`` packed windows, of texts shuffled by ``seed`` unless it is None."""
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    n_samples = checks.whole_number("n_samples", n_samples, 1)
+    seq_len = checks.whole_number("seq_len", seq_len, 2, of="tokens")
     if seq_len > tokenizer.model_max_length:
         raise ValueError(
             f"seq_len {seq_len} is longer than the {tokenizer.model_max_length} tokens that the "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pruning_utils import data, embedded
-from pruning_utils.engine import hub
+from pruning_utils.engine import beginnings, hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,13 +75,14 @@ def instruction_texts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[s
             with ``instruction``, ``input`` (may be empty) and ``output``.
 
     Returns:
-        Texts of a question and its answer, without the tokenizer's beginning of a text; pairs of
-        which one is empty are left out.
+        Texts of a question and its answer, without the tokenizer's beginning and ``eos_token``
+        around them, which windows have anyway; pairs of which one is empty are left out. For
+        templates that write the day, it is always the same one.
 
     Raises:
         ModuleNotFoundError: If the package of the embedded ones is missing.
         ValueError: If the source is unknown, cannot be read or lacks a field, or the tokenizer has
-            no chat template.
+            no chat template, or one that fails.
     """
     if not is_source(source):
         raise ValueError(
@@ -91,14 +92,7 @@ def instruction_texts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[s
         raise ValueError(
             "the tokenizer has no chat template, by which questions and answers become text"
         )
-    # Windows begin with it: templates that write it too would double it.
-    beginning = tokenizer.decode(data.text_prefix(tokenizer))
-    texts = []
-    for question, answer in _clean_pairs(source, identity(source)):
-        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        texts.append(text.removeprefix(beginning))
-    return texts
+    return beginnings.chats(tokenizer, _clean_pairs(source, identity(source)))
 
 
 def instruction_windows(

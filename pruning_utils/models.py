@@ -19,7 +19,7 @@ from pruning_utils.embedded import (
     embedded_checkpoint,
     quiet_loading,
 )
-from pruning_utils.engine import hub, identities, model_files, wrappers
+from pruning_utils.engine import held_configurations, hub, identities, model_files, wrappers
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import (
@@ -84,6 +84,7 @@ def load_model(
                 f"its weights are quantised already, so quantize must be None, got {quantize!r}"
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model_files.refuse_other_files(source, options)
         model, report = model_files.auto_class(config).from_pretrained(
             source,
             use_safetensors=True,
@@ -100,6 +101,9 @@ def load_model(
             "bitsandbytes" in type(part).__module__ for part in decoder_layers(model).modules()
         ):
             raise ValueError(f"its decoder layers hold no weights that {quantize} could store")
+    # Padding that was added to a tokenizer alone has no row in the embedding.
+    if (tokenizer.pad_token_id or 0) >= model.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(config))
@@ -122,6 +126,8 @@ def _storage(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def _resolve(name: str | os.PathLike, revision: str | None) -> str:
     """Directory or hub id behind a name; the embedded model is unpacked if it is not yet."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise ValueError(f"name must be 'embedded', a directory or a hub id, got {name!r}")
     source = os.fspath(name)
     if revision is not None and (name == EMBEDDED or os.path.isdir(source)):
         raise ValueError(
@@ -299,8 +305,10 @@ def final_norm(model: nn.Module) -> nn.Module:
 def untie_head(model: nn.Module) -> None:
     """Give the head, in place, equal weights of its own where it shares those of the embedding.
 
-    The configuration is set so that saving keeps both and loading does not tie them again.
+    The configuration, from now on the model's own, is set so that saving keeps both and loading
+    does not tie them again.
     """
+    held_configurations.make_own(model)
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(

@@ -70,7 +70,8 @@ MARKER = "pruning_utils.json"  # tells our directories from somebody else's
 def _kept_layers(layers: Iterable[int], n_layers: int) -> list[int]:
     """Ascending numbers of the layers that stay when ``layers`` go, or a ValueError."""
     allowed = f"layers must be different integers in [0, {n_layers})"
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+    is_one = isinstance(layers, (str, bytes)) or getattr(layers, "ndim", 1) != 1
+    if is_one or not isinstance(layers, Iterable):
         raise ValueError(f"{allowed}, got {layers!r}")
     # Scalars of NumPy and torch count as the numbers that they hold.
     dropped = [layer.item() if hasattr(layer, "item") else layer for layer in layers]
@@ -116,10 +117,13 @@ def refuse_unfit(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> No
         kept: Ascending 0-based numbers of the layers that are to stay, at least one.
 
     Raises:
-        ValueError: If the model carries adapters, layers share weights, the cache of what stays
-            could not count tokens, or layers would lack the one whose keys and values they take.
+        ValueError: If the model carries adapters, parts of it are compiled, layers share weights or
+            bear numbers of a longer list, the cache of what stays could not count tokens, or layers
+            would lack the one whose keys and values they take.
     """
     _refuse_adapters(model)
+    wrappers.refuse_compiled_parts(model)
+    held_configurations.refuse_numbers_beyond(layers)
     owner: dict[int, int] = {}
     for number, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
@@ -440,11 +444,13 @@ def save(
     """
     wrappers.refuse_wrapped(model)
     passes.refuse_missing_weights(model)
-    path = Path(path)
+    wrappers.refuse_compiled_parts(model)
+    asked = Path(path)
+    path = asked.resolve()  # a link stays a link, and "." has a name
     ours = path.is_dir() and (overwrite or (path / MARKER).is_file() or not any(path.iterdir()))
     if path.exists() and not ours:
         raise ValueError(
-            f"path must be a new or empty directory, or one written by this function, got {path}"
+            f"path must be a new or empty directory, or one written by this function, got {asked}"
         )
     _refuse_adapters(model)
     is_plain = _is_held_plainly(model)
@@ -478,7 +484,7 @@ def save(
         raise OSError(
             code, f"could not write {path}: {getattr(error, 'strerror', None) or error}"
         ) from error
-    return path
+    return asked
 
 
 def _is_held_plainly(model: PreTrainedModel) -> bool:

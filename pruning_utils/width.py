@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pruning_utils import importance, models, surgery
+from pruning_utils.engine import held_configurations
 
 if TYPE_CHECKING:  # importing it takes seconds
     import torch_pruning
@@ -126,6 +127,7 @@ def prune_width(
         _remove(model, cut.rows, best_first[:, cut.n_kept :])
     for path, name, value in plan.attributes:
         setattr(model.get_submodule(path), name, value)
+    held_configurations.make_own(model)
     for config in surgery.configurations(model):
         _set_fields(config, plan.fields)
     return model

@@ -49,7 +49,7 @@ def test_a_window_begins_as_the_tokenizer_begins_a_text(single, prefix):
 def test_a_window_holds_two_tokens_beside_its_beginning():
     tokenizer = letters("<s> $A", bos_token="<s>")
     assert data.pack(tokenizer, ["ab"], 3).tolist() == [[BOS, A, B]]
-    with pytest.raises(ValueError, match="seq_len must be at least 3 tokens .*got 2 and None"):
+    with pytest.raises(ValueError, match="seq_len must be a whole number of at least 3 .*got 2"):
         data.pack(tokenizer, ["ab"], 2)
 
 
@@ -78,3 +78,61 @@ def test_chats_do_not_begin_twice(tmp_path):
     tokenizer = letters("<s> $A", bos_token="<s>", chat_template=template)
     windows = instructions.instruction_windows(tokenizer, 1, 6, source=str(tmp_path / "own.jsonl"))
     assert windows.tolist() == [[BOS, A, B, C, D, EOS]]
+
+
+@pytest.mark.parametrize("unknown", [{}, {"unk_token": "<unk>"}])
+def test_a_vocabulary_without_the_letter_a_has_a_beginning_too(unknown):
+    names = ["<unk>", "<s>", "</s>", "x", "y"]
+    own = Tokenizer(BPE({name: place for place, name in enumerate(names)}, [], **unknown))
+    own.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=own, bos_token="<s>", eos_token="</s>", **unknown
+    )
+    assert data.text_prefix(tokenizer) == [BOS]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("<go><s>{{ messages[0].content }}{{ messages[1].content }}", "abcd"),
+        ("\n\n<go><s>{{ messages[0].content }}{{ messages[1].content }}{{ eos_token }}", "abcd"),
+        ("<s>{{ messages[0].content }}{{ eos_token }}{{ messages[1].content }}", "<s>ab</s>cd"),
+        ("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}", "26 Jul 2024ab"),
+    ],
+)
+def test_a_chat_has_nothing_twice_and_no_day_of_its_own(template, text, tmp_path):
+    """Beginnings of two tokens are joined with a blank by the decoders of some tokenizers."""
+    (tmp_path / "own.jsonl").write_text('{"instruction": "ab", "input": "", "output": "cd"}\n')
+    tokenizer = letters(
+        "<go> <s> $A", bos_token="<s>", extra_special_tokens=["<go>"], chat_template=template
+    )
+    assert tokenizer.decode([GO, BOS]) == "<go> <s>"
+    assert instructions.instruction_texts(tokenizer, str(tmp_path / "own.jsonl")) == [text]
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('one system turn') }}", "{% for %}"])
+def test_a_template_that_fails_is_named(template, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"instruction": "ab", "input": "", "output": "cd"}\n')
+    tokenizer = letters(chat_template=template)
+    with pytest.raises(ValueError, match="chat template fails on a question and its answer: "):
+        instructions.instruction_texts(tokenizer, str(tmp_path / "own.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "seq_len", "limit", "message"),
+    [
+        ("abc", 4, None, "texts must be documents, each a text, got 'abc'"),
+        (["ab", None], 4, None, "each a text, got None among them"),
+        (["ab"], 4.0, None, "seq_len must be a whole number .*got 4.0"),
+        (["ab"], None, None, "seq_len must be a whole number .*got None"),
+        (["ab"], 4, 1.5, "limit must be a whole number .*got 1.5"),
+    ],
+)
+def test_what_is_no_documents_or_no_number_is_refused(texts, seq_len, limit, message):
+    with pytest.raises(ValueError, match=message):
+        data.pack(letters(), texts, seq_len, limit=limit)
+
+
+def test_what_is_no_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="tokenizer must be one of transformers, .*got 'gpt2'"):
+        data.pack("gpt2", ["ab"], 4)

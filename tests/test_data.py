@@ -409,10 +409,10 @@ def test_pack_stops_at_its_limit():
     [
         (["abc"], 5, {}, "4 tokens do not fill one window of 5"),
         ([], 2, {}, "0 tokens do not fill one window of 2"),
-        (["abc"], 1, {}, "seq_len must be at least 2 tokens .*got 1"),
-        (["abc"], 0, {}, "seq_len must be at least 2 tokens .*got 0"),
-        (["abc"], -4, {}, "seq_len must be at least 2 tokens .*got -4"),
-        (["abc"], 2, {"limit": 0}, "limit at least 1 window, got 2 and 0"),
+        (["abc"], 1, {}, "seq_len must be a whole number of at least 2 .*got 1"),
+        (["abc"], 0, {}, "seq_len must be a whole number of at least 2 .*got 0"),
+        (["abc"], -4, {}, "seq_len must be a whole number of at least 2 .*got -4"),
+        (["abc"], 2, {"limit": 0}, "limit must be a whole number of at least 1 .*got 0"),
     ],
 )
 def test_pack_refuses(texts, seq_len, options, message):
@@ -495,9 +495,9 @@ def test_healing_windows_mix_both_sources():
 @pytest.mark.parametrize(
     ("n_samples", "seq_len", "message"),
     [
-        (0, 64, "n_samples must be at least 1, got 0"),
-        (-1, 64, "n_samples must be at least 1, got -1"),
-        (2, 1, "seq_len must be at least 2 tokens .*got 1"),
+        (0, 64, "n_samples must be a whole number of at least 1, got 0"),
+        (-1, 64, "n_samples must be a whole number of at least 1, got -1"),
+        (2, 1, "seq_len must be a whole number of at least 2 .*got 1"),
         (2, 129, "seq_len 129 is longer than the 128 tokens"),
     ],
 )

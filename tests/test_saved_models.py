@@ -353,3 +353,42 @@ def test_modules_that_shared_a_configuration_share_its_copy():
     surgery.drop_layers(model, [1])
     held = [module.config for module in model.modules() if hasattr(module, "config")]
     assert len(held) > 3 and all(config is model.config for config in held)
+
+
+# --- what people do before they save --------------------------------------------------------------
+
+
+def test_a_head_in_the_memory_of_the_embedding_is_shared(tmp_path):
+    model = tiny("LlamaConfig")
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.data)
+    folder = saved(model, tmp_path)
+    assert reads(folder)["tie_word_embeddings"] is True
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+
+
+@pytest.mark.parametrize("field", saved_models.FURTHER_TOKENS)
+def test_no_name_promises_layers_for_further_tokens(field, tmp_path):
+    model = tiny("LlamaConfig")
+    setattr(model.config, field, 2)
+    assert reads(saved(model, tmp_path))[field] == 0
+    assert getattr(model.config, field) == 2, "the model is left as it was"
+
+
+def test_sides_that_were_set_later_are_saved(tmp_path):
+    own = Tokenizer(BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>")
+    tokenizer.padding_side = "left"
+    back = transformers.AutoTokenizer.from_pretrained(
+        saved(tiny("LlamaConfig"), tmp_path, tokenizer)
+    )
+    assert (back.padding_side, back.truncation_side) == ("left", "right")
+
+
+def test_a_link_stays_a_link(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert surgery.save(tiny("LlamaConfig"), None, tmp_path / "link") == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink() and reads(tmp_path / "there")["num_hidden_layers"] == 8
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    surgery.save(tiny("LlamaConfig"), None, ".")
+    assert reads(tmp_path / "here")["num_hidden_layers"] == 8

@@ -697,3 +697,19 @@ def test_a_mergekit_plan_refuses_bad_arguments(arguments, named):
         surgery.mergekit_plan(*arguments)
     with pytest.raises(ValueError, match="int3"):
         surgery.mergekit_plan("model", 8, [], dtype="int3")
+
+
+def test_layers_that_were_removed_by_hand_are_refused():
+    """Their cache would have no place for the last one."""
+    model = ARCHITECTURES["llama"]()
+    del model.model.layers[3]
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match="layer 6 of 7 bears the number 7"):
+        surgery.drop_layers(model, [1])
+    assert len(model.model.layers) == 7
+
+
+@pytest.mark.parametrize("layers", [torch.tensor(1), torch.ones(2, 2, dtype=torch.long)])
+def test_tensors_are_lists_of_layers(layers):
+    with pytest.raises(ValueError, match="layers must be different integers"):
+        surgery.drop_layers(ARCHITECTURES["llama"](), layers)

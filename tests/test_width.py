@@ -480,3 +480,10 @@ def test_a_number_of_heads_that_cannot_be_loaded_is_refused():
     ):
         width.prune_width(model, intermediate_size=20, n_kv_heads=3)
     assert state(model) == before
+
+
+def test_one_of_two_models_of_a_configuration_becomes_narrow():
+    one = ARCHITECTURES["llama"]()
+    other = type(one)(one.config)
+    width.prune_width(one, intermediate_size=24)
+    assert (one.config.intermediate_size, other.config.intermediate_size) == (24, 48)

@@ -47,3 +47,14 @@ def test_a_model_compiled_in_place_is_itself():
     model = tiny("LlamaConfig")
     model.compile(backend="eager")
     assert len(surgery.drop_layers(model, [1]).model.layers) == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: surgery.drop_layers(model, [1]), lambda model: surgery.save(model, None, "x")],
+)
+def test_a_part_that_is_compiled_is_named(change):
+    model = tiny("LlamaConfig")
+    model.model.layers[2] = torch.compile(model.model.layers[2])
+    with pytest.raises(ValueError, match="model.layers.2 is inside torch.compile"):
+        change(model)

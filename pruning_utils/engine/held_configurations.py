@@ -35,6 +35,25 @@ def make_own(model: nn.Module) -> None:
                 vars(part)[name] = copy.deepcopy(value, copied)
 
 
+def refuse_numbers_beyond(layers: nn.ModuleList) -> None:
+    """Refuse layers that bear numbers of a longer list: the cache has no place for them.
+
+    Args:
+        layers: The decoder layers of a model.
+
+    Raises:
+        ValueError: If a part of a layer has a ``layer_idx`` of their count or more.
+    """
+    for place, layer in enumerate(layers):
+        for part in layer.modules():
+            number = vars(part).get("layer_idx")
+            if isinstance(number, int) and number >= len(layers):
+                raise ValueError(
+                    f"layer {place} of {len(layers)} bears the number {number}: layers "
+                    "were removed without numbering the others anew (layer_idx)"
+                )
+
+
 def quantization_of(model: PreTrainedModel, path: str, kept: list[int]) -> dict[str, Any] | None:
     """A model's settings of quantisation, once only some of its layers are left.
 

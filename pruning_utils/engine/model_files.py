@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pruning_utils.engine import identities
 from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.memory import is_lack_of_memory
 
@@ -22,8 +22,15 @@ if TYPE_CHECKING:  # importing it takes seconds
 # Fields of a configuration that may name a kernel on a hub, which is code.
 KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 ADAPTER = "adapter_config.json"
-# Ten times as many as the deepest model that is known has.
-MOST_LAYERS = 10_000
+WEIGHTS = "model.safetensors"
+# Fields of a configuration that count parts which are built one by one, and more than any model has
+# of them: building them would not end.
+COUNTS = re.compile(r"(n|num)_(hidden_)?layers?|\w+_layers|depth|(n|num)_(\w+_)?experts")
+TOO_MANY = 10_000
+# Masks that were saved with the weights of GPT-2 and its kin, and are made anew today.
+MASKS = re.compile(r".*\.(attn|attention)\.(masked_)?bias")
+# What only a layer that predicts further tokens has, and the number of the layer.
+OF_FURTHER_TOKENS = re.compile(r"(.*\.layers\.\d+\.)eh_proj\b.*")
 
 
 def refuse_adapter(source: str, options: dict[str, Any]) -> None:
@@ -67,26 +74,25 @@ def refuse_kernels_of_hub(settings: dict[str, Any]) -> None:
 
 
 def configuration(source: str, options: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a model, once it is seen to ask for no code and no foreign file.
+    """The configuration of a model, once it is seen to ask for nothing that is refused.
 
     Args:
         source: A directory or a hub id.
         options: Further arguments for reading it.
 
     Raises:
-        ValueError: If a field names a kernel on a hub, or the number of layers is no such number,
-            or weights are said to lie outside a directory.
+        ValueError: If a field names a kernel on a hub, or counts more than could be built, or the
+            number of layers is no such number.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
-    if os.path.isdir(source):
-        identities.files_read(Path(source))
-    refuse_kernels_of_hub(PreTrainedConfig.get_config_dict(source, **options)[0])
+    settings = PreTrainedConfig.get_config_dict(source, **options)[0]
+    refuse_kernels_of_hub(settings)
+    refuse_countless(settings)
     config = AutoConfig.from_pretrained(source, **options)
-    # Layers are made before a weight is read: too many would take hours.
     n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if n_layers is not None:
-        whole_number("num_hidden_layers", n_layers, 1, MOST_LAYERS)
+        whole_number("num_hidden_layers", n_layers, 1, TOO_MANY)
     return config
 
 
@@ -118,8 +124,61 @@ def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     return AutoModelForImageTextToText if takes_pictures else AutoModelForCausalLM
 
 
+def refuse_countless(settings: dict[str, Any]) -> None:
+    """Refuse a configuration that asks for more layers or experts than could ever be built.
+
+    Args:
+        settings: The configuration as it stands in the file, or a part of it.
+
+    Raises:
+        ValueError: If a field counts more than :data:`TOO_MANY`; it is named.
+    """
+    for field, value in settings.items():
+        if COUNTS.fullmatch(field) and isinstance(value, (int, float)) and value > TOO_MANY:
+            raise ValueError(
+                f"its configuration says {field} = {value}, and at most {TOO_MANY} are allowed"
+            )
+        if isinstance(value, dict):
+            refuse_countless(value)
+
+
+def refuse_other_files(source: str, options: dict[str, Any]) -> None:
+    """Refuse an index that names weights elsewhere, or of another kind than safetensors.
+
+    Args:
+        source: A directory or a hub id.
+        options: Further arguments for reading from the hub.
+
+    Raises:
+        ValueError: If the index is damaged, or names such a file; it is named.
+    """
+    from transformers.utils import cached_file
+
+    absent: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    revision = options.get("revision")
+    if os.path.isfile(os.path.join(source, WEIGHTS)):
+        return
+    index = cached_file(source, f"{WEIGHTS}.index.json", revision=revision, **absent)
+    if index is None:
+        return
+    with open(index, encoding="utf-8") as file:
+        content = json.load(file)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict):
+        raise ValueError(f"its index {WEIGHTS}.index.json has no weight_map")
+    for shard in map(str, shards.values()):
+        path = PureWindowsPath(shard)
+        if ".." in path.parts or path.anchor or path.suffix != ".safetensors":
+            raise ValueError(
+                f"its index names {shard!r}: weights must be .safetensors files below its directory"
+            )
+
+
 def refuse_other_weights(report: dict[str, Any]) -> None:
     """Refuse a model whose files hold other weights than its configuration describes.
+
+    Weights that transformers never makes part of a model pass: layers that predict further tokens,
+    and masks.
 
     Args:
         report: What transformers says about the loading.
@@ -132,7 +191,11 @@ def refuse_other_weights(report: dict[str, Any]) -> None:
         raise ValueError(
             f"{len(wrong)} weights are missing or of another shape, {wrong[0]} for one"
         )
-    left_out = sorted(report["unexpected_keys"])
+    others = report["unexpected_keys"]
+    further = tuple({found[1] for found in map(OF_FURTHER_TOKENS.fullmatch, others) if found})
+    left_out = sorted(
+        name for name in others if not name.startswith(further) and not MASKS.fullmatch(name)
+    )
     if left_out:
         raise ValueError(
             f"its files hold {len(left_out)} weights that its configuration does not describe, "

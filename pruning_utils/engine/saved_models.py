@@ -28,10 +28,18 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 # Values of a weight that are compared after it was read back, evenly spaced.
 SAMPLES = 256
-# Layers that predict further tokens: transformers runs none of them, so none are in memory.
-FURTHER_TOKENS = "num_nextn_predict_layers"
+# Counts of layers that predict further tokens: transformers runs none, so none are in memory.
+FURTHER_TOKENS = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_num_layers",
+    "mtp_num_hidden_layers",
+    "num_mtp_modules",
+)
 # Fields that name code which a saved folder does not hold.
 NAMES_OF_CODE = ("auto_map", "custom_pipelines")
+# Settings that a tokenizer writes only if it was made with them, not if they were set later.
+SIDES = ("padding_side", "truncation_side")
 # Names of transformers 4, and what they are called now.
 FORMER_NAMES = {"torch_dtype": "dtype", "num_experts": "num_local_experts"}
 # A period in layers, the list that it stands for, and what the last layer of each period is.
@@ -71,6 +79,8 @@ def write(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             _complete(folder / "tokenizer_config.json", _complete_tokenizer)
+            sides = {side: getattr(tokenizer, side, "right") for side in SIDES}
+            _complete(folder / "tokenizer_config.json", lambda content: content.update(sides))
         refuse_unlike(model, folder, device="cpu" if is_plain else model.device)
     except (OSError, SafetensorError):
         raise
@@ -121,12 +131,22 @@ def true_configuration(model: PreTrainedModel) -> PreTrainedConfig:
     for part in (config, text):
         # Of offloaded weights it cannot be seen.
         if head is not None and not head.weight.is_meta:
-            part.tie_word_embeddings = head.weight is embedding.weight
-        if getattr(part, FURTHER_TOKENS, None):
-            setattr(part, FURTHER_TOKENS, 0)
+            part.tie_word_embeddings = _is_one(head.weight, embedding.weight)
+        for field in FURTHER_TOKENS:
+            if getattr(part, field, None):
+                setattr(part, field, 0)
         for field in NAMES_OF_CODE:
             vars(part).pop(field, None)
     return config
+
+
+def _is_one(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two weights are one, or two names of the same memory."""
+    return one is other or (
+        one.numel() > 0
+        and (one.data_ptr(), one.device, one.dtype) == (other.data_ptr(), other.device, other.dtype)
+        and (one.shape, one.stride()) == (other.shape, other.stride())
+    )
 
 
 def _complete(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

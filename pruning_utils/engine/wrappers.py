@@ -26,9 +26,25 @@ def refuse_wrapped(model: object) -> None:
     is_spread = type(model).__module__.startswith(("torch.nn.parallel", "torch.distributed"))
     if is_spread and isinstance(getattr(model, "module", None), nn.Module):
         raise ValueError(f"model is inside {kind}: pass the model in it (model.module)")
-    needed = ("config", "get_input_embeddings")
-    if not isinstance(model, nn.Module) or not all(hasattr(model, name) for name in needed):
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ValueError(
             f"model must be a causal language model of transformers, as load_model returns it, got "
             f"{'the class ' + model.__name__ if isinstance(model, type) else kind}"
         )
+
+
+def refuse_compiled_parts(model: nn.Module) -> None:
+    """Refuse a model some of whose parts are inside ``torch.compile``: their weights bear its name.
+
+    Args:
+        model: A causal language model.
+
+    Raises:
+        ValueError: If there is such a part; it is named.
+    """
+    for path, part in model.named_modules():
+        if hasattr(part, "_orig_mod"):
+            raise ValueError(
+                f"{path} is inside torch.compile: put the module that was compiled in its place "
+                "(module._orig_mod), or compile with module.compile(), which stays itself"
+            )
