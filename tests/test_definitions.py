@@ -300,7 +300,7 @@ def test_the_code_of_the_tables_is_reached():
         "healing.heal",
         "engine.trainer.train",
         "models.load_model",
-        "embedded.EMBEDDED_SHA256",
+        "embedded.MODELS",
         "data.healing_windows",
         "evaluation.evaluate_tasks",
         "tasks.questions.load",

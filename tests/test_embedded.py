@@ -1,4 +1,4 @@
-"""The cache of the embedded model: filled once, whole or not at all, and read by whoever may."""
+"""The cache of embedded models: filled once, whole or not at all, and read by whoever may."""
 
 import errno
 import hashlib
@@ -39,7 +39,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache and a stand-in for the model's file."""
     (tmp_path / "model.gguf").write_bytes(b"not the model")
     monkeypatch.setattr(
-        embedded, "embedded_file", lambda package, relative: tmp_path / "model.gguf"
+        embedded, "embedded_file", lambda package, relative, **_: tmp_path / "model.gguf"
     )
     monkeypatch.setenv("PRUNING_UTILS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -50,7 +50,7 @@ def unpacked(cache, monkeypatch) -> list[Path]:
     """The folders that the stand-in for the unpacking wrote to."""
     folders: list[Path] = []
 
-    def unpack(gguf, folder):
+    def unpack(model, parts, folder):
         folders.append(folder)
         write_checkpoint(folder)  # noqa: F821
 
@@ -70,7 +70,7 @@ def test_cache_is_filled_once(cache, unpacked):
     } == FILES
     assert embedded.embedded_checkpoint() == folder
     assert len(unpacked) == 1 and visible(cache) == [folder.name]
-    assert embedded.EMBEDDED_SHA256[:12] in folder.name
+    assert embedded.DEFAULT.sha256[:12] in folder.name
 
 
 def flip_a_byte(folder):
@@ -111,7 +111,7 @@ import os, signal, sys, time
 from pathlib import Path
 from pruning_utils import embedded, runtime
 
-def unpack(gguf, folder):
+def unpack(model, parts, folder):
     with open(sys.argv[1], "a") as log:
         log.write("unpacked\\n")
     (folder / "config.json").write_bytes(b"{}")
@@ -121,7 +121,7 @@ def unpack(gguf, folder):
     write_checkpoint(folder)
 
 here = __file__ if "__file__" in globals() else "."
-embedded.embedded_file = lambda package, relative: Path(here)
+embedded.embedded_file = lambda package, relative, **_: Path(here)
 embedded._unpack = unpack
 print("started", flush=True)
 sys.stdin.readline()
@@ -184,7 +184,7 @@ def test_killed_unpacking_leaves_nothing_that_counts(cache, tmp_path, unpacked):
     ],
 )
 def test_full_disk_names_the_folder_and_leaves_nothing(cache, monkeypatch, error):
-    def fill(gguf, folder):
+    def fill(model, parts, folder):
         (folder / "config.json").write_text("{}")
         raise error
 
@@ -197,7 +197,7 @@ def test_full_disk_names_the_folder_and_leaves_nothing(cache, monkeypatch, error
 def test_file_too_large_for_the_disk(cache, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def write(gguf, folder):
+    def write(model, parts, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
         try:
             save_file({"weight": torch.zeros(2**20)}, folder / "model.safetensors")
@@ -213,7 +213,7 @@ def test_file_too_large_for_the_disk(cache, monkeypatch):
 def test_file_of_another_digest_is_refused(cache):
     digest = hashlib.sha256(b"not the model").hexdigest()
     with pytest.raises(
-        ValueError, match=f"is damaged: sha256 {digest}, expected {embedded.EMBEDDED_SHA256}"
+        ValueError, match=f"is damaged: sha256 {digest}, expected {embedded.DEFAULT.sha256}"
     ):
         embedded.embedded_checkpoint()
     assert visible(cache) == []
@@ -319,7 +319,7 @@ def test_what_lies_in_the_place_of_the_model_is_replaced(cache, unpacked, kind):
 
 
 def test_others_may_read_what_was_unpacked(cache, monkeypatch):
-    def unpack(gguf, folder):
+    def unpack(model, parts, folder):
         write_checkpoint(folder)  # noqa: F821
         (folder / "model.safetensors").chmod(0o600)  # as safetensors writes it
 

