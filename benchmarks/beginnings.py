@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/beginnings.py --samples 1 --seq-len 16    # seconds, once unpacked
 
 Each line is one model that is installed, in float32, on windows of news that begin as its tokenizer
-begins a text, and on the same windows without this beginning, whose first token of text is then not
-predicted. Where the tokenizer begins no text, both are the same. Nothing is asserted.
+begins a text, and on the same windows without this beginning. The first token of a window of text
+counts neither way, since nothing may stand before it. Where a tokenizer puts nothing before a text,
+both are the same. Nothing is asserted.
 """
 
 import argparse
@@ -18,7 +19,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens of text in a window")
     asked = parser.parse_args()
     runtime.setup(0)
     print(f"XSum, {asked.samples} windows of {asked.seq_len} tokens, float32")
@@ -29,14 +30,15 @@ def main() -> None:
             print(f"{name:>12}: not installed ({error})")
             continue
         prefix = data.text_prefix(tokenizer)
-        whole = data.evaluation_windows(tokenizer, asked.samples, asked.seq_len)
-        found = evaluation.perplexity(model, whole)
+        n_before = len(prefix)
+        whole = data.evaluation_windows(tokenizer, asked.samples, n_before + asked.seq_len)
+        begun = evaluation.token_losses(model, whole)[:, n_before:].mean().exp()
         if not prefix:
-            print(f"{name:>12}: {found:.2f} both ways: its tokenizer puts nothing before a text")
+            print(f"{name:>12}: {begun:.2f} both ways: its tokenizer puts nothing before a text")
             continue
-        begun = "".join(tokenizer.convert_ids_to_tokens(prefix))
-        without = evaluation.perplexity(model, whole[:, len(prefix) :])
-        print(f"{name:>12}: {found:.2f} with {begun}, {without:.2f} without")
+        bare = evaluation.perplexity(model, whole[:, n_before:])
+        shown = "".join(tokenizer.convert_ids_to_tokens(prefix))
+        print(f"{name:>12}: {begun:.2f} with {shown}, {bare:.2f} without")
 
 
 if __name__ == "__main__":
