@@ -9,6 +9,7 @@ import torch
 from architectures import ARCHITECTURES
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from pruning_utils import evaluation, models
@@ -57,6 +58,24 @@ def test_questions_score_without_any_special_token_as_with_one():
     assert len(found) == 3 and found["nll"].gt(0).all()
     pd.testing.assert_frame_equal(found, other)
     assert (bare.pad_token, bare.eos_token, bare.bos_token) == (None, None, None)
+
+
+@pytest.mark.parametrize(("begins", "ends"), [("<s> ", " </s>"), ("", " </s> </s>")])
+def test_tokens_that_end_a_text_are_no_part_of_an_answer(begins, ends):
+    def adding(pattern: str):
+        own = tokenizer(bos_token="<s>", eos_token="</s>")
+        special = [("<s>", 1), ("</s>", 2)]
+        own._tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=special)
+        return own
+
+    def scores(pattern: str) -> pd.DataFrame:
+        given = {"limit": 3, "num_fewshot": 1}
+        return evaluation.evaluate_tasks(network, adding(pattern), ["piqa"], **given).questions
+
+    network = model()
+    assert prefixes._n_appended(adding(f"{begins}$A{ends}")) == ends.count("</s>")
+    assert prefixes._n_appended(adding(f"{begins}$A")) == 0
+    pd.testing.assert_frame_equal(scores(f"{begins}$A{ends}"), scores(f"{begins}$A"))
 
 
 def test_no_token_at_all_is_one_clear_error():

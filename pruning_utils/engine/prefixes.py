@@ -49,9 +49,16 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
 
     passes.refuse_missing_weights(model)
     own, begins = _own_tokenizer(tokenizer, model)
+    ends = _n_appended(own)
 
     class SharingLM(HFLM):
         """The backend, with its two methods for log-likelihoods replaced."""
+
+        def tok_encode(self, string: str, *given: Any, **named: Any) -> list[int]:
+            """As the stock backend does, without tokens that would end the text after a prompt."""
+            ids = super().tok_encode(string, *given, **named)
+            added = ends and len(ids) > len(own.encode(string, add_special_tokens=False))
+            return ids[:-ends] if added else ids
 
         def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list:
             """As the stock backend does, without its bar for what takes a moment."""
@@ -113,6 +120,19 @@ def _own_tokenizer(
     if own.pad_token_id is None and own.unk_token_id is None and own.eos_token_id is None:
         own.pad_token_id = begins
     return own, begins
+
+
+def _n_appended(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens a tokenizer puts after each text.
+
+    With them, an answer after a prompt would lose its first tokens: it is what a text has beyond
+    the tokens of its prompt.
+    """
+    bare, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    for n_before in range(len(whole) - len(bare) + 1):
+        if whole[n_before : n_before + len(bare)] == bare:
+            return len(whole) - len(bare) - n_before
+    return 0
 
 
 def _refuse_what_does_not_fit(model: nn.Module, requests: list, context: int) -> None:
