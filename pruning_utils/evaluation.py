@@ -6,8 +6,9 @@ import contextlib
 import functools
 import logging
 import random
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -195,15 +196,16 @@ def load_tasks(
     Raises:
         ValueError: If an argument is out of range, a task unknown or its data out of reach.
     """
-    if isinstance(tasks, str) or not tasks:
+    names = [] if isinstance(tasks, str) or not isinstance(tasks, Iterable) else list(tasks)
+    if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"tasks must be a list with one or more of {', '.join(TASKS)}, got {tasks!r}"
         )
     whole_number("num_fewshot", num_fewshot, 0)
-    whole_number("shot_order", shot_order, 0)
-    whole_number("limit", 1 if limit is None else limit, 1)
+    shot_order = whole_number("shot_order", shot_order, 0)
+    whole_number("limit", 1 if limit is None else limit, 1, sys.maxsize)
     with _quiet_libraries():
-        return {name: _load_task(name, num_fewshot, shot_order) for name in dict.fromkeys(tasks)}
+        return {name: _load_task(name, num_fewshot, shot_order) for name in dict.fromkeys(names)}
 
 
 @contextlib.contextmanager
@@ -239,7 +241,7 @@ def _task_manager(embedded: bool) -> Any:
 def _load_task(name: str, num_fewshot: int, shot_order: int) -> dict:
     """lm-eval's task objects behind a name, with their questions."""
     manager = _task_manager(name in TASKS)
-    own_name = str(name).removeprefix(OFFICIAL)
+    own_name = name.removeprefix(OFFICIAL)
     if own_name not in manager.all_tasks:
         raise ValueError(
             f"unknown task {name!r}: it is neither embedded ({', '.join(TASKS)}) nor one of "

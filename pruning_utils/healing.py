@@ -114,7 +114,7 @@ def heal(
     Raises:
         ValueError: If an argument is out of range, the model is quantised or has adapters,
             ``output_dir`` holds anything but a run with these settings (the differing ones are
-            named), or a loss is not finite.
+            named), or a loss, gradient or trained weight is not finite.
     """
     given = locals()
     merge = true_or_false("merge", merge)
@@ -122,19 +122,23 @@ def heal(
     from pruning_utils.engine import trainer  # importing it takes seconds
 
     run = trainer.Run(output_dir, settings, model, tokenizer, train_ids, eval_ids)
-    torch.manual_seed(settings["seed"])
-    trained = trainable_copy(model, settings)
-    run.begin()
-    history = trainer.train(
-        trained,
-        run,
-        loss=_mean_loss,
-        in_bfloat16=model.dtype == torch.bfloat16,
-        evaluations=EVALUATIONS,
-        saves=SAVES,
-    )
-    count = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
-    return HealedModel(_finished(trained, model, method, merge), history, count)
+    # The caller may be in a mode without gradients.
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(settings["seed"])
+        trained = trainable_copy(model, settings)
+        run.begin()
+        history = trainer.train(
+            trained,
+            run,
+            loss=_mean_loss,
+            in_bfloat16=trainer.holds(model, torch.bfloat16),
+            evaluations=EVALUATIONS,
+            saves=SAVES,
+        )
+        count = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
+        healed = _finished(trained, model, method, merge)
+    trainer.refuse_overflow(healed, model)
+    return HealedModel(healed, history, count)
 
 
 def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +226,8 @@ def trainable_copy(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     """
     method = settings["method"]
     # float16 is too narrow for gradients.
-    source = copy.deepcopy(model).float() if model.dtype == torch.float16 else model
+    narrow = any(weight.dtype == torch.float16 for weight in model.parameters())
+    source = copy.deepcopy(model).float() if narrow else model
     trained = models.quantized_copy(source) if method == "qlora" else copy.deepcopy(source)
 
     if method == "full":

@@ -39,8 +39,7 @@ def magnitude(model: nn.Module, *, norm: int = 1) -> np.ndarray:
     """
     _refuse_quantized(model)
     passes.refuse_missing_weights(model, offloaded=False)
-    if norm not in (1, 2) or isinstance(norm, bool):
-        raise ValueError(f"norm must be 1 or 2, got {norm!r}")
+    norm = whole_number("norm", norm, 1, 2)
     scores = [_layer_magnitude(layer, norm) for layer in models.decoder_layers(model)]
     return _finite(np.array(scores))
 
@@ -115,6 +114,8 @@ def _taylor(
         weight.grad = None
 
     with contextlib.ExitStack() as undo:
+        # The caller may be in either.
+        undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         undo.enter_context(passes.evaluation_mode(model))
         for weight in model.parameters():

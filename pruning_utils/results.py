@@ -20,7 +20,7 @@ import pandas as pd
 from pruning_utils import runtime
 from pruning_utils.engine import definitions, records, saved_points
 from pruning_utils.engine.bars import tqdm
-from pruning_utils.engine.records import StaleResult, plain, read_record
+from pruning_utils.engine.records import StaleResult, read_record
 
 __all__ = [
     "StaleResult",
@@ -130,10 +130,10 @@ def load_or_compute(
         FileNotFoundError: If the table is missing and the environment variable
             PRUNING_UTILS_NO_COMPUTE is set.
     """
-    path, asked = _table_file(path), plain(dict(parameters), "parameters")
+    path, asked = records.table_file(path), records.settings_of(parameters)
     if not recompute and records.is_there(path):
         return records.read_table(path, records.checked_record(path, asked))
-    code = _before_computing(path, compute)
+    code = _before_computing(path, compute, asked)
     commit = records.package_commit()
     table, cost = records.timed(compute)
     _keep(path, records.as_table(table, path), asked, commit, {"code": code, **cost})
@@ -184,7 +184,7 @@ def sweep(
         RuntimeError: If a point fails (named, after those running beside it were saved), or if
             another process or thread is computing the same table.
     """
-    path, asked = _table_file(path), plain(dict(parameters), "parameters")
+    path, asked = records.table_file(path), records.settings_of(parameters)
     points, folder = saved_points.checked_points(points), path.with_suffix(".points")
     seeds: list[dict] = []
     before = saved_points.seen(path)
@@ -195,7 +195,7 @@ def sweep(
                 record = saved_points.prove(path, record, compute_point)
             return records.read_table(path, record)
         seeds = saved_points.reusable(path, record, points)
-    code = _before_computing(path, compute_point)
+    code = _before_computing(path, compute_point, asked)
     with saved_points.opened(path, before, asked, seeds, anew=recompute):
         commit = records.package_commit()
         missing = [point for point in points if saved_points.read(folder, point, code) is None]
@@ -214,16 +214,7 @@ def sweep(
     return records.read_table(path, read_record(path))
 
 
-def _table_file(path: str | os.PathLike) -> Path:
-    path = Path(path)
-    if path.suffix != ".csv" or path.stem.endswith((".measured", ".points")):
-        raise ValueError(
-            f"path must be a table's .csv file, and not a .measured or .points one, got {path}"
-        )
-    return path
-
-
-def _before_computing(path: Path, compute: Callable) -> dict:
+def _before_computing(path: Path, compute: Callable, parameters: dict) -> dict:
     """The stamp of the code that computes.
 
     What would fail when the table is written fails now.
@@ -234,8 +225,9 @@ def _before_computing(path: Path, compute: Callable) -> dict:
             "compute it first, by running its notebook without that variable"
         )
     code = definitions.INSTALLED.stamp(compute)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records.read_records(path.parent)
+    if "dtype" in parameters:
+        runtime.resolve_dtype(parameters["dtype"])
+    records.refuse_unwritable(path)
     return code
 
 

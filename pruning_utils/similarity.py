@@ -217,7 +217,9 @@ class _RunningSums:
             by_token = chunk[: min(CHUNK_TOKENS, n_tokens - start)]
             for index, row in enumerate(rows):
                 by_token[:, index] = row[start : start + CHUNK_TOKENS]
-            angle, cosine, norm = _angles(by_token)
+            # In a narrower type, as around it, small angles would be lost.
+            with torch.autocast(by_token.device.type, enabled=False):
+                angle, cosine, norm = _angles(by_token)
             if not bool(torch.isfinite(angle).all()):
                 index, token = (~torch.isfinite(norm) | (norm == 0)).T.nonzero()[0].tolist()
                 among = int(torch.searchsorted(lengths.cumsum(0), start + token, right=True))

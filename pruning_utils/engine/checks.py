@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -79,6 +81,52 @@ def true_or_false(name: str, value: object) -> bool:
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def file_path(name: str, value: object) -> Path:
+    """Refuse what is no path that a file can have.
+
+    Args:
+        name: What the message calls the value.
+        value: What a function was given.
+
+    Returns:
+        The value as a path.
+
+    Raises:
+        ValueError: If it is neither a text nor a path, or holds a character that no path can have.
+    """
+    try:
+        written = os.fsencode(value)  # type: ignore[arg-type]
+    except (TypeError, UnicodeEncodeError):
+        written = b""
+    if isinstance(value, bytes) or b"\0" in written or not written and value != "":
+        raise ValueError(f"{name} must be a path, as a text or a Path, got {value!r}")
+    return Path(value)  # type: ignore[arg-type]
+
+
+def real_numbers(name: str, values: object) -> np.ndarray:
+    """Numbers as float64, whatever holds them: lists, arrays, or tensors of any kind.
+
+    Args:
+        name: What the message calls them.
+        values: What a function was given. Masked entries of NumPy's arrays become NaN.
+
+    Returns:
+        float64 array of their shape.
+
+    Raises:
+        ValueError: If they are no real numbers, or of ragged shape.
+    """
+    try:
+        if isinstance(values, torch.Tensor) and not values.is_complex():
+            return values.detach().to("cpu", torch.float64).numpy()
+        array: np.ma.MaskedArray = np.ma.asarray(values)
+        if array.dtype.kind in "biufO":
+            return np.ma.filled(array.astype(np.float64), np.nan)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise ValueError(f"{name} must be real numbers in a list, an array or a tensor, got {values!r}")
 
 
 def refuse_nan(losses: torch.Tensor) -> torch.Tensor:

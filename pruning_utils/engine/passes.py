@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -183,8 +184,8 @@ def as_mask(mask: object, shape: torch.Size) -> torch.Tensor:
     """An attention mask as a tensor.
 
     Args:
-        mask: 1 at real tokens and 0 at padding, or True and False: a tensor, an array or a list of
-            rows.
+        mask: 1 at real tokens and 0 at padding, or True and False: a tensor, or anything that NumPy
+            makes an array of.
         shape: That of the token ids.
 
     Returns:
@@ -195,7 +196,10 @@ def as_mask(mask: object, shape: torch.Size) -> torch.Tensor:
     """
     allowed = f"attention_mask must hold 0 and 1 in the shape {tuple(shape)} of input_ids"
     try:
-        tensor = torch.as_tensor(mask).cpu()
+        # What torch does not take of NumPy's: other kinds, and arrays that run backwards.
+        is_tensor = isinstance(mask, torch.Tensor)
+        tensor = torch.as_tensor(mask if is_tensor else _as_floats(mask)).cpu()
+        tensor = tensor.to_dense() if tensor.is_sparse else tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{allowed}, got {type(mask).__name__}: {error}") from error
     if tensor.shape != shape or not bool(((tensor == 0) | (tensor == 1)).all()):
@@ -203,6 +207,14 @@ def as_mask(mask: object, shape: torch.Size) -> torch.Tensor:
             f"{allowed}, got shape {tuple(tensor.shape)}, values {tensor.unique().tolist()[:4]}"
         )
     return tensor.long()
+
+
+def _as_floats(mask: object) -> np.ndarray:
+    """float64 copy of what NumPy makes an array of; texts are no numbers."""
+    array = np.array(mask)
+    if array.dtype.kind not in "biufO":
+        raise TypeError(f"its values are {array.dtype}")
+    return array.astype(np.float64)
 
 
 def causal_model(model: nn.Module) -> nn.Module:

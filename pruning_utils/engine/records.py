@@ -26,6 +26,7 @@ import pandas as pd
 from filelock import FileLock
 
 from pruning_utils.engine import definitions
+from pruning_utils.engine.checks import file_path
 from pruning_utils.runtime import atomic_path, peak_memory_bytes
 
 # Endings of column names whose values differ from run to run.
@@ -33,9 +34,9 @@ VOLATILE = ("seconds", "per_second", "peak_bytes")
 # In a folder of tables while one of its files is replaced; a kill may leave it until the next time.
 LOCK = ".lock"
 # The content that a file of a table is about to get.
-NEXT = re.compile(r"\.(?P<file>.+\.csv)\.next")
+NEXT = re.compile(r"\.(?P<file>.+\.csv)\.next", re.DOTALL)
 # What a run that was killed leaves of `atomic_path`: for run.json, in earlier releases for tables.
-HALF_WRITTEN = re.compile(r"\.(?P<file>.+\.(?:csv|json))\.[a-z0-9_]{8}\.(?:csv|json)")
+HALF_WRITTEN = re.compile(r"\.(?P<file>.+\.(?:csv|json))\.[a-z0-9_]{8}\.(?:csv|json)", re.DOTALL)
 KINDS = {"int": "int64", "float": "float64", "bool": "bool", "text": "str"}
 # Integers that a table's file gives back.
 INTEGERS = range(-(2**63), 2**63)
@@ -59,6 +60,48 @@ NEEDED = tuple(FIELDS)[:4]
 
 class StaleResult(UserWarning):
     """A stored result was computed by other package code than today's."""
+
+
+def table_file(path: Any) -> Path:
+    """The file of a table.
+
+    Raises:
+        ValueError: If no table can be kept there: it is no path, has another ending, or is a
+            folder.
+    """
+    path = file_path("path", path)
+    if path.suffix != ".csv" or path.stem.endswith((".measured", ".points")) or path.is_dir():
+        raise ValueError(
+            "path must be a table's .csv file, no folder and not a .measured or .points one, got "
+            f"{path}"
+        )
+    return path
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Refuse, before a table is computed, what would fail when it is written. Its folder is made.
+
+    Raises:
+        ValueError: If the ``run.json`` in its folder is damaged.
+        OSError: If the folder cannot be made or written, or the table's name is too long.
+    """
+    with locked(path.parent):
+        read_records(path.parent)
+        # The longest name of a file of the table.
+        next_path(measured_path(path)).exists()
+
+
+def settings_of(parameters: Any) -> dict:
+    """Parameters as JSON values.
+
+    Raises:
+        ValueError: If they are no mapping of plain values.
+    """
+    if not isinstance(parameters, Mapping):
+        raise ValueError(
+            f"parameters must be a dict of plain values, got {type(parameters).__name__}"
+        )
+    return plain(parameters, "parameters")
 
 
 def plain(value: Any, name: str = "value") -> Any:
@@ -634,7 +677,8 @@ def column_kinds(table: pd.DataFrame) -> dict[str, str]:
 
 def _kind(column: pd.Series) -> str:
     missing = column.isna()
-    if missing.all():
+    holds_times = column.dtype.kind in "mM"
+    if missing.all() and not holds_times:
         return "float"
     if pd.api.types.is_bool_dtype(column) and not missing.any():
         return "bool"
@@ -644,10 +688,11 @@ def _kind(column: pd.Series) -> str:
     if pd.api.types.is_float_dtype(column) or pd.api.types.is_integer_dtype(column):
         return "float"
     present = column[~missing]
-    if all(isinstance(value, str) for value in present):
+    if all(isinstance(value, str) for value in present) and not holds_times:
         return "text"
     _refuse_large(column, [value for value in present if _is_of(value, int)])
     found = {"str" if isinstance(value, str) else type(value).__name__ for value in present}
+    found = found or {str(column.dtype)}
     gaps = " and missing values" if missing.any() else ""
     raise ValueError(
         f"column {column.name!r} must hold numbers or texts, or True and False without a gap, got "

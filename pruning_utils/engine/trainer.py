@@ -33,7 +33,7 @@ from transformers import (
 from pruning_utils import models, runtime
 from pruning_utils.engine import memory, passes
 from pruning_utils.engine.bars import tqdm
-from pruning_utils.engine.checks import whole_number
+from pruning_utils.engine.checks import file_path, whole_number
 
 # In one forward and backward pass. Larger batches are accumulated, so that memory does not grow.
 MICRO_BATCH_TOKENS = 8192
@@ -70,10 +70,10 @@ class Run:
         eval_ids: See above.
 
     Raises:
-        ValueError: If weights are not in memory, or the model cannot take the windows; if a batch
-            of them is larger than :data:`STEP_TOKENS`; if there is a folder and a tokenizer that
-            cannot be saved; or if the folder holds anything but a run with the same settings,
-            weights and windows (what differs is named).
+        ValueError: If weights are not in memory or in float64, or the model cannot take the
+            windows; if a batch of them is larger than :data:`STEP_TOKENS`; if ``output_dir`` is no
+            path, or there is a folder and a tokenizer that cannot be saved; or if the folder holds
+            anything but a run with the same settings, weights and windows (what differs is named).
     """
 
     def __init__(
@@ -86,6 +86,8 @@ class Run:
         eval_ids: torch.Tensor | None,
     ):
         passes.refuse_missing_weights(model, offloaded=False)
+        if holds(model, torch.float64):
+            raise ValueError("the model must be a 16- or 32-bit one, but has weights in float64")
         models.check_input_ids(model, train_ids, shortest=2)
         if eval_ids is not None:
             models.check_input_ids(model, eval_ids, shortest=2)
@@ -108,7 +110,7 @@ class Run:
                     "tokenizer must be one that can be saved where output_dir is given, got "
                     f"{tokenizer!r}"
                 )
-            self.folder = Path(output_dir)
+            self.folder = file_path("output_dir", output_dir)
             self._recorded = settings | {
                 "model": runtime.tensor_digest(dict(model.named_parameters())),
                 "train_ids": runtime.tensor_digest({"ids": train_ids}),
@@ -161,7 +163,7 @@ def train(
         ``checkpoint`` included.
 
     Raises:
-        ValueError: If a loss is not finite.
+        ValueError: If a loss, the norm of the gradients, or a trained weight is not finite.
     """
     steps, batch_size = run.settings["steps"], run.settings["batch_size"]
     evaluate_at = set() if run.eval_ids is None else evenly(steps, evaluations)
@@ -184,8 +186,43 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    _refuse_weights_not_finite(model)
     model.activation_checkpointing_disable()
     return _history(trainer.state.log_history, batch_size * run.train_ids.shape[1])
+
+
+def holds(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether any weight of a model is of a type."""
+    return any(weight.dtype == dtype for weight in model.parameters())
+
+
+def refuse_overflow(healed: nn.Module, model: nn.Module) -> None:
+    """Refuse weights that are too large for the type of the model that they were trained for.
+
+    Args:
+        healed: The trained model in the dtypes of ``model``.
+        model: What it was before; what is not finite there may stay so.
+
+    Raises:
+        ValueError: If a weight is not finite; the first one is named.
+    """
+    before = dict(model.named_parameters())
+    for name, weight in healed.named_parameters():
+        known = before.get(name, torch.zeros(()))
+        if not bool(weight.isfinite().all()) and bool(known.isfinite().all()):
+            raise ValueError(
+                f"the trained {name} holds numbers beyond the range of {weight.dtype}; "
+                "learning_rate or alpha too high?"
+            )
+
+
+def _refuse_weights_not_finite(model: nn.Module) -> None:
+    """Refuse what the last step has made, after which no loss is measured."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"{name} is not finite after the last step; learning_rate or alpha too high?"
+            )
 
 
 def _history(log: list[dict[str, float]], tokens_per_step: int) -> pd.DataFrame:
@@ -308,7 +345,13 @@ class Schedule(TrainerCallback):
         control.should_save = state.global_step in self.save_at
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **others: Any) -> None:
-        """Refuse a loss that is not finite: no step after it would mean anything."""
+        """Refuse a loss or gradients that are not finite: nothing after them means anything."""
+        norm = logs.get("grad_norm", 0)
+        if not math.isfinite(norm) and math.isfinite(logs["loss"]):
+            raise ValueError(
+                f"the gradients' norm is {norm} at step {state.global_step} of {state.max_steps}; "
+                "learning_rate or alpha too high?"
+            )
         loss = logs.get("loss", logs.get("eval_loss", 0))
         if not math.isfinite(loss):
             raise ValueError(
@@ -435,8 +478,9 @@ def _last_whole_checkpoint(folder: Path, settings: dict[str, Any]) -> Path | Non
         _refuse_other_settings(folder, settings)
     elif folder.exists():
         _refuse_other_files(folder)
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=_step_of)
-    for last in reversed(checkpoints):
+    # What the user has put beside them is no checkpoint.
+    numbered = (path for path in folder.glob("checkpoint-*") if path.is_dir() and _step_of(path))
+    for last in sorted(numbered, key=_step_of, reverse=True):
         if is_whole(last):
             return last
         shutil.rmtree(last)
@@ -444,11 +488,21 @@ def _last_whole_checkpoint(folder: Path, settings: dict[str, Any]) -> Path | Non
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+    """The step after which a checkpoint was saved; 0 for a name that is none of a checkpoint."""
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isascii() and step.isdigit() else 0
 
 
 def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
-    recorded = json.loads((folder / SETTINGS).read_text())
+    try:
+        recorded = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(recorded, dict):
+            raise ValueError(f"it must be an object, got {type(recorded).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / SETTINGS} is damaged ({error}); delete {folder}, or choose another "
+            "output_dir"
+        ) from error
     differing = [
         f"{key} {recorded.get(key)!r} there, {settings.get(key)!r} asked"
         for key in sorted(recorded | settings)
@@ -479,7 +533,7 @@ def seal(checkpoint: Path) -> None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint is sealed, and its files are those that were sealed."""
     sealed = checkpoint / SEAL
-    return sealed.is_file() and sealed.read_text() == json.dumps(file_digests(checkpoint))
+    return sealed.is_file() and sealed.read_bytes() == json.dumps(file_digests(checkpoint)).encode()
 
 
 def file_digests(folder: Path) -> dict[str, str]:
