@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
+
+from pruning_utils import embedded
 
 COLUMNS = ["notebook", "name", "value", "tolerance", "reason"]
 
@@ -119,7 +122,8 @@ def compare_tables(
     Args:
         committed: The folder of one profile's committed results.
         new: The folder of the new ones.
-        notebooks: Those whose committed tables are compared; of the new tables all are.
+        notebooks: Those whose committed tables are compared; of the new tables all are. Those of
+            an embedded model that is not installed may be missing.
         tolerance: A share, at least 0.
     """
     names = {name for name in _tables_in(committed) if name.partition("/")[0] in notebooks}
@@ -127,13 +131,21 @@ def compare_tables(
     compared = []
     for name in sorted(names):
         if not (new / name).exists():
-            compared.append(Comparison(name, "table", "-", fault="missing"))
+            fault = "" if _is_of_absent_model(name) else "missing"
+            compared.append(Comparison(name, "table", "-", fault=fault))
         elif not (committed / name).exists():
             compared.append(Comparison(name, "-", "table", fault="new"))
         else:
             tables = (read_texts(committed / name), read_texts(new / name))
             compared.append(_compare_table(name, *tables, tolerance=tolerance))
     return compared
+
+
+def _is_of_absent_model(name: str) -> bool:
+    """Whether a table is that of an embedded model whose packages are not installed here."""
+    table = Path(name).name
+    of = [model for key, model in embedded.MODELS.items() if table.startswith(f"{key}-")]
+    return any(find_spec(package) is None for model in of for package, _ in model.parts)
 
 
 def _tables_in(folder: Path) -> set[str]:

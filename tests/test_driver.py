@@ -821,6 +821,18 @@ def test_tables_are_compared_column_by_column(tmp_path, new, fault):
     assert [(row.item, row.fault) for row in compared] == [("00_a/t.csv", fault)]
 
 
+@pytest.mark.parametrize(("is_installed", "fault"), [(True, "missing"), (False, "")])
+def test_a_table_may_be_missing_where_its_model_is_not_installed(
+    tmp_path, monkeypatch, is_installed, fault
+):
+    monkeypatch.setattr(comparisons, "find_spec", lambda package: package if is_installed else None)
+    for folder in ("old", "new"):
+        (tmp_path / folder / "03_b").mkdir(parents=True)
+    (tmp_path / "old" / "03_b" / "gemma-3-270m-beginnings.csv").write_text("nll\n1\n")
+    (row,) = comparisons.compare_tables(tmp_path / "old", tmp_path / "new", ["03_b"], 1e-3)
+    assert (row.item, row.fault) == ("03_b/gemma-3-270m-beginnings.csv", fault)
+
+
 @pytest.mark.parametrize("damaged", ["new", "committed"])
 def test_nothing_is_replaced_where_a_record_is_damaged(tmp_path, damaged):
     for name in ("new", "committed"):
