@@ -71,6 +71,18 @@ HYBRID = [RECURRENT, FULL, RECURRENT, RECURRENT, FULL, FULL, RECURRENT, FULL]
 SPARSE = ["dense", "sparse", "sparse", "dense", "sparse", "dense", "sparse", "sparse"]
 
 
+def scatter(model: PreTrainedModel) -> None:
+    """Draw, in place, weights so large that the logits depend on each layer."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(0.3 * noise)
+            elif "A_log" not in name and "dt" not in name:  # recurrences keep their decay rates
+                parameter.add_(0.1 * noise)
+
+
 def tiny(config_class: str, *, sizes: dict | None = None, **fields) -> PreTrainedModel:
     """A random model of one configuration class, its layers scaled so that the logits depend on
     each of them.
@@ -84,14 +96,7 @@ def tiny(config_class: str, *, sizes: dict | None = None, **fields) -> PreTraine
         **copy.deepcopy((SIZES if sizes is None else sizes) | fields)
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(0.3 * noise)
-            elif "A_log" not in name and "dt" not in name:  # recurrences keep their decay rates
-                parameter.add_(0.1 * noise)
+    scatter(model)
     model.generation_config.pad_token_id = 0
     return model
 

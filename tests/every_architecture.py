@@ -11,7 +11,7 @@ import dataclasses
 import re
 from typing import Any
 
-import torch
+from architectures import scatter
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -168,12 +168,5 @@ def config_of(model_type: str) -> PreTrainedConfig:
 def build(model_type: str) -> PreTrainedModel:
     """A random model, its layers scaled so that the logits depend on each of them."""
     model = AutoModelForCausalLM.from_config(config_of(model_type)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(0.3 * noise)
-            elif "A_log" not in name and "dt" not in name:  # recurrences keep their decay rates
-                parameter.add_(0.1 * noise)
+    scatter(model)
     return model

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from architectures import SIZES, tiny
+from architectures import LATENT, ROUTED, SIZES, tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -70,24 +70,9 @@ def test_no_code_is_named_that_is_not_there(tmp_path):
 
 
 def test_layers_for_further_tokens_are_not_promised(tmp_path):
-    model = tiny("DeepseekV3Config", **LATENT_SIZES)
+    model = tiny("DeepseekV3Config", **LATENT, **ROUTED)
     assert model.config.num_nextn_predict_layers == 1, "as in the files of DeepSeek"
     assert reads(saved(model, tmp_path))["num_nextn_predict_layers"] == 0
-
-
-LATENT_SIZES = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-}
 
 
 @pytest.mark.parametrize(
