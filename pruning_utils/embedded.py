@@ -90,6 +90,12 @@ def find_embedded(name: str | os.PathLike) -> Embedded | None:
     return DEFAULT if name == EMBEDDED else MODELS.get(name)
 
 
+def is_installed(name: str) -> bool:
+    """Whether the packages of an embedded model are installed; True for any other name."""
+    model = find_embedded(name)
+    return model is None or all(importlib.util.find_spec(package) for package, _ in model.parts)
+
+
 def embedded_file(package: str, relative: str, *, install: str = INSTALL_EMBEDDED) -> Path:
     """Path of a file inside an installed distribution that is never imported.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -143,9 +142,8 @@ def compare_tables(
 
 def _is_of_absent_model(name: str) -> bool:
     """Whether a table is that of an embedded model whose packages are not installed here."""
-    table = Path(name).name
-    of = [model for key, model in embedded.MODELS.items() if table.startswith(f"{key}-")]
-    return any(find_spec(package) is None for model in of for package, _ in model.parts)
+    owners = [model for model in embedded.MODELS if Path(name).name.startswith(f"{model}-")]
+    return not all(map(embedded.is_installed, owners))
 
 
 def _tables_in(folder: Path) -> set[str]:

@@ -1,13 +1,16 @@
 """Windows begin as the tokenizer begins a text: by hand, and the same text beside it."""
 
+import pandas as pd
 import pytest
 import torch
+from architectures import tiny
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from pruning_utils import data, instructions, models
+from pruning_utils import data, evaluation, instructions, models
+from pruning_utils.studies import beginnings
 
 
 def letters(single: str | None = None, **special: str) -> PreTrainedTokenizerFast:
@@ -136,3 +139,45 @@ def test_what_is_no_documents_or_no_number_is_refused(texts, seq_len, limit, mes
 def test_what_is_no_tokenizer_is_refused():
     with pytest.raises(ValueError, match="tokenizer must be one of transformers, .*got 'gpt2'"):
         data.pack("gpt2", ["ab"], 4)
+
+
+# --- what it is worth -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("single", ["<s> $A", None])
+def test_the_same_tokens_are_scored_both_ways(single, tmp_path):
+    tiny("LlamaConfig").save_pretrained(tmp_path)
+    letters(single, bos_token="<s>").save_pretrained(tmp_path)
+    rows = pd.DataFrame(
+        beginnings.beginning_losses(
+            {"text": "xsum"},
+            model=str(tmp_path),
+            revision=None,
+            dtype="float32",
+            n_windows=2,
+            seq_len=16,
+        )
+    )
+    model, tokenizer = models.load_model(tmp_path, dtype="float32")
+    windows = data.evaluation_windows(tokenizer, 2, 16)
+    wanted = {"as a text": evaluation.token_losses(model, windows)}
+    if single:
+        wanted["as a text"] = wanted["as a text"][:, 1:]
+        wanted["in its middle"] = evaluation.token_losses(model, windows[:, 1:])
+    found = {name: group["nll"].tolist() for name, group in rows.groupby("begins")}
+    assert found == {name: losses.double().mean(1).tolist() for name, losses in wanted.items()}
+
+
+def test_a_model_that_is_neither_kept_nor_installed_is_named(tmp_path, monkeypatch):
+    def measured(function, points, *, model, **others):
+        """Stands for a table of the models that are there."""
+        return pd.DataFrame([{"begins": "as a text", "item": 0, "nll": 1.0}]), tmp_path
+
+    monkeypatch.setattr(beginnings, "point_table", measured)
+    monkeypatch.setattr(beginnings.embedded, "is_installed", lambda name: name == "one")
+    monkeypatch.setattr(beginnings, "table_path", lambda *names: tmp_path / names[2])
+    (tmp_path / "kept").touch()
+    table, missing = beginnings.beginning_table(
+        ["one", "two", "kept"], profile="cpu", notebook="03", revision=None, text="xsum"
+    )
+    assert table["model"].tolist() == ["one", "kept"] and missing == ["two"]

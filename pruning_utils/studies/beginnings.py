@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_utils import data, evaluation
-from pruning_utils.studies.study import loaded, point_table
+from pruning_utils import data, embedded, evaluation
+from pruning_utils.studies.study import loaded, point_table, table_path
 
+TABLE = "beginnings"
 WITH, WITHOUT = "as a text", "in its middle"
 
 
@@ -68,21 +69,21 @@ def beginning_table(
     """
     tables, missing = [], []
     for name in names:
-        try:
-            found, _ = point_table(
-                beginning_losses,
-                [{"text": text}],
-                profile=profile,
-                notebook=notebook,
-                model=name,
-                revision=revision,
-                table="beginnings",
-                recompute=recompute,
-                reads_text=True,
-                **settings,
-            )
-        except ModuleNotFoundError:
+        kept = table_path(profile, notebook, name, TABLE)
+        if not kept.exists() and not embedded.is_installed(name):
             missing.append(name)
-        else:
-            tables.append(found.assign(model=name))
+            continue
+        found, _ = point_table(
+            beginning_losses,
+            [{"text": text}],
+            profile=profile,
+            notebook=notebook,
+            model=name,
+            revision=revision,
+            table=TABLE,
+            recompute=recompute,
+            reads_text=True,
+            **settings,
+        )
+        tables.append(found.assign(model=name))
     return pd.concat(tables).set_index("model").reset_index(), missing
