@@ -151,7 +151,7 @@ def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, mo
         ),
         ({}, {"tasks": {"piqa": 17}}, r"num_fewshot must be in \[0, 16\], got 17"),
         ({"num_fewshot": -1}, {}, "num_fewshot must be a whole number of at least 0, got -1"),
-        ({}, {"limit": 0}, "limit must be a whole number of at least 1, got 0"),
+        ({}, {"limit": 0}, "limit must be a whole number .*, got 0"),
         ({}, {"texts": {"xsum": 10**7}}, "n_samples 10000000 is beyond the text xsum/evaluation"),
         ({}, {"texts": {"xkcd": 2}}, "no text 'xkcd'"),
     ],

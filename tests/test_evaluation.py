@@ -687,7 +687,7 @@ def test_cut_prompts_are_reported(small, caplog):
     [
         ({"tasks": []}, "one or more of mmlu, boolq, piqa"),
         ({"tasks": "piqa"}, "must be a list"),
-        ({"limit": 0}, "limit must be a whole number of at least 1, got 0"),
+        ({"limit": 0}, "limit must be a whole number .*, got 0"),
         ({"limit": -3}, "-3"),
         ({"limit": 0.5}, "0.5"),
         ({"num_fewshot": -1}, "num_fewshot must be a whole number of at least 0, got -1"),
