@@ -202,7 +202,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch, ca
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda model: importance.magnitude(model, norm=3), "norm must be 1 or 2, got 3"),
+        (
+            lambda model: importance.magnitude(model, norm=3),
+            "norm must be a whole number from 1 to 2, got 3",
+        ),
         (lambda model: importance.taylor(model, windows()[:, :1]), "at least 2 tokens, got 1"),
         (
             lambda model: importance.taylor(model, windows(), batch_size=0),
