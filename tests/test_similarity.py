@@ -539,9 +539,12 @@ def test_nan_in_one_weight_is_refused_at_the_next_layer():
         (torch.tensor([[1, V]]), rf"token id {V} is outside the vocabulary \[0, {V}\)"),
         (torch.tensor([[1, -1]]), "token id -1 is outside"),
         (torch.ones(2, 3), "must be an integer tensor"),
-        (torch.ones(3, dtype=torch.long), r"shape \(n_samples, seq_len\), got \(3,\)"),
-        (torch.ones(0, 3, dtype=torch.long), r"got \(0, 3\)"),
-        (torch.ones(3, 0, dtype=torch.long), r"got \(3, 0\)"),
+        (
+            torch.ones(3, dtype=torch.long),
+            r"shape \(n_samples, seq_len\), got int64 of shape \(3,\)",
+        ),
+        (torch.ones(0, 3, dtype=torch.long), r"got int64 of shape \(0, 3\)"),
+        (torch.ones(3, 0, dtype=torch.long), r"got int64 of shape \(3, 0\)"),
         (
             torch.ones(1, 33, dtype=torch.long),
             "33 tokens are longer than the model's context of 32",
