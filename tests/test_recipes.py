@@ -152,7 +152,7 @@ def test_healing_on_questions_and_answers(tiny, tmp_path, monkeypatch):
             "last_layers 0.01 4 last_k=5",
             f"last_k must be at most {N_LAYERS - 1}, the layers that are left, got 5",
         ),
-        ("last_layers 0.01 4 untie=1", "untie must be true or false, got 1"),
+        ("last_layers 0.01 4 untie=1", "untie must be True or False, got 1"),
         ("last_layers 0.01 4 last_k", "a stage must be such as"),
         ("last_layers 0.01 4 untie=no", "a stage must be such as"),
         ("lora 0.01 4 seed=5", "a stage may name a setting once, and not"),
