@@ -433,6 +433,7 @@ def _sums_of_products(
     sums: dict[nn.Parameter, np.ndarray] = {}
 
     def collect(weight: nn.Parameter) -> None:
+        """Called with each weight that has got its gradient."""
         sums[weight] = _sums(weight.detach().float() * weight.grad.float(), shares[weight])
 
     flags = {weight: weight.requires_grad for weight in shares}

@@ -31,6 +31,15 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Of what takes pictures beside a decoder.
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 LATENT = {
     "num_key_value_heads": 4,
     "q_lora_rank": 16,

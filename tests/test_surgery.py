@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from architectures import ARCHITECTURES, FULL, N_LAYERS, SIZES, SLIDING, tiny
+from architectures import ARCHITECTURES, FULL, N_LAYERS, SIZES, SLIDING, VISION, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -515,17 +515,9 @@ def test_an_embedded_text_model_of_a_multimodal_one_is_cut_in_its_own_configurat
         "sliding_window": 4,
         "layer_types": [FULL, SLIDING, SLIDING, FULL] * 2,
     }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
     config = transformers.Gemma3Config(
         text_config=text,
-        vision_config=vision,
+        vision_config=VISION,
         mm_tokens_per_image=4,
         image_token_id=127,
         boi_token_id=125,

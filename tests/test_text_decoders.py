@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, SIZES
+from architectures import ARCHITECTURES, SIZES, VISION
 from test_healing import Tokenizer, bits, same
 from tokenizers import Tokenizer as Tokenizers
 from tokenizers.models import BPE
@@ -14,14 +14,6 @@ from pruning_utils import evaluation, healing, importance, models, similarity, s
 from pruning_utils.engine import model_files
 
 TEXT = SIZES | {"num_hidden_layers": 3, "head_dim": 8}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 CONFIGURATIONS = {
     "gemma3": lambda: transformers.Gemma3Config(
         text_config=TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 8},

@@ -220,10 +220,12 @@ def _token_seconds(model: nn.Module, window: torch.Tensor) -> tuple[float, float
     )
 
     def training() -> None:
+        """A forward and a backward pass."""
         with torch.enable_grad():
             healing._mean_loss(model(ids, use_cache=False).logits, ids).backward()
 
     def generating() -> None:
+        """A forward pass of one token."""
         with torch.no_grad():
             model(ids[:, :1], use_cache=False)
 
