@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, new_figure
 
 # Line style of each level that is no curve.
-BASELINES = {"unpruned": "-", "chance": ":", "majority": "--"}
+BASELINES = {"unpruned": "-", "chance": ":", "floor": ":", "majority": "--"}
 
 
 def _look(entity: str) -> tuple[str, str]:
@@ -191,7 +191,7 @@ def rate_curves(table: pd.DataFrame) -> Figure:
 def differences(
     table: pd.DataFrame, *, margin: float, label: str, linear: float | None = None
 ) -> Figure:
-    """Paired differences with their corrected and 90 % intervals, beside the margin for equality.
+    """Paired differences with their 95 and 90 % intervals, beside the margin for equality.
 
     Args:
         table: From :func:`evidence.paired_verdicts`.

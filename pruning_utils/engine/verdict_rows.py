@@ -1,0 +1,139 @@
+"""Rows of verdicts: their words and columns, what cannot be tested, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+HOLDS = "holds"
+FAILS = "does not hold"
+UNTOLD = "cannot be told"
+UNTESTABLE = "not testable here"
+WORDS = (HOLDS, FAILS, UNTOLD, UNTESTABLE)
+
+COLUMNS = (
+    "claim",
+    "part",
+    "model",
+    "measure",
+    "data",
+    "depth",
+    "recipe",
+    "value",
+    "low",
+    "high",
+    "level",
+    "kind",
+    "n",
+    "runs",
+    "tokens_per_parameter",
+    "unpruned",
+    "floor",
+    "verdict",
+    "notebook",
+    "cell",
+    "reason",
+)
+# What tells one row from another.
+KEY = ("claim", "part", "model", "measure", "data", "depth", "recipe")
+ORDER = ("claim", "part", "model", "data")
+
+# The share of a paper's tokens per parameter below which its claim is not tested.
+SMALLEST_BUDGET = 0.1
+
+
+def word_for_sign(low: float, high: float, claimed: str) -> str:
+    """What an interval says of the claim that a value is ``"above 0"`` or ``"below 0"``."""
+    if not (low > 0 or high < 0):
+        return UNTOLD
+    return HOLDS if (low > 0) == (claimed == "above 0") else FAILS
+
+
+def word_for_equality(low: float, high: float, margin: float) -> str:
+    """What an interval says of the claim that a value is within a margin of 0."""
+    if -margin < low and high < margin:
+        return HOLDS
+    return FAILS if low > margin or high < -margin else UNTOLD
+
+
+def word_of_pair(pair: Mapping, claimed: str) -> str:
+    """What a row of ``evidence.paired_verdicts`` says of a claim, by its p-values after Holm.
+
+    A sign that is claimed fails where the pair is equal within its margin, too; equality fails only
+    where the difference is larger than the margin.
+    """
+    is_equal = pair["p_equal_holm"] <= 0.05
+    if claimed == "equal":
+        if is_equal:
+            return HOLDS
+        return FAILS if pair["p_beyond_holm"] <= 0.05 else UNTOLD
+    if pair["p_holm"] <= 0.05:
+        return HOLDS if (pair["difference"] > 0) == (claimed == "above 0") else FAILS
+    return FAILS if is_equal else UNTOLD
+
+
+def untestable_because(
+    levels: Sequence,
+    unpruned: object,
+    floor: float | None,
+    *,
+    higher_is_better: bool,
+    tokens_per_parameter: float | None,
+    paper_tokens_per_parameter: float | None,
+) -> str:
+    """Why nothing can be said of a claim; "" where something can."""
+    if floor is not None:
+        if unpruned is not None and not clears(unpruned, floor, higher_is_better):
+            return "the unpruned model is at the floor: the measure fails its positive control"
+        if not all(clears(level, floor, higher_is_better) for level in levels):
+            return "a level is at the floor" if higher_is_better else "a loss is at ln V or above"
+    if tokens_per_parameter is not None and paper_tokens_per_parameter is not None:
+        if tokens_per_parameter < SMALLEST_BUDGET * paper_tokens_per_parameter:
+            return (
+                f"{tokens_per_parameter:.3g} tokens per parameter are less than a tenth of the "
+                f"paper's {paper_tokens_per_parameter:.3g}"
+            )
+    return ""
+
+
+def value_of(level: object) -> float:
+    """A level as a number: itself, or the value of an interval."""
+    return float(getattr(level, "value", level))  # type: ignore[arg-type]
+
+
+def clears(level: object, floor: float, higher_is_better: bool) -> bool:
+    """Whether a level, with its whole interval where it has one, lies on the good side of a floor.
+
+    NaN does not.
+    """
+    if higher_is_better:
+        return float(getattr(level, "low", level)) > floor  # type: ignore[arg-type]
+    return float(getattr(level, "high", level)) < floor  # type: ignore[arg-type]
+
+
+def checked_table(rows: Iterable[Mapping], codes: Iterable[str]) -> pd.DataFrame:
+    """Rows as a table with :data:`COLUMNS`, sorted.
+
+    Args:
+        rows: From ``evidence.judge``.
+        codes: Codes of the claims that there are.
+
+    Raises:
+        ValueError: For a row with other columns, an unknown claim or word, or rows with one key.
+    """
+    rows = list(rows)
+    for row in rows:
+        if set(row) != set(COLUMNS):
+            wrong = sorted(set(row) ^ set(COLUMNS))
+            raise ValueError(f"a row of verdicts comes from evidence.judge; columns {wrong} differ")
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    for column, allowed in (("claim", set(codes)), ("verdict", set(WORDS))):
+        unknown = sorted(set(table[column]) - allowed)
+        if unknown:
+            raise ValueError(f"{column} must be one of {sorted(allowed)}, got {unknown}")
+    repeated = table[table.duplicated(list(KEY))]
+    if len(repeated):
+        key = repeated.iloc[0][list(KEY)].to_dict()
+        raise ValueError(f"two verdicts have one key, {key}: name the part that tells them apart")
+    return table.sort_values(list(ORDER), kind="stable", ignore_index=True)
