@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from pruning_utils import models
+from pruning_utils.engine import head_losses
 from pruning_utils.engine.checks import number, plain_value, true_or_false, whole_number
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -25,7 +25,6 @@ METHODS = (*ADAPTERS, "last_layers", "full")
 # Evenly over the steps; the evaluation loss before the first step comes in addition.
 EVALUATIONS = 8
 SAVES = 4
-LOGITS_AT_ONCE = 2**22  # in float32: 16 MiB
 # Arguments of heal that are no settings: they are recorded as digests, or do not decide what is
 # trained.
 NOT_RECORDED = ("model", "tokenizer", "train_ids", "eval_ids", "output_dir", "merge")
@@ -315,26 +314,14 @@ def _is_feed_forward(name: str) -> bool:
     return not any(part in name for part in NOT_FEED_FORWARD)
 
 
-def _mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Mean loss in nats over every token but the first of each window.
 
     Args:
-        logits: ``(B, T, V)``, in any precision; float32 copies exist of a few tokens at a time.
+        model: The model in training, or in an evaluation on the way.
         ids: Token ids, ``(B, T)``.
     """
-    targets = nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
-    size = LOGITS_AT_ONCE // logits.shape[-1] + 1
-    losses = [
-        checkpoint(_summed_loss, rows, expected, use_reentrant=False, preserve_rng_state=False)
-        for rows, expected in zip(
-            logits.flatten(0, 1).split(size), targets.split(size), strict=True
-        )
-    ]
-    return sum(losses) / ids[:, 1:].numel()
-
-
-def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return head_losses.mean_loss(model, ids)
 
 
 def _finished(trained: nn.Module, model: nn.Module, method: str, merge: bool) -> nn.Module:

@@ -222,11 +222,11 @@ def scarce_loss(monkeypatch, most: int, *, training: bool = True) -> list[tuple[
     """Let the loss fail on more than ``most`` windows; the list fills with those of each call."""
     calls, own = [], healing._mean_loss
 
-    def loss(logits, ids):
+    def loss(model, ids):
         calls.append((len(ids), torch.is_grad_enabled()))
         if len(ids) > most and torch.is_grad_enabled() == training:
             raise ON_CPU
-        return own(logits, ids)
+        return own(model, ids)
 
     monkeypatch.setattr(healing, "_mean_loss", loss)
     return calls
@@ -252,15 +252,19 @@ def test_a_step_that_fails_in_the_middle_begins_again_with_nothing_left_of_it(mo
         patch.setattr(trainer, "MICRO_BATCH_TOKENS", windows().shape[1])
         expected = heal(llama(), **settings)
     monkeypatch.setattr(trainer, "MICRO_BATCH_TOKENS", 2 * windows().shape[1])
-    calls, own = [], healing._mean_loss
+    calls, handles, own = [], [], healing._mean_loss
 
-    def loss(logits, ids):
+    def loss(model, ids):
         """The second micro-batch of the first step has gone half of its way back."""
         calls.append(len(ids))
-        found = own(logits, ids)
         if len(calls) == 2:
-            logits.register_hook(lambda gradient: (_ for _ in ()).throw(ON_CPU))
-        return found
+            weight = model.model.layers[2].mlp.up_proj.weight
+            handles.append(weight.register_hook(fail))
+        return own(model, ids)
+
+    def fail(gradient):
+        handles.pop().remove()
+        raise ON_CPU
 
     monkeypatch.setattr(healing, "_mean_loss", loss)
     found = heal(llama(), **settings)
@@ -308,11 +312,11 @@ def test_one_window_that_does_not_fit_ends_the_run_and_keeps_what_was_saved(monk
     settings = {"steps": 4, "output_dir": tmp_path / "run"}
     calls, own = [], healing._mean_loss
 
-    def loss(logits, ids):
+    def loss(model, ids):
         calls.append(len(ids))
         if len(calls) > 2:
             raise ON_CPU
-        return own(logits, ids)
+        return own(model, ids)
 
     with monkeypatch.context() as patch:
         patch.setattr(healing, "_mean_loss", loss)

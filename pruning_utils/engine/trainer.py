@@ -46,8 +46,8 @@ LARGE = 1e9
 SETTINGS = "settings.json"
 SEAL = "complete.json"
 
-# From logits (B, T, V) and token ids (B, T) to the mean loss in nats per predicted token.
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# From a model and token ids (B, T) to the mean loss in nats per predicted token.
+Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
 class Run:
@@ -152,7 +152,7 @@ def train(
     Args:
         model: A causal language model, a copy of the run's in which some weights are to be trained.
         run: What it is trained on, and where that is saved.
-        loss: Mean loss of a batch from its logits and its token ids.
+        loss: Mean loss of a model on a batch of token ids.
         in_bfloat16: Whether products are computed in bfloat16, whatever holds the weights.
         evaluations: Number of evaluations, evenly over the steps; one before training comes in
             addition.
@@ -247,7 +247,7 @@ class HealingTrainer(Trainer):
 
     Args:
         *given: As of Trainer.
-        loss: Mean loss of a batch from its logits and its token ids.
+        loss: Mean loss of a model on a batch of token ids.
         in_bfloat16: Whether products are computed in bfloat16, whatever holds the weights.
         at_once: Windows of a batch in one forward and backward pass; it divides the batch evenly.
         **named: As of Trainer.
@@ -297,8 +297,7 @@ class HealingTrainer(Trainer):
 
     def _loss_of(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.in_bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits
-        return self.mean_loss(logits, ids)
+            return self.mean_loss(model, ids)
 
     def _save(self, *given: Any, **named: Any) -> None:
         """As of Trainer, but under the names that the weights have in memory.

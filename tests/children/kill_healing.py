@@ -24,7 +24,7 @@ def child(method, output_dir, result, pause=0.0):
     if pid := os.fork():
         return pid
     mean_loss = healing._mean_loss
-    healing._mean_loss = lambda logits, ids: time.sleep(pause) or mean_loss(logits, ids)
+    healing._mean_loss = lambda model, ids: time.sleep(pause) or mean_loss(model, ids)
     try:
         healed = healing.heal(
             llama(tied=True, dtype=torch.bfloat16),
