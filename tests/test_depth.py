@@ -90,7 +90,7 @@ def test_every_point_equals_the_steps_one_by_one(tiny, tmp_path):
             assert losses["item"].tolist() == expected["tokens"].tolist()
         else:
             assert not rows["dataset"].str.startswith("healing").any()
-        losses = evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1)
+        losses = evaluation.token_losses(model, data.document_windows(tokenizer, 3, 16)).mean(1)
         assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses.tolist()
         for task, shots in SETTINGS["tasks"].items():
             expected = evaluation.evaluate_tasks(
@@ -105,6 +105,16 @@ def test_every_point_equals_the_steps_one_by_one(tiny, tmp_path):
     assert len({rows[rows["dataset"] == "xsum"]["nll"].mean() for rows in found}) == 4, (
         "four different models"
     )
+
+
+def test_reverse_order_takes_the_last_layer_too(tiny, tmp_path):
+    asked = {**SIMPLE, "rule": "reverse order", "n_dropped": N_LAYERS - 1}
+    rows = pd.DataFrame(study(tiny, tmp_path, [asked], tasks={})(asked))
+    model, tokenizer = models.load_model(tiny)
+    surgery.drop_layers(model, range(1, N_LAYERS))
+    losses = evaluation.token_losses(model, data.document_windows(tokenizer, 3, 16)).mean(1)
+    assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses.tolist()
+    assert (rows["start"] == 1).all()
 
 
 def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, monkeypatch):
@@ -132,7 +142,11 @@ def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, mo
 @pytest.mark.parametrize(
     "point, settings, message",
     [
-        ({"rule": "shallowest"}, {}, "rule must be one of none, similarity, deepest.*shallowest"),
+        (
+            {"rule": "shallowest"},
+            {},
+            "rule must be one of none, similarity, deepest, reverse order, .*shallowest",
+        ),
         ({"rule": "none"}, {}, "'none' at n_dropped 0 only"),
         ({"n_dropped": 0}, {}, "'none' at n_dropped 0 only"),
         ({"n_dropped": N_LAYERS}, {}, f"from 0 to {N_LAYERS - 1}.*got {N_LAYERS}"),

@@ -9,6 +9,8 @@ import socket
 import string
 from pathlib import Path
 
+import datasets
+import lm_eval.utils
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pruning_utils import data, evaluation, models
-from pruning_utils.engine import passes, prefixes
+from pruning_utils.engine import benchmarks, passes, prefixes
 
 V = 96
 SHARED = {
@@ -309,13 +311,14 @@ def small(embedded):
 def toy(monkeypatch):
     """A model of lm-eval whose log-likelihoods are a function of (prompt, continuation).
 
-    Its tokens are characters. All requests are kept in ``requests``.
+    Its tokens are characters. All requests are kept in ``requests``. Continuations in ``greedy``
+    are the most likely ones.
     """
     from lm_eval.api.model import TemplateLM
 
     class ToyLM(TemplateLM):
         eot_token_id, max_length = 0, 10**6
-        requests = []
+        requests, greedy = [], ()
 
         def loglikelihood_of(self, prompt, continuation):
             return -random.Random(prompt + continuation).random() * len(continuation)
@@ -326,7 +329,7 @@ def toy(monkeypatch):
         def _loglikelihood_tokens(self, requests, **_):
             pairs = [pair for pair, *_ in requests]
             self.requests.extend(pairs)
-            return [(self.loglikelihood_of(*pair), False) for pair in pairs]
+            return [(self.loglikelihood_of(*pair), pair[1] in self.greedy) for pair in pairs]
 
         def loglikelihood_rolling(self, requests, **_):
             raise NotImplementedError
@@ -339,10 +342,15 @@ def toy(monkeypatch):
     return scorer
 
 
-def with_questions(monkeypatch, *questions):
-    """Let every benchmark consist of these (question, choices, answer)."""
-    made = [data.Question(number, "", *question) for number, question in enumerate(questions)]
-    monkeypatch.setattr(data, "load_questions", lambda _: made)
+def with_rows(monkeypatch, split: str, *rows: dict):
+    """Let the scored split of every data set consist of these rows."""
+    made = [{**row, "question_id": number} for number, row in enumerate(rows)]
+    monkeypatch.setattr(benchmarks, "_rows", lambda path, name: (made, split, []))
+
+
+def goal(text: str, first: str, second: str, label: int) -> dict:
+    """A row of PIQA."""
+    return {"goal": text, "sol1": first, "sol2": second, "label": label}
 
 
 def value(summary: pd.DataFrame, metric: str, column: str = "value") -> float:
@@ -359,11 +367,12 @@ def test_scores_worked_by_hand(toy, monkeypatch):
         " no": -1.0 - math.log(3),
     }
     toy.loglikelihood_of = lambda _, continuation: table[continuation]
-    with_questions(
+    with_rows(
         monkeypatch,
-        ("q0", ("ab", "cdefgh"), 0),
-        ("q1", ("x", "éé"), 1),
-        ("q2", ("no", "yes, it is"), 1),
+        "validation",
+        goal("q0", "ab", "cdefgh", 0),
+        goal("q1", "x", "éé", 1),
+        goal("q2", "no", "yes, it is", 1),
     )
     result = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa"])
     rows = result.questions.set_index("question_id").sort_index()
@@ -396,9 +405,10 @@ def test_balanced_accuracy_worked_by_hand(toy, monkeypatch):
     toy.loglikelihood_of = lambda prompt, answer: (
         -1.0 - (says_yes[prompt[-11:-9]] != (answer == " yes"))
     )
-    with_questions(
-        monkeypatch, *((f"q{number}", ("no", "yes"), int(number < 3)) for number in range(5))
-    )
+    rows = [
+        {"passage": "", "question": f"q{number}", "label": int(number < 3)} for number in range(5)
+    ]
+    with_rows(monkeypatch, "validation", *rows)
     summary, questions = evaluation.evaluate_tasks(nn.Identity(), None, ["boolq"])
     assert summary.metric.tolist() == ["acc", "p_right", "nll", "balanced_acc"]
     # Labels are compared as they are, whatever their lengths: -1 against -2, or the other way
@@ -413,7 +423,8 @@ def test_balanced_accuracy_worked_by_hand(toy, monkeypatch):
 
 
 def test_one_question_has_no_standard_error(toy, monkeypatch):
-    with_questions(monkeypatch, ("q0", ("ab", "cd"), 0))
+    row = goal("q0", "ab", "cd", 0) | {"passage": "p", "question": "q"}
+    with_rows(monkeypatch, "validation", row)
     summary = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "boolq"]).summary
     assert summary.stderr.isna().all() and summary.value.notna().all()
 
@@ -428,11 +439,11 @@ def test_log_likelihoods_must_be_finite(toy, broken):
 def test_smaller_limits_are_contained(toy):
     tables = {
         limit: evaluation.evaluate_tasks(
-            nn.Identity(), None, ["openbookqa", "siqa"], limit=limit
+            nn.Identity(), None, ["openbookqa", "social_iqa"], limit=limit
         ).questions
         for limit in (20, 40, None)
     }
-    for task, total in (("openbookqa", 500), ("siqa", 1935)):
+    for task, total in (("openbookqa", 500), ("social_iqa", 1954)):
         few, more, every = (
             table[table.task == task].reset_index(drop=True) for table in tables.values()
         )
@@ -441,8 +452,7 @@ def test_smaller_limits_are_contained(toy):
         pd.testing.assert_frame_equal(more, every[:40])
         assert every.question_id.is_unique
         assert few.question_id.max() > total / 2, "the first questions are no sample of the file"
-        by_id = {question.question_id: question for question in data.load_questions(task)}
-        assert set(every.question_id) == set(by_id)
+        assert sorted(every.question_id) == list(range(total))
 
 
 def test_limit_beyond_the_benchmark_takes_all(toy):
@@ -457,7 +467,7 @@ def test_another_order_has_the_same_shots_and_questions(toy):
     for shot_order in (0, 1, 2, 1):
         toy.requests.clear()
         questions = evaluation.evaluate_tasks(
-            nn.Identity(), None, ["openbookqa"], num_fewshot=4, limit=5, shot_order=shot_order
+            nn.Identity(), None, ["social_iqa"], num_fewshot=4, limit=5, shot_order=shot_order
         ).questions
         (shots,) = {tuple(prompt.split("\n\n")[:-1]) for prompt, _ in toy.requests}
         solved.append(shots)
@@ -466,104 +476,129 @@ def test_another_order_has_the_same_shots_and_questions(toy):
     assert len({frozenset(shots) for shots in solved}) == 1 and asked.count(asked[0]) == 4
 
 
-@pytest.mark.parametrize("limit", [None, 30, 490])
+@pytest.mark.parametrize("limit", [None, 30, 1260])
 def test_shots_are_never_scored(toy, limit):
-    shots = 3
+    """Where the package has no other split, they are the last 16 of the scored one."""
+    rows, _, _ = benchmarks._rows("allenai/winogrande", "winogrande_xl")
     questions = evaluation.evaluate_tasks(
-        nn.Identity(), None, ["openbookqa"], num_fewshot=shots, limit=limit
+        nn.Identity(), None, ["winogrande"], num_fewshot=3, limit=limit
     ).questions
-    assert len(questions) == (30 if limit == 30 else 484)
-    by_text = {}
-    for question in data.load_questions("openbookqa"):
-        by_text.setdefault(question.question, question)
-    prompts = {prompt for prompt, _ in toy.requests}
-    solved = {tuple(prompt.split("\n\n")[:-1]) for prompt in prompts}
-    assert len(solved) == 1, "every prompt starts with the same shots"
-    (solved,) = solved
-    assert len(solved) == shots
-    shot_ids = set()
-    for text in solved:
-        (shot,) = [
-            question
-            for question in data.load_questions("openbookqa")
-            if text == f"{question.question} {question.choices[question.answer]}"
-        ]
-        shot_ids.add(shot.question_id)
-    assert len(shot_ids) == shots and not shot_ids & set(questions.question_id)
-    without = evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"]).questions
-    assert len(without) == 500 and shot_ids < set(without.question_id)
-    if limit == 30:
-        assert questions.question_id.tolist() == without.question_id[:30].tolist()
+    assert len(questions) == (30 if limit == 30 else 1267 - 16)
+    (solved,) = {tuple(prompt.split("\n\n")[:-1]) for prompt, _ in toy.requests}
+    assert len(solved) == 3, "every prompt starts with the same shots"
+    by_sentence = {
+        row["sentence"].replace("_", row[f"option{row['answer']}"]): row["question_id"]
+        for row in rows
+    }
+    shot_ids = {by_sentence[text] for text in solved}
+    assert len(shot_ids) == 3 and not shot_ids & set(questions.question_id)
+    without = evaluation.evaluate_tasks(nn.Identity(), None, ["winogrande"]).questions
+    assert len(without) == 1267 and shot_ids < set(without.question_id)
+    assert questions.question_id.tolist() == without.question_id[: len(questions)].tolist()
 
 
-COUNTS = {
-    "mmlu": (2842, 4),
-    "boolq": (3270, 2),
-    "piqa": (1500, 2),
-    "openbookqa": (500, 4),
-    "commonsenseqa": (1221, 5),
-    "siqa": (1935, 3),
-}
+def test_shots_of_another_split_leave_all_questions_to_score(toy):
+    rows, _, shots = benchmarks._rows("allenai/openbookqa", "main")
+    questions = evaluation.evaluate_tasks(
+        nn.Identity(), None, ["openbookqa"], num_fewshot=16
+    ).questions
+    assert sorted(questions.question_id) == list(range(500))
+    (solved,) = {tuple(prompt.split("\n\n")[:-1]) for prompt, _ in toy.requests}
+    assert solved == tuple(
+        f"{shot['question_stem']} {shot['choices']['text']['ABCD'.index(shot['answerKey'])]}"
+        for shot in shots
+    )
+    assert not {row["question_stem"] for row in rows} & {shot["question_stem"] for shot in shots}
 
 
-def test_questions_are_whole():
-    assert set(COUNTS) == set(data.BENCHMARKS)
-    for task, (total, n_choices) in COUNTS.items():
-        questions = data.load_questions(task)
-        assert len(questions) == total, task
-        for question in questions:
-            assert len(question.choices) == n_choices and 0 <= question.answer < n_choices, question
-            assert question.question and all(question.choices), question
-            assert bool(question.passage) == (task in ("boolq", "siqa")), question
-
-
-POPLAR_CITY = (
-    "In the current year Poplar City paid $5000 interest and $20000 principal on its outstanding "
-    "general obligation bonds. The payment was made from a debt service fund using cash "
-    "transferred earlier the same year from the general fund. How should the city report the "
-    "expenditures? General fund Debt service fund Permanent fund"
-)
+ALGEBRA = "Find the degree for the given field extension Q(sqrt(2), sqrt(3), sqrt(18)) over Q."
+# The prompt of the first row of each data set's file, and its right answer.
 PROMPTS = {
-    "piqa": ("Question: dresser\nAnswer:", " finish, woodgrain with  bobby pin"),
+    "hellaswag": (
+        "Roof shingle removal: A man is sitting on a roof. He",
+        " starts pulling up roofing on a roof.",
+    ),
+    "winogrande": (
+        "Sarah was a much better surgeon than Maria so Maria",
+        " always got the easier cases.",
+    ),
+    "arc_easy": (
+        "Question: Which statement best explains why photosynthesis is the foundation of most food "
+        "webs?\nAnswer:",
+        " Sunlight is the source of energy for nearly all ecosystems.",
+    ),
+    "arc_challenge": (
+        "Question: An astronomer observes that a planet rotates faster after a meteorite impact. "
+        "Which is the most likely effect of this increase in rotation?\nAnswer:",
+        " Planetary days will become shorter.",
+    ),
+    "piqa": (
+        "Question: How do I ready a guinea pig cage for it's new occupants?\nAnswer:",
+        " Provide the guinea pig with a cage full of a few inches of bedding made of ripped paper "
+        "strips, you will also need to supply it with a water bottle and a food dish.",
+    ),
     "openbookqa": (
         "A person wants to start saving money so that they can afford a nice vacation at the end "
         "of the year. After looking over their budget and expenses, they decide the best way to "
         "save money is to",
         " quit eating lunch out",
     ),
-    "commonsenseqa": (
-        "Question: A revolving door is convenient for two direction travel, but it also serves as "
-        "a "
-        "security measure at a what?\nAnswer:",
-        " bank",
+    "mmlu": (
+        "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
+        f"{ALGEBRA}\nA. 0\nB. 4\nC. 2\nD. 6\nAnswer:",
+        " B",
     ),
-    "siqa": (
+    "mmlu_continuation": (
+        "The following are questions (with answers) about abstract algebra.\n\n"
+        f"Question: {ALGEBRA}\nAnswer:",
+        " 4",
+    ),
+    "social_iqa": (
         "Q: Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need "
-        "to do before "
-        "this?\nA:",
+        "to do before this?\nA:",
         " Find somewhere to go",
     ),
-    "mmlu": (f"Question: {POPLAR_CITY}\nAnswer:", " $0 $25000 $0"),
-    "mmlu_letter": (
-        f"The following are multiple choice questions (with answers).\n\n{POPLAR_CITY}\n"
-        "A. $25000 $25000 $0\nB. $0 $25000 $20000\nC. $25000 $5000 $0\nD. $0 $25000 $0\nAnswer:",
-        " D",
+    "lambada_openai": (
+        "In my palm is a clear stone, and inside it is a small ivory statuette. A guardian angel. "
+        "\"Figured if you're going to be out at night getting hit by cars, you might as well have "
+        'some backup." I look at him, feeling stunned. Like this is some sort of sign. But as I '
+        "stare at Harlin, his mouth curved in a confident grin, I don't care about",
+        " signs",
+    ),
+    "basic_skills": (
+        "47 + 12 = 59\n\n16 + 8 / 4 = 18\n\n24 / 6 = 4\n\n8 + 12 = 20\n\n7 - 4 + 10 = 13\n\n"
+        "4 * 8 =",
+        " 32",
     ),
 }
 
 
+def only_first_rows(monkeypatch):
+    """Let the scored split of every data set be the first row of its file."""
+    whole = benchmarks._rows
+
+    def first(path, name):
+        rows, split, shots = whole(path, name)
+        return rows[:1], split, shots
+
+    monkeypatch.setattr(benchmarks, "_rows", first)
+
+
 @pytest.mark.parametrize("task", PROMPTS)
 def test_prompts_to_the_letter(task, toy, monkeypatch):
-    first = data.load_questions("mmlu" if task == "mmlu_letter" else task)[:1]
-    monkeypatch.setattr(data, "load_questions", lambda _: first)
-    evaluation.evaluate_tasks(nn.Identity(), None, [task])
-    assert len(toy.requests) == len(first[0].choices)
-    assert toy.requests[first[0].answer] == PROMPTS[task]
+    """The one that gets the higher log-likelihood is the one that counts as right."""
+    only_first_rows(monkeypatch)
+    toy.loglikelihood_of = lambda *pair: -1.0 - (pair != PROMPTS[task])
+    result = evaluation.evaluate_tasks(nn.Identity(), None, [task], limit=1)
+    n_choices = {"winogrande": 2, "piqa": 2, "social_iqa": 3, "lambada_openai": 1}
+    assert len(set(toy.requests)) == n_choices.get(task, 10 if task == "basic_skills" else 4)
+    assert PROMPTS[task] in toy.requests
+    assert result.questions.nll.tolist() == [1 / len(PROMPTS[task][1])]
+    assert task == "lambada_openai" or result.questions.correct.tolist() == [1]
 
 
 def test_boolq_prompt(toy, monkeypatch):
-    first = data.load_questions("boolq")[:1]
-    monkeypatch.setattr(data, "load_questions", lambda _: first)
+    only_first_rows(monkeypatch)
     evaluation.evaluate_tasks(nn.Identity(), None, ["boolq"])
     (prompt, no), (again, yes) = toy.requests
     assert prompt == again and (no, yes) == (" no", " yes")
@@ -576,14 +611,34 @@ def test_boolq_prompt(toy, monkeypatch):
     )
 
 
+def test_gsm8k_prompt(toy, monkeypatch):
+    """Eight solved problems stand before each one."""
+    only_first_rows(monkeypatch)
+    evaluation.evaluate_tasks(nn.Identity(), None, ["gsm8k_chain"])
+    ((prompt, chain),) = toy.requests
+    *solved, asked = prompt.split("\n\n")
+    assert len(solved) == 8
+    assert all(
+        text.startswith("Question: ") and "\nAnswer: " in text and "So the answer is " in text
+        for text in solved
+    )
+    assert asked.startswith("Question: Janet’s ducks lay 16 eggs per day.")
+    assert asked.endswith("every day at the farmers' market?\nAnswer:")
+    assert chain == (
+        " Janet sells 16 - 3 - 4 = 9 duck eggs a day. She makes 9 * 2 = $18 every day at the "
+        "farmer’s market. So the answer is 18."
+    )
+
+
 def test_embedded_tasks_use_no_network(small, monkeypatch, tmp_path, capsys, caplog):
     def refuse(*_, **__):
         raise AssertionError("the network was asked for")
 
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    evaluation._task_manager.cache_clear()
+    benchmarks.task_manager.cache_clear()
     with caplog.at_level(logging.WARNING):
         result = evaluation.evaluate_tasks(*small, evaluation.TASKS, limit=2)
     assert result.questions.groupby("task").size().to_dict() == dict.fromkeys(evaluation.TASKS, 2)
@@ -593,7 +648,7 @@ def test_embedded_tasks_use_no_network(small, monkeypatch, tmp_path, capsys, cap
     noise = [
         line
         for line in printed.err.replace("\r", "\n").splitlines()
-        if line.strip() and "%|" not in line
+        if line.strip() and not line.startswith("log-likelihoods: ")
     ]
     assert not noise
     assert not caplog.records
@@ -629,10 +684,13 @@ def test_nothing_else_is_changed(small):
             torch.is_grad_enabled(),
             model.lm_head.weight is model.model.embed_tokens.weight,
             {name: logging.getLogger(name).level for name in levels},
+            datasets.are_progress_bars_disabled(),
+            datasets.load_dataset,
+            dict(vars(lm_eval.utils.env)),
         )
 
     before, weights = state(), copy.deepcopy(model.state_dict())
-    evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=3)
+    evaluation.evaluate_tasks(model, tokenizer, ["hellaswag", "lambada_openai"], limit=3)
     assert state() == before
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -685,13 +743,29 @@ def test_cut_prompts_are_reported(small, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": []}, "one or more of mmlu, boolq, piqa"),
+        ({"tasks": []}, "one or more of hellaswag, winogrande, arc_easy"),
         ({"tasks": "piqa"}, "must be a list"),
         ({"limit": 0}, "limit must be a whole number .*, got 0"),
         ({"limit": -3}, "-3"),
         ({"limit": 0.5}, "0.5"),
         ({"num_fewshot": -1}, "num_fewshot must be a whole number of at least 0, got -1"),
-        ({"num_fewshot": 17}, r"num_fewshot must be in \[0, 16\], got 17"),
+        ({"num_fewshot": 17}, r"num_fewshot must be in \[0, 16\], got 17 for piqa"),
+        (
+            {"tasks": ["piqa", "lambada_openai"], "num_fewshot": 1},
+            r"num_fewshot must be in \[0, 0\], got 1 for lambada_openai",
+        ),
+        (
+            {"tasks": ["basic_skills"], "num_fewshot": 1, "limit": 1},
+            r"num_fewshot must be in \[0, 0\], got 1 for basic_skills",
+        ),
+        (
+            {"tasks": ["mmlu"], "num_fewshot": 6, "limit": 1},
+            r"num_fewshot must be in \[0, 5\], got 6 for mmlu_abstract_algebra",
+        ),
+        (
+            {"tasks": ["piqa", "winogrande"], "answers_only": True},
+            "answers_only must be False for 'winogrande'.*got True",
+        ),
         ({"shot_order": -1}, "shot_order must be a whole number of at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
     ],
@@ -762,8 +836,8 @@ def official(monkeypatch, tmp_path):
     (tmp_path / "sums.yaml").write_text(OFFICIAL_GROUP)
     (tmp_path / "text.yaml").write_text(OFFICIAL_TEXT)
     brought = TaskManager(include_path=tmp_path, include_defaults=False)
-    ours = evaluation._task_manager(True)
-    monkeypatch.setattr(evaluation, "_task_manager", lambda embedded: ours if embedded else brought)
+    ours = benchmarks.task_manager(True)
+    monkeypatch.setattr(benchmarks, "task_manager", lambda embedded: ours if embedded else brought)
 
 
 def test_official_tasks_keep_their_prefix(toy, official):
@@ -823,11 +897,11 @@ def test_unreachable_hub_is_one_clear_error(official, monkeypatch):
         evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "far"])
 
 
-@pytest.mark.parametrize("name", ["nope", "lm-eval:nope", "lm-eval:mmlu_letter", "../piqa"])
+@pytest.mark.parametrize("name", ["nope", "lm-eval:nope", "lm-eval:basic_skills", "../piqa"])
 def test_unknown_task_is_refused_before_any_work(official, monkeypatch, name):
     monkeypatch.setattr(prefixes, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(
-        ValueError, match="unknown task .*mmlu, boolq, piqa, openbookqa, commonsenseqa, siqa"
+        ValueError, match="unknown task .*hellaswag, winogrande, arc_easy, .*, basic_skills"
     ):
         evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", name])
 
@@ -847,9 +921,9 @@ def test_lm_eval_brings_its_own_tasks(monkeypatch, tmp_path):
     for folder in ("piqa", "arc", "hellaswag", "mmlu/default"):
         shutil.copytree(installed / folder, tmp_path / folder)
     monkeypatch.setattr(manager, "__file__", str(tmp_path / "manager.py"))
-    brought = evaluation._task_manager.__wrapped__(False).all_tasks
+    brought = benchmarks.task_manager.__wrapped__(False).all_tasks
     assert {"piqa", "arc_challenge", "hellaswag", "mmlu"} < set(brought)
-    assert "mmlu_letter" not in brought
+    assert "basic_skills" not in brought
 
 
 # --- the embedded model ---------------------------------------------------------------------------
@@ -858,18 +932,19 @@ def test_lm_eval_brings_its_own_tasks(monkeypatch, tmp_path):
 def test_embedded_model_beats_chance_and_matches_plain_forward(embedded, monkeypatch):
     model, tokenizer = embedded
     # Long questions take most of the time, and tell nothing more.
-    every = data.load_questions("piqa")
-    short = [row for row in every if len(row.question + "".join(row.choices)) <= 160]
-    monkeypatch.setattr(data, "load_questions", lambda _: short)
+    rows, split, _ = benchmarks._rows("baber/piqa", None)
+    short = [row for row in rows if len(row["goal"] + row["sol1"] + row["sol2"]) <= 160]
+    monkeypatch.setattr(benchmarks, "_rows", lambda *_: (short, split, []))
     result = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=30)
     # Chance is 0.5 with an error of 0.091; the whole set gives 0.67.
     assert value(result.summary, "acc_norm") > 0.6
-    by_id = {question.question_id: question for question in short}
+    by_id = {row["question_id"]: row for row in short}
     for row in result.questions[:3].itertuples():
         question = by_id[row.question_id]
-        prompt = f"Question: {question.question}\nAnswer:"
+        prompt = f"Question: {question['goal']}\nAnswer:"
+        choices = question["sol1"], question["sol2"]
         n_prompt, totals, lengths = len(tokenizer(prompt).input_ids), [], []
-        for choice in question.choices:
+        for choice in choices:
             input_ids = torch.tensor(tokenizer(f"{prompt} {choice}").input_ids)
             with torch.no_grad():
                 logs = model(input_ids[None]).logits[0].log_softmax(-1)
@@ -877,10 +952,8 @@ def test_embedded_model_beats_chance_and_matches_plain_forward(embedded, monkeyp
                 logs[n_prompt - 1 : -1].gather(1, input_ids[n_prompt:, None]).sum().item()
             )
             lengths.append(len(input_ids) - n_prompt)
-        right, wrong = question.answer, 1 - question.answer
-        by_character = [
-            total / len(choice) for total, choice in zip(totals, question.choices, strict=True)
-        ]
+        right, wrong = question["label"], 1 - question["label"]
+        by_character = [total / len(choice) for total, choice in zip(totals, choices, strict=True)]
         assert row.correct == (totals[right] > totals[wrong])
         assert row.correct_norm == (by_character[right] > by_character[wrong])
         assert row.p_right == pytest.approx(

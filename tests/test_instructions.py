@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pruning_utils import data, instructions, models
+from pruning_utils.engine import benchmarks
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,11 @@ def test_empty_fields_are_no_words(tokenizer, tmp_path):
 
 
 def test_contaminated_rows_are_left_out(tokenizer, tmp_path):
-    question = max(data.load_questions("siqa"), key=lambda given: len(given.passage))
+    asked, _, _ = benchmarks._rows("lighteval/siqa", None)
+    question = max(asked, key=lambda row: len(row["context"].split()))
+    assert len(question["context"].split()) >= 13
     rows = [
-        {"instruction": question.passage, "input": question.question, "output": "x"},
+        {"instruction": question["context"], "input": question["question"], "output": "x"},
         {"instruction": "Greet.", "input": "", "output": "Hi"},
     ]
     (kept,) = instructions.instruction_texts(tokenizer, write(tmp_path, rows))

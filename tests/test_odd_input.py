@@ -10,7 +10,7 @@ import torch
 from test_healing import Tokenizer, llama, windows
 
 from pruning_utils import evaluation, healing, importance, results, selection, similarity
-from pruning_utils.engine import checks, passes, trainer
+from pruning_utils.engine import benchmarks, checks, passes, trainer
 
 NAN = float("nan")
 
@@ -231,7 +231,7 @@ def test_a_bootstrap_draws_the_same_in_parts(monkeypatch):
 
 
 def test_numbers_of_numpy_order_shots_and_huge_limits_are_refused(monkeypatch):
-    monkeypatch.setattr(evaluation, "_load_task", lambda name, n_shots, order: order)
+    monkeypatch.setattr(benchmarks, "load", lambda name, n_shots, limit, order: order)
     order = evaluation.load_tasks(["piqa"], shot_order=np.int64(3))["piqa"]
     assert order == 3 and type(order) is int
     with pytest.raises(
@@ -242,7 +242,7 @@ def test_numbers_of_numpy_order_shots_and_huge_limits_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("tasks", [[], None, 3, "piqa", [None], [["piqa"]], [b"piqa"], [{}]])
 def test_other_than_names_of_tasks_is_refused_at_once(tasks, monkeypatch):
-    monkeypatch.setattr(evaluation, "_load_task", pytest.fail)
+    monkeypatch.setattr(benchmarks, "load", pytest.fail)
     with pytest.raises(ValueError, match="tasks must be a list with one or more of .* got"):
         evaluation.load_tasks(tasks)
 

@@ -6,7 +6,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from pruning_utils import pages, selection
+from pruning_utils import evidence, pages, results, selection
 from pruning_utils.studies.study import Study
 
 PARAMETERS = 'profile = "cpu"  # words\nmodel = "embedded"\nrevision = None\nseed = 0\n'
@@ -45,6 +45,59 @@ def test_another_model_or_profile_is_said(given, said):
             said in note.markdown
             and "written for profile `cpu` and model `embedded`" in note.markdown
         )
+
+
+def test_another_name_of_the_model_is_the_same_model():
+    assert pages.looked_at(["", PARAMETERS], VALUES | {"model": "smollm2-135m"}) is None
+
+
+def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "table_path", lambda *names: tmp_path / f"{names[-1]}.csv")
+    assert "No verdicts of the profile cpu" in pages.findings("02_x").markdown
+    said = {
+        "measure": "accuracy",
+        "data": "PIQA",
+        "depth": "3 of 30 layers",
+        "recipe": "unhealed",
+        "notebook": "02_x",
+        "cell": "Claims",
+        "kind": "t over items",
+        "n": 100,
+        "runs": 1,
+    }
+    rows = [
+        evidence.judge(
+            "A1",
+            "flat",
+            evidence.Interval(value, value - 0.1, value + 0.1),
+            claimed="above 0",
+            model=model,
+            **said,
+        )
+        for model, value in (("large", 0.5), ("small", 0.0))
+    ]
+    rows.append(
+        evidence.judge(
+            "X1",
+            "unhealed",
+            evidence.Interval(0.5, 0.4, 0.6),
+            claimed="above 0",
+            model="small",
+            levels=[0.2],
+            floor=0.3,
+            **said,
+        )
+    )
+    evidence.save_verdicts(rows, tmp_path / "verdicts.csv")
+    sentences, _, head, _, first, second = pages.findings("02_x").markdown.split("\n")
+    assert sentences == (
+        "On large, of 1 parts of claims: 1 holds. "
+        "On small, of 2 parts of claims: 1 cannot be told, 1 not testable here."
+    )
+    assert head.endswith("| large | small |")
+    assert "[A1](../reference/claims.csv): Question answering stays nearly flat" in first
+    assert "| **holds**<br>+0.5 (+0.4 to +0.6) at 3 of 30 layers | **cannot be told**" in first
+    assert "| not asked | **not testable here**<br>" in second and "floor" in second
 
 
 def test_sources_are_those_of_the_definitions():

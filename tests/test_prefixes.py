@@ -9,8 +9,8 @@ import torch
 from architectures import ARCHITECTURES
 from lm_eval.models.huggingface import HFLM
 
-from pruning_utils import data, evaluation, models, surgery
-from pruning_utils.engine import passes, prefixes
+from pruning_utils import evaluation, models, surgery
+from pruning_utils.engine import benchmarks, passes, prefixes
 
 # Architectures whose layers take masks and positions of our making; all others go to the stock
 # backend.
@@ -83,25 +83,27 @@ def test_loglikelihoods_equal_those_of_whole_sequences(name, shape):
 
 
 @pytest.mark.parametrize(
-    "task, num_fewshot, limit, longest",
-    [("piqa", 0, 3, 800), ("boolq", 0, 3, 250), ("mmlu", 2, 3, 80)],
+    "task, label, num_fewshot",
+    [("piqa", "piqa", 0), ("boolq", "boolq", 0), ("mmlu", "mmlu_abstract_algebra", 2)],
 )
 def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(
-    task, num_fewshot, limit, longest, embedded, monkeypatch
+    task, label, num_fewshot, embedded, monkeypatch
 ):
     """Through thirty layers in float32 rounding adds up if anywhere.
 
-    Answers to piqa have some forty tokens. Passages and shots are of the shortest questions, of at
-    most ``longest`` characters. The shots are cached: more prompts share them than fit a batch.
+    The questions are the shortest of each data set. The shots are cached: more prompts share them
+    than fit a batch.
     """
     model, tokenizer = embedded
-    texts = {
-        row: row.passage + row.question + "".join(row.choices) for row in data.load_questions(task)
-    }
-    short = [row for row, text in texts.items() if len(text) <= longest]
-    monkeypatch.setattr(data, "load_questions", lambda _: short)
-    questions = evaluation.load_tasks([task], num_fewshot=num_fewshot)[task]["tasks"][task]
-    questions.build_all_requests(limit=limit)
+    whole = benchmarks._rows
+
+    def shortest(path, name):
+        rows, split, shots = whole(path, name)
+        return sorted(rows, key=lambda row: len(str(row)))[:3], split, shots
+
+    monkeypatch.setattr(benchmarks, "_rows", shortest)
+    questions = evaluation.load_tasks([task], num_fewshot=num_fewshot)[task]["tasks"][label]
+    questions.build_all_requests()
     both = (
         HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=8),
         prefixes.language_model(model, tokenizer, 2),

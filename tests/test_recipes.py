@@ -104,7 +104,7 @@ def test_a_recipe_says_how_the_last_layers_are_trained(words, settings, tiny, tm
         **{**HEALING, "method": "last_layers", "learning_rate": 0.01, "steps": 4, **settings},
     ).model
     losses = (
-        evaluation.token_losses(healed, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+        evaluation.token_losses(healed, data.document_windows(tokenizer, 3, 16)).mean(1).tolist()
     )
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses
 

@@ -617,6 +617,10 @@ def test_listed_tables_are_read_as_the_list_says(tmp_path):
     for other in (asked | {"seed": 1}, SEED | {"dtype": "float16"}):
         with pytest.raises(ValueError, match="other parameters"):
             results.load_or_compute(path, never, parameters=other)
+    row = "cpu,00_a,t,dtype,bfloat16,float32,because\n"
+    listed.write_text(columns + row + row.replace("dtype,bfloat16,float32", "model,embedded,other"))
+    both = asked | {"model": "other"}
+    assert len(results.load_or_compute(path, never, parameters=both)) == 3, "two may differ"
     listed.write_text(columns + "cpu,00_a,other,dtype,bfloat16,float32,because\n")
     with pytest.raises(ValueError, match="other parameters"):
         results.load_or_compute(path, never, parameters=asked)

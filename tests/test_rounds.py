@@ -59,7 +59,7 @@ def test_rounds_equal_the_steps_one_by_one(rule, tiny, tmp_path):
             **{**HEALING, "steps": 2, "warmup_steps": 1},
         ).model
     losses = (
-        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+        evaluation.token_losses(model, data.document_windows(tokenizer, 3, 16)).mean(1).tolist()
     )
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses
     evaluated = rows[rows["dataset"] == "healing eval"]["item"]

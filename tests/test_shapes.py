@@ -30,7 +30,7 @@ def test_a_narrowed_model_equals_the_steps_one_by_one(recipe, tiny, tmp_path):
             model, tokenizer, data.healing_windows(tokenizer, 8, 16), merge=True, **HEALING
         ).model
     losses = (
-        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+        evaluation.token_losses(model, data.document_windows(tokenizer, 3, 16)).mean(1).tolist()
     )
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses
 

@@ -105,7 +105,7 @@ def step_by_step(tiny, layers: str, *stages: dict):
 def test_a_point_equals_the_steps_one_by_one(layers, recipe, stages, tiny, tmp_path):
     model, tokenizer, validation = step_by_step(tiny, layers, *stages)
     losses = (
-        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+        evaluation.token_losses(model, data.document_windows(tokenizer, 3, 16)).mean(1).tolist()
     )
     questions = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=3).questions
     asked = point(layers, recipe)
@@ -116,7 +116,7 @@ def test_a_point_equals_the_steps_one_by_one(layers, recipe, stages, tiny, tmp_p
         for _ in range(2)
     )
     short = (
-        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 2, 8, source="quac"))
+        evaluation.token_losses(model, data.document_windows(tokenizer, 2, 8, source="quac"))
         .mean(1)
         .tolist()
     )
@@ -154,13 +154,11 @@ def test_weights_are_quantised_after_training(precision, tiny, tmp_path):
     asked = point("1 3", "lora 0.01 4", precision=precision)
     rows = pd.DataFrame(study(tiny, tmp_path / "study", [asked])(asked))
     model, tokenizer, _ = step_by_step(tiny, "1 3", {})
-    plain = (
-        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
-    )
+    plain = evaluation.token_losses(model, data.document_windows(tokenizer, 3, 16)).mean(1).tolist()
     surgery.save(model, tokenizer, tmp_path / "model")
     model, _ = models.load_model(str(tmp_path / "model"), quantize=precision, dtype=model.dtype)
     losses = (
-        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+        evaluation.token_losses(model, data.document_windows(tokenizer, 3, 16)).mean(1).tolist()
     )
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses != plain
 
@@ -175,7 +173,7 @@ def test_weights_are_stored_in_bfloat16_and_computed_with_in_the_precision_of_th
     for weight in model.parameters():
         weight.data = weight.data.bfloat16().float()
     losses = (
-        evaluation.token_losses(model, data.evaluation_windows(tokenizer, 3, 16)).mean(1).tolist()
+        evaluation.token_losses(model, data.document_windows(tokenizer, 3, 16)).mean(1).tolist()
     )
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses
 

@@ -5,11 +5,15 @@
 :mod:`~pruning_utils.engine.saved_points` saves each point of a sweep as it ends,
 :mod:`~pruning_utils.engine.passes` runs layers and head apart and shares first layers,
 :mod:`~pruning_utils.engine.prefixes` runs once what prompts share,
+:mod:`~pruning_utils.engine.benchmarks` reads the papers' questions for lm-eval's own tasks,
 :mod:`~pruning_utils.engine.trainer` runs and saves trainings,
+:mod:`~pruning_utils.engine.head_losses` computes their loss without a batch's logits,
 :mod:`~pruning_utils.engine.model_files` judges what a model's files hold,
 :mod:`~pruning_utils.engine.saved_models` writes them and reads them back,
 :mod:`~pruning_utils.engine.held_configurations` keeps what a cut model says its own and true,
 :mod:`~pruning_utils.engine.wrappers` refuses what is no model itself,
+:mod:`~pruning_utils.engine.variances` combines variances and corrects for many tests,
+:mod:`~pruning_utils.engine.verdict_rows` holds the words and columns of verdicts,
 :mod:`~pruning_utils.engine.checks` refuses numbers out of range,
 :mod:`~pruning_utils.engine.hub` finds out whether a hub answers, and
 :mod:`~pruning_utils.engine.bars` chooses the progress bars.

@@ -381,7 +381,7 @@ def checked_record(path: Path, parameters: dict) -> dict:
     """The record of a table that is sound and was made with these parameters.
 
     A warning says where the code has changed. A table in the list of :func:`awaiting` is read
-    without one, though one parameter differs as the list says.
+    without one, though parameters differ as the list says.
 
     Raises:
         ValueError: If the table has no record, is not the file recorded, or was made with other
@@ -400,14 +400,15 @@ def checked_record(path: Path, parameters: dict) -> dict:
     return record
 
 
-def _as_listed(recorded: dict, asked: dict, listed: dict | None) -> dict:
-    """Recorded parameters, with the one that may differ as it is asked for."""
-    key = listed["parameter"] if listed else ""
-    if not listed or not key:
-        return recorded
-    made_so = canonical(recorded.get(key)) == canonical(listed["made_with"])
-    asked_so = canonical(asked.get(key)) == canonical(listed["asked"])
-    return {**recorded, key: asked[key]} if made_so and asked_so else recorded
+def _as_listed(recorded: dict, asked: dict, listed: list[dict]) -> dict:
+    """Recorded parameters, with those that may differ as they are asked for."""
+    found = dict(recorded)
+    for row in listed:
+        key = row["parameter"]
+        made_so = canonical(recorded.get(key)) == canonical(row["made_with"])
+        if key and made_so and canonical(asked.get(key)) == canonical(row["asked"]):
+            found[key] = asked[key]
+    return found
 
 
 def _read_whole(path: Path) -> tuple[dict, dict[Path, bytes]]:
@@ -457,23 +458,21 @@ def shortened(names: list[str], most: int = 8) -> str:
     return ", ".join([*names[:most], f"and {len(names) - most} more"])
 
 
-def awaiting(path: Path) -> dict | None:
-    """The row of ``awaiting.csv`` for a table, None where it has none.
+def awaiting(path: Path) -> list[dict]:
+    """The rows of ``awaiting.csv`` for a table; [] where it has none.
 
     The file lies in ``results/`` and lists tables that stay until their notebook is recomputed:
-    ``profile``, ``notebook``, ``table``, the ``parameter`` in which they differ from what is asked
+    ``profile``, ``notebook``, ``table``, a ``parameter`` in which they differ from what is asked
     today ("" for none), the value that they were ``made_with`` and the one ``asked``, and the
     ``reason``.
     """
     folder = Path(path).parent
     listed = folder.parent.parent / "awaiting.csv"
     if not listed.is_file():
-        return None
+        return []
     wanted = (folder.parent.name, folder.name, Path(path).stem)
-    for row in pd.read_csv(listed, dtype=str, keep_default_na=False).to_dict("records"):
-        if (row["profile"], row["notebook"], row["table"]) == wanted:
-            return row
-    return None
+    rows = pd.read_csv(listed, dtype=str, keep_default_na=False).to_dict("records")
+    return [row for row in rows if (row["profile"], row["notebook"], row["table"]) == wanted]
 
 
 def measured_path(path: Path) -> Path:

@@ -1,12 +1,22 @@
-"""A model at many depths of pruning, unhealed and healed: the points of notebooks 02 to 05."""
+"""A model at many depths of pruning, unhealed and healed: points, floors and pooled curves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import pandas as pd
+
+from pruning_utils import evaluation, evidence
 from pruning_utils.studies.recipes import Cut, Point, Recipe, Stage
+from pruning_utils.studies.study import loaded
 
 RULES = ("similarity", "deepest")  # that remove layers
+THREE_RULES = (*RULES, "reverse order")
+RULE_NAMES = {
+    "similarity": "closest block",
+    "deepest": "deepest but last",
+    "reverse order": "reverse order",
+}
 NO_RULE = "none"  # of the whole model
 
 
@@ -41,3 +51,75 @@ def depth_points(
 def _cuts(n_dropped: int, rules: Sequence[str]) -> list[Cut]:
     """Of all rules, or the whole model where nothing goes."""
     return [Cut(rule=rule, n_dropped=n_dropped) for rule in (rules if n_dropped else [NO_RULE])]
+
+
+def answers_alone(
+    point: dict, *, model: str, revision: str | None, dtype: str, limit: int | None
+) -> list[dict]:
+    """What a model answers without having been asked: the floor of a task.
+
+    Args:
+        point: ``task``, one of :data:`evaluation.TASKS` whose answers can stand alone.
+        model: Name for :func:`models.load_model`, with ``revision`` and ``dtype``.
+        revision: See above.
+        dtype: See above.
+        limit: Questions, the same as those that are asked.
+
+    Returns:
+        Rows with ``dataset``, ``item``, ``correct`` and ``correct_norm``.
+    """
+    network, tokenizer = loaded(model, revision, dtype)
+    found = evaluation.evaluate_tasks(
+        network, tokenizer, [point["task"]], limit=limit, answers_only=True
+    )
+    named = found.questions.rename(columns={"task": "dataset", "question_id": "item"})
+    return named[["dataset", "item", "correct", "correct_norm"]].to_dict("records")
+
+
+def right_answers(table: pd.DataFrame) -> pd.Series:
+    """Whether each question is answered rightly, as the published scores of its task count it.
+
+    Args:
+        table: Columns ``dataset``, ``correct`` and ``correct_norm``, a question a row.
+
+    Returns:
+        0 or 1: ``correct_norm`` where lm-eval's task has ``acc_norm``, else ``correct``.
+    """
+    by_character = table["dataset"].isin(evaluation.BY_CHARACTER)
+    return table["correct_norm"].where(by_character, table["correct"])
+
+
+def task_floors(alone: pd.DataFrame, asked: Sequence[str]) -> dict[str, float]:
+    """Accuracy that asks for no knowledge of the question, by task.
+
+    Args:
+        alone: From :func:`answers_alone`, of all tasks whose answers can stand alone.
+        asked: Names of the tasks.
+
+    Returns:
+        The larger one of a guess, one over the number of choices, and the accuracy of the answers
+        alone, in [0, 1].
+    """
+    found = right_answers(alone).groupby(alone["dataset"]).mean()
+    return {task: max(float(found.get(task, 0)), evaluation.GUESSES[task]) for task in asked}
+
+
+def pooled_curves(
+    questions: pd.DataFrame, floors: Mapping[str, float], by: Sequence[str]
+) -> pd.DataFrame:
+    """Pooled accuracy above the floor of groups of models.
+
+    Args:
+        questions: Columns ``by``, ``dataset``, ``item`` and ``right``, a question a row.
+        floors: By task, from :func:`task_floors`.
+        by: Columns that tell the models apart.
+
+    Returns:
+        A row a group: the columns ``by``, ``value``, ``low``, ``high`` (95 %, over questions) and
+        ``n`` (questions).
+    """
+    rows = []
+    for names, group in questions.groupby(list(by), sort=False):
+        found = evidence.pooled_accuracy(group, floors, column="right")
+        rows.append((*names, found.value, found.low, found.high, found.n))
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Rules that a cut may name: at once, and in rounds.
-RULES = ("none", "similarity", "deepest")
+RULES = ("none", "similarity", "deepest", "reverse order")
 ROUND_RULES = ("reverse order", "taylor", "block influence")
 PRECISIONS = ("bfloat16", "int8", "nf4")  # of stored weights; the study's dtype computes with them
 COLUMNS = ("start", "dataset", "item", "correct", "correct_norm", "p_right", "nll")
@@ -97,8 +97,9 @@ class Study:
 
     A point is a dict of plain values, as :class:`recipes.Point` reads it. The rule ``similarity``
     removes the closest block (Sec. 3.2 of arXiv:2403.17887), ``deepest`` the last layers but the
-    last one (its Sec. 4.4), ``none`` nothing. In rounds, ``n_dropped`` layers go ``per_round`` at a
-    time: those with the lowest scores, or the last ones (``reverse order``).
+    last one (its Sec. 4.4), ``reverse order`` the last ones (arXiv:2411.15558), ``none`` nothing.
+    In rounds, ``n_dropped`` layers go ``per_round`` at a time: those with the lowest scores, or the
+    last ones (``reverse order``).
 
     Models that are not trained share the outputs of the layers in front of the cut. A model that is
     trained alike for two points, or for two studies, is trained once.
@@ -107,13 +108,15 @@ class Study:
         points: All points that will be asked, checked before the first is computed.
         model: Name for :func:`models.load_model`, with ``revision`` and ``dtype``.
         seq_len: Tokens in a window of any text.
-        texts: Evaluation texts by name with their number of windows. ``"xsum:128"`` has windows of
-            128 tokens.
+        texts: Evaluation texts by name with their number of windows; of embedded texts a window is
+            the beginning of a document (:func:`data.document_windows`), of a hub's text windows are
+            packed. ``"xsum:128"`` has windows of 128 tokens.
         tasks: Benchmarks for :func:`evaluation.evaluate_tasks` by name with their number of shots;
             none is fine.
         limit: Questions of each task; None takes all.
         healing_settings: Keywords for :func:`healing.heal` that all points share. ``steps`` are the
-            most that a recipe has in all, with ``batch_size`` windows each.
+            most that a recipe has in all, with ``batch_size`` windows each. None where no point is
+            trained.
         checkpoints: Folder of the trained models, of :func:`checkpoints_of`.
         seed: Seed of the calibration text.
         n_calibration: Windows that the closest block is chosen on; None where no point asks for it.
@@ -137,9 +140,9 @@ class Study:
         texts: dict[str, int],
         tasks: dict[str, int],
         limit: int | None,
-        healing_settings: dict,
         checkpoints: str | Path,
         seed: int,
+        healing_settings: dict | None = None,
         n_calibration: int | None = None,
         calibration_source: str = "xsum",
         healing_source: str | None = None,
@@ -152,7 +155,7 @@ class Study:
         self.texts = texts
         self.tasks = tasks
         self.limit = limit
-        self.healing_settings = healing_settings
+        self.healing_settings = healing_settings or {}
         self.checkpoints = Path(checkpoints)
         self.seed = seed
         self.n_calibration = n_calibration
@@ -209,7 +212,7 @@ class Study:
     def _task_rows(self, model: nn.Module, point: Point) -> list[dict]:
         rows = []
         for task, num_fewshot in self.tasks.items():
-            shots = {"num_fewshot": num_fewshot, **point.shots}
+            shots: dict[str, Any] = {"num_fewshot": num_fewshot, **point.shots}
             found = evaluation.evaluate_tasks(
                 model, self.tokenizer, [task], limit=self.limit, **shots
             )
@@ -289,7 +292,7 @@ class Study:
                 f"precision must be one of {', '.join(PRECISIONS)}, got {point.precision!r}"
             )
         left = len(models.decoder_layers(network)) - n_removed(point.cut)
-        most = self.healing_settings["steps"]
+        most = self.healing_settings.get("steps", 0)
         total = 0
         for stage in point.recipe.stages:
             settings = self._settings(stage, point.seed)
@@ -307,7 +310,9 @@ class Study:
         self, name: str, n_windows: int, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> torch.Tensor:
         source, _, length = name.partition(":")
-        return data.evaluation_windows(
+        is_embedded = (source, "evaluation") in data.EMBEDDED_SPLITS
+        windows = data.document_windows if is_embedded else data.evaluation_windows
+        return windows(
             tokenizer or self.tokenizer, n_windows, int(length or self.seq_len), source=source
         )
 
@@ -345,7 +350,8 @@ class Study:
         if cut.rule == "similarity" and distances is not None:
             return selection.best_block(distances, cut.n_dropped).layers
         if cut.rule in RULES:
-            return selection.deepest(len(models.decoder_layers(network)), cut.n_dropped)
+            n_layers = len(models.decoder_layers(network))
+            return selection.deepest(n_layers, cut.n_dropped, keep_last=kept_last(cut.rule))
         return cut.layers
 
     def _start(
@@ -509,6 +515,11 @@ def n_removed(cut: Cut) -> int:
     return cut.n_dropped if cut.rule else len(cut.layers)
 
 
+def kept_last(rule: str) -> int:
+    """Number of last layers that a rule never takes."""
+    return 0 if rule == "reverse order" else 1
+
+
 def check_cut(cut: Cut, network: nn.Module) -> None:
     """Refuse a cut that the model does not allow, with a ValueError."""
     n_layers = len(models.decoder_layers(network))
@@ -526,7 +537,7 @@ def check_cut(cut: Cut, network: nn.Module) -> None:
                 f"rule must be one of {', '.join(RULES)}, 'none' at n_dropped 0 only, "
                 f"got {cut.rule!r} at {cut.n_dropped}"
             )
-        selection.deepest(n_layers, cut.n_dropped)
+        selection.deepest(n_layers, cut.n_dropped, keep_last=kept_last(cut.rule))
     else:
         ascending = sorted({*cut.layers} & {*range(n_layers)})
         if list(cut.layers) != ascending or len(cut.layers) == n_layers:
@@ -642,9 +653,9 @@ def stored(model: nn.Module, tokenizer: PreTrainedTokenizerBase, precision: str)
 def check_task(task: str, *, limit: int | None, **shots: int) -> None:
     """Refuse a task that does not exist, or has no choices of which one is right."""
     for found in evaluation.load_tasks([task], limit=limit, **shots)[task]["tasks"].values():
-        if found.OUTPUT_TYPE != "multiple_choice":
+        if found.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
             raise ValueError(
-                "tasks must have choices of which one is right, but "
+                "tasks must have choices of which one is right, or one answer, but "
                 f"{task} is of the kind {found.OUTPUT_TYPE}"
             )
 

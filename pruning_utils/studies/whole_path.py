@@ -222,7 +222,7 @@ def _token_seconds(model: nn.Module, window: torch.Tensor) -> tuple[float, float
     def training() -> None:
         """A forward and a backward pass."""
         with torch.enable_grad():
-            healing._mean_loss(model(ids, use_cache=False).logits, ids).backward()
+            healing._mean_loss(model, ids).backward()
 
     def generating() -> None:
         """A forward pass of one token."""
@@ -250,11 +250,12 @@ def _seconds(run: Callable[[], object]) -> float:
 def question_tokens(tokenizer: PreTrainedTokenizerBase, task: str, limit: int | None) -> int:
     """Tokens that pass through a model for the questions of an embedded task: prompts once, then
     each answer; 0 for another task."""
-    if task not in data.BENCHMARKS:
+    if task not in evaluation.TASKS:
         return 0
     texts = []
-    for question in data.load_questions(task)[:limit]:
-        texts += [question.passage + question.question, *question.choices]
+    for asked in evaluation.load_tasks([task], limit=limit)[task]["tasks"].values():
+        for question in asked.eval_docs:
+            texts += [str(asked.doc_to_text(question)), *asked.doc_to_choice(question)]
     return sum(map(len, tokenizer(texts)["input_ids"]))
 
 
