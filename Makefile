@@ -20,7 +20,8 @@ flag = $(if $(filter-out 1,$($1)),$(call refused,$1),$(if $($1),$2))
 keep = $(call flag,KEEP,--keep)
 jobs = $(if $(JOBS),--jobs '$(JOBS)')
 CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
-PYTEST = $(PY) -m pytest -n $(CORES) --dist loadgroup --durations 10
+# transformers keeps some names in sets, whose order would be another one in each process.
+PYTEST = PYTHONHASHSEED=0 $(PY) -m pytest -n $(CORES) --dist loadgroup --durations 10
 # JupyterLab reads defaults of its settings here: a folder of .venv, so that nobody's own settings
 # change.
 LABCONFIG := $(VENV)/etc/jupyter/labconfig

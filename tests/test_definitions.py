@@ -303,7 +303,7 @@ def test_the_code_of_the_tables_is_reached():
         "embedded.MODELS",
         "data.healing_windows",
         "evaluation.evaluate_tasks",
-        "tasks.questions.load",
+        "engine.benchmarks.read",
         "surgery.drop_layers",
         "selection.best_block",
         "runtime.resolve_dtype",
