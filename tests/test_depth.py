@@ -196,7 +196,7 @@ def test_tasks_without_labels_are_refused(tiny, tmp_path, monkeypatch):
     )
     with pytest.raises(
         ValueError,
-        match="tasks must have choices of which one is right, or one answer, but asdiv is of the kind",
+        match="which one is right, or one answer, but asdiv is of the kind generate_until",
     ):
         study(tiny, tmp_path, [DENSE], tasks={"asdiv": 0})(DENSE)
 

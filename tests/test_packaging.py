@@ -768,7 +768,9 @@ def test_make_installs_once(tmp_path):
     stamp.touch()
     later = stamp.stat().st_mtime + 60
     os.utime(stamp, (later, later))
-    pytest_itself = ".venv/bin/python -m pytest -n 3 --dist loadgroup --durations 10"
+    pytest_itself = (
+        "PYTHONHASHSEED=0 .venv/bin/python -m pytest -n 3 --dist loadgroup --durations 10"
+    )
     assert run_make(tmp_path, "--dry-run", "test", "CORES=3").stdout.strip() == pytest_itself
     assert run_make(tmp_path, "--dry-run", "check", "CORES=3", "ARGS=-x").stdout.strip() == (
         f"{pytest_itself} -m 'not slow' -x"
