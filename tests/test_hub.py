@@ -58,5 +58,5 @@ def test_models_tasks_and_texts_are_refused_without_retries(silent, monkeypatch)
     with pytest.raises(
         ValueError, match="lm-eval's task 'arc_easy' could not be read from the hub"
     ):
-        evaluation.load_tasks(["arc_easy"])
+        evaluation.load_tasks(["lm-eval:arc_easy"])
     assert len(asked) == 2
