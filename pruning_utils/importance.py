@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pruning_utils import evaluation, models
-from pruning_utils.engine import memory, passes
+from pruning_utils.engine import head_losses, memory, passes
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import refuse_nan, whole_number
 
@@ -128,7 +128,7 @@ def _taylor(
         for layer, known in zip(layers, alone, strict=True):
             forward = _in_parts(layer.forward, len(input_ids), batch_size, known)
             undo.enter_context(passes.replaced(layer, "forward", forward))
-        _mean_loss(model, input_ids).backward()
+        head_losses.mean_loss(model, input_ids).backward()
     return scores
 
 
@@ -147,30 +147,6 @@ def _in_parts(own: Callable, n_rows: int, batch_size: int, alone: list | None) -
         return passes.with_states(outputs[0], joined)
 
     return forward
-
-
-def _mean_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean loss (nats) over all predicted tokens.
-
-    The head runs on few tokens at a time, and again in the backward pass.
-    """
-    backbone, output = passes.run_backbone(model, input_ids)
-    targets = input_ids[:, 1:].flatten()
-    if backbone is None:
-        logits = model(input_ids, use_cache=False).logits[:, :-1]
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets)
-
-    def summed(states: torch.Tensor, follow: torch.Tensor) -> torch.Tensor:
-        """Summed loss of the tokens that follow these final states."""
-        (logits,) = passes.head_logits(model, backbone, output, states)
-        return nn.functional.cross_entropy(logits, follow, reduction="sum")
-
-    # The backward pass holds the logits of a part four times over, so a part is an eighth of what a
-    # forward pass may hold.
-    n_tokens = max(1, passes.LOGITS_AT_ONCE // (8 * model.get_input_embeddings().num_embeddings))
-    states = output.last_hidden_state[:, :-1].flatten(0, 1)
-    parts = zip(states.split(n_tokens), targets.split(n_tokens), strict=True)
-    return sum(checkpoint(summed, *part, use_reentrant=False) for part in parts) / len(targets)
 
 
 def perplexity_without_layer(

@@ -339,12 +339,16 @@ def _renumbered(value: object, other: object, kept: list[int], n_layers: int) ->
     """What may become of an attribute once only the layers ``kept`` are left.
 
     An integer may be the number of a layer. A list may hold an entry for each layer, numbers of
-    layers, or kinds of layers, of which those in ``other`` are left.
+    layers, or kinds of layers, of which those in ``other`` are left, in any order.
     """
     if type(value) is int and 0 <= value <= n_layers:
         return [sum(layer < value for layer in kept)]
     if type(value) is not list:
         return []
+    # A list that was a set has the order of its hashes.
+    are_kinds = isinstance(other, list) and all(isinstance(kind, str) for kind in value)
+    if are_kinds and len(set(other)) == len(other) and set(other) <= set(value):
+        return [other]
     return [
         [value[layer] for layer in kept] if len(value) == n_layers else [],
         [kept.index(layer) for layer in value if layer in kept],

@@ -146,8 +146,12 @@ def test_planted_copies_of_evaluation_text_are_dropped(monkeypatch):
     ]
     keys = [*benchmarks.TABLES, *benchmarks.PROMPTS, ("cais/mmlu", "anatomy")]
     for key in keys:
-        rows = benchmarks._rows(*key)[0]
-        sources.append(long_enough(max(benchmarks._strings(row), key=len) for row in rows))
+        # A prompt may hold solved questions, each a text of its own.
+        rows = [
+            [part for text in benchmarks._strings(row) for part in text.split("\n\n")]
+            for row in benchmarks._rows(*key)[0]
+        ]
+        sources.append(long_enough(max(parts, key=len) for parts in rows))
     planted = [{"text": f"Zyx {first_words(text, 13).upper()}, zyx"} for text in sources]
     harmless = [{"text": f"zyx {first_words(text, 12)} zyx"} for text in sources]
     read = data._rows

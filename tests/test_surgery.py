@@ -705,3 +705,12 @@ def test_layers_that_were_removed_by_hand_are_refused():
 def test_tensors_are_lists_of_layers(layers):
     with pytest.raises(ValueError, match="layers must be different integers"):
         surgery.drop_layers(ARCHITECTURES["llama"](), layers)
+
+
+def test_kinds_of_layers_may_come_back_in_another_order():
+    """transformers makes some lists of sets, whose order differs from process to process."""
+    kinds = ["sliding", "full"]
+    for back in (["full", "sliding"], ["full"]):
+        assert back in surgery._renumbered(kinds, back, [0, 1], 3)
+    for wrong in (["full", "full"], ["full", "linear"], "full"):
+        assert wrong not in surgery._renumbered(kinds, wrong, [0, 1], 3)

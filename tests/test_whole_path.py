@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 
-from pruning_utils import models
+from pruning_utils import evaluation, models
 from pruning_utils.studies import whole_path
 
 TOKENS = {"evaluation_tokens": 40, "question_tokens": 20, "validation_tokens": 30}
@@ -46,6 +46,20 @@ def test_stages_as_worked_by_hand(steady, capfd):
         and "scan 6 s, measure 39 s" in said
     )
     assert foretold(model, training_tokens=96)["heal"] > found["heal"]
+
+
+def test_tokens_of_questions_are_those_of_prompts_and_answers():
+    """One token a word; a likelihood task has one answer to score."""
+    tokenizer = lambda texts: {"input_ids": [text.split() for text in texts]}  # noqa: E731
+    for name, answers in (("openbookqa", "doc_to_choice"), ("gsm8k_chain", "doc_to_target")):
+        task = evaluation.load_tasks([name], limit=2)[name]["tasks"][name]
+        texts = []
+        for question in task.eval_docs:
+            given = getattr(task, answers)(question)
+            texts += [task.doc_to_text(question), *([given] if isinstance(given, str) else given)]
+        n_words = sum(len(text.split()) for text in texts)
+        assert whole_path.question_tokens(tokenizer, name, 2) == n_words > 20
+    assert whole_path.question_tokens(tokenizer, "lm-eval:piqa", 2) == 0
 
 
 def test_foretelling_takes_six_passes_and_leaves_the_model_as_it_was():

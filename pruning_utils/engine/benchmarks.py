@@ -206,11 +206,15 @@ def _question(path: str, request: dict) -> dict:
 
 @functools.cache
 def texts() -> tuple[str, ...]:
-    """Every text of every question, passage, option and solution of the scored splits."""
+    """Every text of every question, passage, option and solution of the scored splits.
+
+    Of a prompt that holds solved questions, each of them is a text.
+    """
     found: list[str] = []
     for path, name in [*TABLES, *PROMPTS, *(("cais/mmlu", subject) for subject in subjects())]:
         for row in _rows(path, name)[0]:
-            found += _strings(row)
+            asked = row.get("context", "").split("\n\n")
+            found += _strings({**row, "context": asked})
     return tuple(dict.fromkeys(found))
 
 

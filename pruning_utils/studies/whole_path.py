@@ -255,7 +255,11 @@ def question_tokens(tokenizer: PreTrainedTokenizerBase, task: str, limit: int | 
     texts = []
     for asked in evaluation.load_tasks([task], limit=limit)[task]["tasks"].values():
         for question in asked.eval_docs:
-            texts += [str(asked.doc_to_text(question)), *asked.doc_to_choice(question)]
+            has_choices = asked.OUTPUT_TYPE == "multiple_choice"
+            answers = (
+                asked.doc_to_choice(question) if has_choices else [asked.doc_to_target(question)]
+            )
+            texts += [str(asked.doc_to_text(question)), *answers]
     return sum(map(len, tokenizer(texts)["input_ids"]))
 
 
