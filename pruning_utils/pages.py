@@ -89,8 +89,9 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
         profile: Whose results.
 
     Returns:
-        A sentence that counts the verdicts, then a table: a part of a claim a row, its code linked
-        to ``reference/claims.csv``, and for each model the verdict with its number and interval.
+        A sentence that counts the verdicts of each model. Then a table: a part of a claim a row,
+        and for each model the verdict with its number and interval. Then the claims in words, each
+        code linked to ``reference/claims.csv``.
     """
     path = results.table_path(profile, notebook, "verdicts")
     if not path.exists():
@@ -101,16 +102,18 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
     lines = [
         " ".join(_counted(model, rows[rows["model"] == model]["verdict"]) for model in models),
         "",
-        f"| claim of the paper | part, and how it is measured | {' | '.join(models)} |",
-        f"| --- | --- |{' --- |' * len(models)}",
+        f"| claim | part | measured as | {' | '.join(models)} |",
+        f"| --- | --- | --- |{' --- |' * len(models)}",
     ]
     parts = ["claim", "part", "measure", "data"]
     for (claim, part, measure, data), found in rows.groupby(parts, sort=False):
         said = {row.model: _said(row) for row in found.itertuples()}
-        code = f"[{claim}](../reference/claims.csv)"
-        words = claims.loc[claim, "claim"]
         cells = [said.get(model, "not asked") for model in models]
-        lines.append(f"| {code}: {words} | {part}: {measure}, {data} | {' | '.join(cells)} |")
+        lines.append(f"| {claim} | {part} | {measure}, {data} | {' | '.join(cells)} |")
+    lines.append("")
+    for claim in dict.fromkeys(rows["claim"]):
+        words = claims.loc[claim, "claim"]
+        lines.append(f"* [{claim}](../reference/claims.csv): *{words}.*")
     return Note("\n".join(lines))
 
 
@@ -118,15 +121,14 @@ def _counted(model: str, verdicts: pd.Series) -> str:
     """How many verdicts of a model have which word, as a sentence."""
     counts = verdicts.value_counts()
     words = [f"{counts[word]} {word}" for word in verdict_rows.WORDS if word in counts]
-    return f"On {model}, of {len(verdicts)} parts of claims: {', '.join(words)}."
+    parts = "part" if len(verdicts) == 1 else "parts"
+    return f"On {model}, of {len(verdicts)} {parts} of claims: {', '.join(words)}."
 
 
 def _said(row: Any) -> str:
     """A verdict with its number, interval and depth; why nothing can be tested."""
-    number = f"{row.value:+.3g} ({row.low:+.3g} to {row.high:+.3g})"
-    return f"**{row.verdict}**<br>{number} at {row.depth}" + (
-        f"<br>{row.reason}" if row.reason else ""
-    )
+    lines = [f"**{row.verdict}**", f"{verdict_rows.number(row)}, {row.depth}"]
+    return "<br>".join([*lines, row.reason] if row.reason else lines)
 
 
 def _assigned(cell: str) -> list[str]:
@@ -210,13 +212,21 @@ class Summary:
             }
 
 
-def summary(rows: Mapping[str, tuple[object, float, str]]) -> Summary:
+def summary(
+    rows: Mapping[str, tuple[object, float, str]],
+    *,
+    verdicts: pd.DataFrame | None = None,
+    profile: str = "cpu",
+) -> Summary:
     """The numbers of a notebook that tests assert, for its last code cell, tagged ``summary``.
 
     Args:
         rows: From a number's name to ``(value, tolerance, reason)``: a finite number, kept to six
             digits, with the absolute difference that another machine may show and why; or a text or
             tuple, matched exactly, tolerance 0.
+        verdicts: From :func:`evidence.save_verdicts`. Each adds its value, which may move by a
+            quarter of its interval, and its verdict, which may not change.
+        profile: At ``smoke``, where verdicts mean nothing, none is added.
 
     Returns:
         An object that a notebook shows as a table, and from which the driver reads the numbers
@@ -229,7 +239,23 @@ def summary(rows: Mapping[str, tuple[object, float, str]]) -> Summary:
         raise ValueError(
             f"a summary needs a dict from names to (value, tolerance, reason), got {rows!r}"
         )
-    return Summary([_summary_row(name, entry) for name, entry in rows.items()])
+    entries = dict(rows)
+    if verdicts is not None and profile != "smoke":
+        entries |= _verdict_entries(verdicts)
+    return Summary([_summary_row(name, entry) for name, entry in entries.items()])
+
+
+def _verdict_entries(verdicts: pd.DataFrame) -> dict[str, tuple[object, float, str]]:
+    """Values and words of verdicts, as entries of a summary."""
+    entries: dict[str, tuple[object, float, str]] = {}
+    for row in verdicts.itertuples():
+        name = ", ".join(str(getattr(row, column)) for column in verdict_rows.KEY)
+        if math.isfinite(row.value):
+            width = (row.high - row.low) / 4
+            tolerance = width if math.isfinite(width) else abs(row.value) / 10
+            entries[name] = (row.value, tolerance, "a quarter of its interval")
+        entries[f"{name}: verdict"] = (row.verdict, 0, "a verdict stands or it does not")
+    return entries
 
 
 def _summary_row(name: str, entry: tuple[object, float, str]) -> dict:

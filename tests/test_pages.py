@@ -4,9 +4,11 @@ import inspect
 import textwrap
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pruning_utils import evidence, pages, results, selection
+from pruning_utils.engine.verdict_rows import COLUMNS
 from pruning_utils.studies.study import Study
 
 PARAMETERS = 'profile = "cpu"  # words\nmodel = "embedded"\nrevision = None\nseed = 0\n'
@@ -89,15 +91,41 @@ def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):
         )
     )
     evidence.save_verdicts(rows, tmp_path / "verdicts.csv")
-    sentences, _, head, _, first, second = pages.findings("02_x").markdown.split("\n")
+    lines = pages.findings("02_x").markdown.split("\n")
+    sentences, _, head, _, first, second, _, *claims = lines
     assert sentences == (
-        "On large, of 1 parts of claims: 1 holds. "
+        "On large, of 1 part of claims: 1 holds. "
         "On small, of 2 parts of claims: 1 cannot be told, 1 not testable here."
     )
     assert head.endswith("| large | small |")
-    assert "[A1](../reference/claims.csv): Question answering stays nearly flat" in first
-    assert "| **holds**<br>+0.5 (+0.4 to +0.6) at 3 of 30 layers | **cannot be told**" in first
+    assert first == (
+        "| A1 | flat | accuracy, PIQA | **holds**<br>50 points (40 to 60), 3 of 30 layers "
+        "| **cannot be told**<br>0 points (\u221210 to 10), 3 of 30 layers |"
+    )
     assert "| not asked | **not testable here**<br>" in second and "floor" in second
+    assert claims[0].startswith("* [A1](../reference/claims.csv): *Question answering stays nearly")
+    assert len(claims) == 2
+
+
+def test_a_summary_holds_every_verdict_but_those_of_smoke():
+    columns = dict.fromkeys(COLUMNS, "x") | {"claim": "A1", "verdict": "holds"}
+    rows = [
+        columns | {"part": "flat", "value": 0.5, "low": 0.25, "high": 0.75},
+        columns | {"part": "sharp", "value": -2.0, "low": np.nan, "high": np.nan},
+        columns | {"part": "unknown", "value": np.nan, "low": np.nan, "high": np.nan},
+    ]
+    shown = pages.summary({"n": (8, 0, "count")}, verdicts=pd.DataFrame(rows))
+    found = {row["name"]: (row["value"], row["tolerance"]) for row in shown.rows}
+    assert found == {
+        "n": (8, 0),
+        "A1, flat, x, x, x, x, x": (0.5, 0.125),
+        "A1, flat, x, x, x, x, x: verdict": ("holds", 0),
+        "A1, sharp, x, x, x, x, x": (-2.0, 0.2),
+        "A1, sharp, x, x, x, x, x: verdict": ("holds", 0),
+        "A1, unknown, x, x, x, x, x: verdict": ("holds", 0),
+    }
+    smoke = pages.summary({"n": (8, 0, "count")}, verdicts=pd.DataFrame(rows), profile="smoke")
+    assert [row["name"] for row in smoke.rows] == ["n"]
 
 
 def test_sources_are_those_of_the_definitions():

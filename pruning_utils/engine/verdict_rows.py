@@ -39,8 +39,26 @@ COLUMNS = (
 KEY = ("claim", "part", "model", "measure", "data", "depth", "recipe")
 ORDER = ("claim", "part", "model", "data")
 
+# What one of a measure is shown as: a factor and a unit. Others are shown as they are.
+UNITS = {
+    "accuracy": (100, "points"),
+    "pooled accuracy": (100, "points"),
+    "loss": (1, "nats"),
+    "ratio of times": (1, "of the time"),
+    "ratio of memory": (1, "of the memory"),
+    "share": (100, "%"),
+}
+
 # The share of a paper's tokens per parameter below which its claim is not tested.
 SMALLEST_BUDGET = 0.1
+
+
+def number(row: object) -> str:
+    """Value and interval of a row in the units of its measure, three digits each."""
+    factor, unit = UNITS.get(row.measure, (1, ""))  # type: ignore[attr-defined]
+    ends = (row.value, row.low, row.high)  # type: ignore[attr-defined]
+    value, low, high = (f"{factor * float(end):.3g}".replace("-", "\u2212") for end in ends)
+    return f"{value} {unit}".rstrip() + f" ({low} to {high})"
 
 
 def word_for_sign(low: float, high: float, claimed: str) -> str:
