@@ -347,7 +347,7 @@ def _renumbered(value: object, other: object, kept: list[int], n_layers: int) ->
         return []
     # A list that was a set has the order of its hashes.
     are_kinds = isinstance(other, list) and all(isinstance(kind, str) for kind in value)
-    if are_kinds and len(set(other)) == len(other) and set(other) <= set(value):
+    if are_kinds and len(set(other)) == len(other) and set(other) <= set(value):  # type: ignore
         return [other]
     return [
         [value[layer] for layer in kept] if len(value) == n_layers else [],

@@ -168,16 +168,15 @@ def test_the_same_tokens_are_scored_both_ways(single, tmp_path):
     assert found == {name: losses.double().mean(1).tolist() for name, losses in wanted.items()}
 
 
-def test_a_model_that_is_neither_kept_nor_installed_is_named(tmp_path, monkeypatch):
+def test_the_table_says_of_which_model_a_row_is(tmp_path, monkeypatch):
     def measured(function, points, *, model, **others):
         """Stands for a table of the models that are there."""
         return pd.DataFrame([{"begins": "as a text", "item": 0, "nll": 1.0}]), tmp_path
 
     monkeypatch.setattr(beginnings, "point_table", measured)
-    monkeypatch.setattr(beginnings.embedded, "is_installed", lambda name: name == "one")
-    monkeypatch.setattr(beginnings, "table_path", lambda *names: tmp_path / names[2])
-    (tmp_path / "kept").touch()
+    monkeypatch.setattr(beginnings, "models_at_hand", lambda *_, **__: (["one", "two"], ["three"]))
     table, missing = beginnings.beginning_table(
-        ["one", "two", "kept"], profile="cpu", notebook="03", revision=None, text="xsum"
+        "embedded", profile="cpu", notebook="03", revision=None, text="xsum"
     )
-    assert table["model"].tolist() == ["one", "kept"] and missing == ["two"]
+    assert list(table.columns) == ["model", "begins", "item", "nll"]
+    assert table["model"].tolist() == ["one", "two"] and missing == ["three"]

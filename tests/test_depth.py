@@ -14,15 +14,17 @@ from tiny_model import DENSE, HEALING, INFORMED, N_LAYERS, SETTINGS, SIMPLE, mak
 
 from pruning_utils import (
     data,
+    embedded,
     evaluation,
     healing,
     models,
+    results,
     selection,
     similarity,
     surgery,
 )
 from pruning_utils.studies import depth
-from pruning_utils.studies.study import loaded
+from pruning_utils.studies.study import joined, loaded, models_at_hand
 
 CHILDREN = Path(__file__).resolve().parent / "children"
 
@@ -249,3 +251,52 @@ def test_a_sweep_with_another_setting_is_refused(tiny, tmp_path):
             path=path,
             parameters=changed,
         )
+
+
+# --- several models -------------------------------------------------------------------------------
+
+
+def test_a_share_is_the_nearest_number_of_layers():
+    assert [depth.layers_in(share, 30) for share in (0.1, 0.25, 0.5, 0.8, 0.01)] == [
+        3,
+        8,
+        15,
+        24,
+        1,
+    ]
+    assert [depth.layers_in(share, 18) for share in (0.1, 0.25, 0.5, 0.8, 0.01)] == [2, 5, 9, 14, 1]
+    for share in (0, 1, -0.1, 0.99, float("nan")):
+        with pytest.raises(ValueError, match=f"leave one of 30 layers, got {share}"):
+            depth.layers_in(share, 30)
+
+
+def test_numbers_of_layers_are_those_of_the_models(tiny):
+    assert depth.n_layers_of("smollm2-135m", None, "float32") == len(
+        models.decoder_layers(models.load_model()[0])
+    )
+    assert depth.n_layers_of(str(tiny), None, "float32") == N_LAYERS
+
+
+def test_models_at_hand_are_kept_or_can_be_computed(tmp_path, monkeypatch):
+    monkeypatch.delenv(results.NO_COMPUTE, raising=False)
+    monkeypatch.setattr(embedded, "MODELS", dict.fromkeys(("one", "two", "kept")))
+    monkeypatch.setattr(embedded, "is_installed", lambda name: name == "one")
+    monkeypatch.setattr(results, "table_path", lambda *names: tmp_path / names[-1])
+    (tmp_path / "kept-losses").touch()
+    asked = {"profile": "cpu", "notebook": "03", "table": "losses"}
+    assert models_at_hand("embedded", **asked) == (["one", "kept"], ["two"])
+    assert models_at_hand("two", **asked) == (["two"], []), "whatever is asked for by name"
+    monkeypatch.setenv(results.NO_COMPUTE, "1")
+    assert models_at_hand("embedded", **asked) == (["kept"], ["one", "two"])
+
+
+def test_tables_of_models_are_joined_in_order():
+    tables = {
+        name: (pd.DataFrame({"item": [0, 1], "nll": [value, value]}), Path(name))
+        for name, value in (("second", 2.0), ("first", 1.0))
+    }
+    table, paths = joined(tables)
+    assert list(table.columns) == ["model", "item", "nll"]
+    assert table["nll"].tolist() == [2, 2, 1, 1] and list(table.index) == [0, 1, 2, 3]
+    assert table["model"].tolist() == ["second"] * 2 + ["first"] * 2
+    assert paths == [Path("second"), Path("first")]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from pruning_utils import data, embedded, evaluation
-from pruning_utils.studies.study import loaded, point_table, table_path
+from pruning_utils import data, evaluation
+from pruning_utils.studies.study import joined, loaded, models_at_hand, point_table
 
 TABLE = "beginnings"
 WITH, WITHOUT = "as a text", "in its middle"
@@ -44,7 +43,7 @@ def beginning_losses(
 
 
 def beginning_table(
-    names: Sequence[str],
+    model: str,
     *,
     profile: str,
     notebook: str,
@@ -56,7 +55,8 @@ def beginning_table(
     """:func:`beginning_losses` of several models, one table each.
 
     Args:
-        names: Names for :func:`models.load_model`, with ``revision``.
+        model: A name for :func:`models.load_model`, with ``revision``; ``embedded`` stands for all
+            embedded models.
         profile: Name of the profile.
         notebook: Name of the notebook that owns the tables.
         text: An evaluation text.
@@ -64,16 +64,12 @@ def beginning_table(
         settings: All others of :func:`beginning_losses`.
 
     Returns:
-        The rows of all models, with ``model`` in front, and what is missing: models of which there
-        is neither a table nor the package that holds them.
+        The rows of all models, with ``model`` in front, and names of embedded models that are
+        missing, as :func:`study.models_at_hand` says.
     """
-    tables, missing = [], []
-    for name in names:
-        kept = table_path(profile, notebook, name, TABLE)
-        if not kept.exists() and not embedded.is_installed(name):
-            missing.append(name)
-            continue
-        found, _ = point_table(
+    names, missing = models_at_hand(model, profile=profile, notebook=notebook, table=TABLE)
+    tables = {
+        name: point_table(
             beginning_losses,
             [{"text": text}],
             profile=profile,
@@ -85,5 +81,6 @@ def beginning_table(
             reads_text=True,
             **settings,
         )
-        tables.append(found.assign(model=name))
-    return pd.concat(tables).set_index("model").reset_index(), missing
+        for name in names
+    }
+    return joined(tables)[0], missing

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from pruning_utils import evaluation, evidence
+from pruning_utils import evaluation, evidence, models
 from pruning_utils.studies.recipes import Cut, Point, Recipe, Stage
 from pruning_utils.studies.study import loaded
 
@@ -18,6 +19,33 @@ RULE_NAMES = {
     "reverse order": "reverse order",
 }
 NO_RULE = "none"  # of the whole model
+# Layers of the embedded models, so that tables are read where a model is not installed.
+N_LAYERS = {"smollm2-135m": 30, "gemma-3-270m": 18}
+
+
+def n_layers_of(model: str, revision: str | None, dtype: str) -> int:
+    """Number of decoder layers; arguments as for :func:`models.load_model`."""
+    if model in N_LAYERS:
+        return N_LAYERS[model]
+    return len(models.decoder_layers(loaded(model, revision, dtype)[0]))
+
+
+def layers_in(share: float, n_layers: int) -> int:
+    """The whole number of layers that is nearest to a share of them, at least 1.
+
+    Args:
+        share: In (0, 1). Halves are rounded up.
+        n_layers: Of the model.
+
+    Raises:
+        ValueError: For another share, or one that would leave no layer.
+    """
+    number = max(1, math.floor(share * n_layers + 0.5)) if 0 < share < 1 else n_layers
+    if number >= n_layers:
+        raise ValueError(
+            f"a share must lie in (0, 1) and leave one of {n_layers} layers, got {share!r}"
+        )
+    return number
 
 
 def depth_points(

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import multiprocessing
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from torch import nn
 
 from pruning_utils import (
     data,
+    embedded,
     evaluation,
     healing,
     importance,
@@ -811,6 +813,40 @@ def table_path(profile: str, notebook: str, model: str, table: str = "") -> Path
     """The file of a model's table of a notebook."""
     name = "-".join(filter(None, (results.slug(model), table)))
     return results.table_path(profile, notebook, name)
+
+
+def models_at_hand(
+    model: str, *, profile: str, notebook: str, table: str = ""
+) -> tuple[list[str], list[str]]:
+    """The models that a notebook looks at: the one it is given, or all embedded ones at hand.
+
+    Args:
+        model: A name for :func:`models.load_model`; ``embedded`` stands for all embedded models.
+        profile: Name of the profile.
+        notebook: Name of the notebook that owns the tables.
+        table: The table that says whether a model has been computed.
+
+    Returns:
+        Names of the models of which a table is kept, or can be computed here, and of those that
+        are missing: neither a table nor the package that holds the model is there.
+    """
+    if model != embedded.EMBEDDED:
+        return [model], []
+    may_compute = not os.environ.get(results.NO_COMPUTE)
+    here: list[str] = []
+    missing: list[str] = []
+    for name in embedded.MODELS:
+        is_kept = table_path(profile, notebook, name, table).exists()
+        can_be_made = may_compute and embedded.is_installed(name)
+        (here if is_kept or can_be_made else missing).append(name)
+    return here, missing
+
+
+def joined(tables: Mapping[str, tuple[pd.DataFrame, Path]]) -> tuple[pd.DataFrame, list[Path]]:
+    """Tables of several models as one, with the column ``model`` in front, and their files."""
+    rows = [found.assign(model=name) for name, (found, _) in tables.items()]
+    table = pd.concat(rows, ignore_index=True).set_index("model").reset_index()
+    return table, [path for _, path in tables.values()]
 
 
 def fresh_processes() -> Executor:
