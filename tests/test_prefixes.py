@@ -118,6 +118,31 @@ def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
+@pytest.mark.parametrize("fails_at", [None, 2])
+def test_many_answers_of_one_prompt_stand_in_rows_of_their_own(fails_at, monkeypatch):
+    """Rows are short, answers of other prompts still stand together, and each counts once although
+    memory does not suffice for the second batch."""
+    monkeypatch.setattr(prefixes, "ANSWER_TOKENS", 6)
+    model, sizes, add = ARCHITECTURES["llama"](), [], prefixes._add_batch
+    generator = torch.Generator().manual_seed(5)
+    answers = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (3, 2, 1) * 4]
+    requests = [([7], answer) for answer in answers] + [([9, 9], answers[0]), ([9, 8], answers[1])]
+
+    def recorded(model, rows, *given):
+        sizes.append([len(row.tokens) for row in rows])
+        if len(sizes) == fails_at:
+            raise MemoryError
+        add(model, rows, *given)
+
+    monkeypatch.setattr(prefixes, "_add_batch", recorded)
+    found = prefixes.loglikelihoods(model, requests, batch_size=2)
+    expected = stock(model, requests)
+    assert [value for value, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    # 24 tokens of answers in rows of fewer than 6, and up to 3 more; all but the last are inputs.
+    assert max(map(max, sizes)) <= 9 and sum(map(len, sizes)) > 4
+
+
 def test_a_beginning_is_run_once(monkeypatch):
     """Only the distinct beginnings of the sequences pass through the model."""
     model, seen = ARCHITECTURES["llama"](), []

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# In a row, of one prompt.
+ANSWER_TOKENS = 512
+
+
 def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
     """lm-eval's Hugging Face backend for a model in memory, with shared beginnings run only once.
 
@@ -273,18 +277,43 @@ def _batches(
     for beginning, prompts_of_rows in _groups(sorted(answers), batch_size):
         rows = []
         for prompts in prompts_of_rows:
-            numbers = [number for prompt in prompts for number in answers[prompt]]
-            asked = [(number, *requests[number]) for number in numbers]
-            rows.append(_tree(asked, len(beginning)))
+            for numbers in _parts([answers[prompt] for prompt in prompts], requests):
+                asked = [(number, *requests[number]) for number in numbers]
+                rows.append(_tree(asked, len(beginning)))
         rows.sort(key=lambda row: -len(row.tokens))
         cached = _cached(model, beginning)
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             _add_batch(model, batch, len(beginning), cached, found)
             done = {number for row in batch for number, *_ in row.predicted}
-            for number in done:
-                answers.pop(tuple(requests[number][0]), None)
+            for prompt in {tuple(requests[number][0]) for number in done}:
+                left = [number for number in answers[prompt] if number not in done]
+                if left:
+                    answers[prompt] = left
+                else:
+                    del answers[prompt]
             yield done
+
+
+def _parts(
+    by_prompt: list[list[int]], requests: Sequence[tuple[list[int], list[int]]]
+) -> Iterator[list[int]]:
+    """Numbers of the requests of each row, of the prompts that could share one.
+
+    A prompt whose answers are too many tokens for a row, as where questions are left out, has
+    several: the time and memory of attention grow with the square of a row.
+    """
+    together: list[int] = []
+    for numbers in by_prompt:
+        lengths = [len(requests[number][1]) for number in numbers]
+        if sum(lengths) <= ANSWER_TOKENS:
+            together += numbers
+            continue
+        row_of = np.cumsum(lengths) // ANSWER_TOKENS
+        for row in np.unique(row_of):
+            yield [numbers[place] for place in np.flatnonzero(row_of == row)]
+    if together:
+        yield together
 
 
 class _Found(NamedTuple):
