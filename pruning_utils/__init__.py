@@ -14,7 +14,7 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 00  What breaks when eight of thirty layers go, and what does healing bring back?
     whole_path: similarity, selection, surgery, healing, evaluation
 01  Which layers change the hidden states least?
-    scan: similarity, selection
+    scan, depth: similarity, selection
 02  How many layers can go before the answers fall?
     depth: similarity, selection, surgery, healing, evaluation
 03  Does healing turn the jump of the loss into a slope?
@@ -31,7 +31,8 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 08  Adapters or all weights: what brings a pruned model back?
     scores, sets, costs, rates: importance, selection, surgery, healing, evaluation, efficiency
 09  Does it matter how the layers are chosen?
-    scores, sets, rates: similarity, importance, selection, surgery, healing, evaluation
+    scores, sets, rates: similarity, importance, selection, surgery, healing, evaluation,
+    efficiency
 10  Which way of healing is best, each at its own rate?
     scores, sets, costs, rates: similarity, importance, selection, surgery, healing, evaluation,
     efficiency
@@ -67,6 +68,10 @@ MODULES = (
     "results",
     "plots",
     "depth_plots",
+    "importance_plots",
+    "cost_plots",
+    "healing_plots",
+    "round_plots",
     "width",
     "release",
     "embedded",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, new_figure
 
 # Line style of each level that is no curve.
-BASELINES = {"unpruned": "-", "chance": ":", "floor": ":", "majority": "--"}
+BASELINES = {"unpruned": "-", "chance": ":", "floor": ":", "uniform guess": ":", "majority": "--"}
 
 
 def _look(entity: str) -> tuple[str, str]:
@@ -27,7 +27,7 @@ def _panels(n_panels: int, columns: int, height: float, margin: float) -> tuple[
     Rows are ``height`` inches high, beside a ``margin`` for the legend.
     """
     rows = math.ceil(n_panels / columns)
-    figure = Figure(figsize=(WIDE * 1.15, margin + height * rows), layout="constrained")
+    figure = Figure(figsize=(WIDE, margin + height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
     for axis in axes[n_panels:]:
         axis.set_visible(False)
@@ -37,7 +37,7 @@ def _panels(n_panels: int, columns: int, height: float, margin: float) -> tuple[
 def depth_curves(
     table: pd.DataFrame,
     *,
-    n_layers: int,
+    n_layers: int | Mapping[str, int],
     baselines: pd.DataFrame | None = None,
     columns: int = 3,
     height: float = 1.75,
@@ -48,7 +48,7 @@ def depth_curves(
     Args:
         table: Columns ``panel``, ``series``, ``n_dropped`` (layers), ``value``, ``low`` and
             ``high``.
-        n_layers: L.
+        n_layers: L of all panels, or by panel where they are of different models.
         baselines: Columns ``panel``, ``name`` and ``value``: thin lines, named in the legend.
         columns: Panels in a row.
         height: Of a row of panels, in inches.
@@ -67,7 +67,7 @@ def depth_curves(
         shown = table[table["panel"] == panel].sort_values("n_dropped")
         for series, points in shown.groupby("series", sort=False):
             colour, marker = _look(series)
-            x = points["n_dropped"] / n_layers
+            x = points["n_dropped"] / (n_layers if isinstance(n_layers, int) else n_layers[panel])
             (handles[series],) = axis.plot(
                 x, points["value"], marker=marker, color=colour, markersize=2.5, linewidth=0.8
             )
@@ -81,7 +81,8 @@ def depth_curves(
                     value, color="0.35", linestyle=style, linewidth=0.7, zorder=0
                 )
         axis.set_title(NAMES.get(panel, panel))
-    figure.supxlabel(f"layers removed $n / L$ ($L$ = {n_layers})", fontsize=8)
+    of_all = f" ($L$ = {n_layers})" if isinstance(n_layers, int) else ""
+    figure.supxlabel(f"layers removed $n / L${of_all}", fontsize=8)
     figure.supylabel(label, fontsize=8)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6))
     return figure
@@ -114,77 +115,6 @@ def healing_curves(table: pd.DataFrame) -> Figure:
     figure.legend(
         *axes[0].get_legend_handles_labels(), title="layers\nremoved", loc="outside right upper"
     )
-    return figure
-
-
-def training_curves(table: pd.DataFrame) -> Figure:
-    """Loss against training tokens, a panel for each ``panel``, a curve for each ``series``.
-
-    Args:
-        table: Columns ``panel``, ``series``, ``tokens`` and ``loss`` (nats per token).
-    """
-    need_columns(table, "panel", "series", "tokens", "loss")
-    panels = list(table["panel"].unique())
-    figure, axes = new_figure(WIDE * 1.15, 2.2, len(panels), sharex=True)
-    handles: dict = {}
-    for axis, panel in zip(axes, panels, strict=True):
-        for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
-            colour, marker = _look(series)
-            (handles[series],) = axis.plot(
-                rows["tokens"] / 1000,
-                rows["loss"],
-                color=colour,
-                marker=marker,
-                markersize=2.5,
-                linewidth=0.9,
-            )
-        axis.set(title=panel)
-    axes[0].set(ylabel="validation loss (nats per token)")
-    figure.supxlabel("training tokens (thousands)", fontsize=8)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4)
-    return figure
-
-
-def rate_curves(table: pd.DataFrame) -> Figure:
-    """Loss against the learning rate, a panel for each ``panel``, a curve for each ``series``.
-
-    The lowest point of a curve is filled. Curves may leave a panel at its top: that is twice as far
-    above the best series as the worst one is at its own best.
-
-    Args:
-        table: Columns ``panel``, ``series``, ``rate`` and ``loss`` (nats per token).
-    """
-    need_columns(table, "panel", "series", "rate", "loss")
-    panels = list(table["panel"].unique())
-    columns = min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = new_figure(WIDE, 2.1 * rows + 0.5, columns, rows=rows)
-    handles: dict = {}
-    for axis, panel in zip(axes, panels, strict=False):
-        shown = table[table["panel"] == panel]
-        for series, line in shown.groupby("series", sort=False):
-            line = line.sort_values("rate")
-            colour, marker = _look(series)
-            (handles[series],) = axis.plot(
-                line["rate"],
-                line["loss"],
-                color=colour,
-                marker=marker,
-                markersize=4,
-                fillstyle="none",
-                linewidth=0.9,
-            )
-            lowest = line.iloc[line["loss"].argmin()]
-            axis.plot(lowest["rate"], lowest["loss"], color=colour, marker=marker, markersize=4)
-        ends = shown.groupby("series")["loss"].min().agg(["min", "max"])
-        top = 2 * ends["max"] - ends["min"]
-        if ends["max"] < top < shown["loss"].max():
-            axis.set_ylim(ends["min"] - 0.06 * (top - ends["min"]), top)
-        axis.set(title=panel, xscale="log", xlabel="peak learning rate")
-    for place, axis in enumerate(axes):
-        axis.set(ylabel="" if place % columns else "validation loss (nats per token)")
-        axis.set_visible(place < len(panels))
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=5)
     return figure
 
 
@@ -222,71 +152,51 @@ def differences(
     return figure
 
 
-def rank_changes(table: pd.DataFrame, *, before: str, after: str) -> Figure:
-    """How an order changes: a line from each name's rank in one column to its rank in another.
-
-    The lowest value is on top. Of equal values the first in the table ranks higher.
+def levels_and_differences(table: pd.DataFrame, *, level: str, label: str) -> Figure:
+    """Levels of both sides of each pair, and beside them their paired difference.
 
     Args:
-        table: Columns ``panel``, ``name`` and the two of the names ``before`` and ``after``.
-        before: Column of the values on the left.
-        after: Column of the values on the right.
+        table: Columns ``group`` (a heading for the rows below it, such as a model), ``pair``,
+            ``first`` and ``second`` (levels), ``difference``, ``low``, ``high``, ``low_90``,
+            ``high_90`` and ``margin``, a pair a row, rows of a group together.
+        level: What the levels are of, with their unit.
+        label: What the difference is of, with its unit.
+
+    Returns:
+        The figure: filled markers are first sides, hollow ones second sides. Thin bars have 95 %,
+        thick ones 90 %, and grey is the margin of equality of each row.
     """
-    need_columns(table, "panel", "name", before, after)
-    panels = list(table["panel"].unique())
-    most = table.groupby("panel").size().max()
-    figure, axes = new_figure(WIDE * 1.25, 0.6 + 0.17 * most, len(panels))
-    for axis, panel in zip(axes, panels, strict=True):
-        rows = table[table["panel"] == panel]
-        ranks = [rows[column].rank(method="first") for column in (before, after)]
-        for name, left, right in zip(rows["name"], *ranks, strict=True):
-            colour, marker = _look(name)
-            axis.plot(
-                [0, 1], [left, right], color=colour, marker=marker, markersize=2.5, linewidth=0.9
-            )
-            axis.annotate(
-                name,
-                (0, left),
-                xytext=(-4, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                size=6,
-            )
-            axis.annotate(
-                name, (1, right), xytext=(4, 0), textcoords="offset points", va="center", size=6
-            )
-        axis.set(title=panel, xlim=(-1.1, 2.1), ylim=(most + 0.5, 0.5), yticks=[])
-        axis.set_xticks([0, 1], [before, after])
-        axis.spines[["left", "right", "top", "bottom"]].set_visible(False)
-    return figure
-
-
-def swap_map(table: pd.DataFrame) -> Figure:
-    """What it changes to remove one layer instead of another, a panel for each ``panel``.
-
-    Args:
-        table: Columns ``panel``, ``spared`` and ``dropped`` (0-based layers), and ``change`` (of
-            the loss, nats per token), which is the colour.
-    """
-    need_columns(table, "panel", "spared", "dropped", "change")
-    panels = list(table["panel"].unique())
-    figure, axes = new_figure(WIDE * 1.15, 2.0 * len(panels), 1, rows=len(panels))
-    for axis, panel in zip(axes, panels, strict=True):
-        shown = table[table["panel"] == panel]
-        wide = shown.pivot(index="spared", columns="dropped", values="change")
-        most = np.abs(wide.to_numpy()).max()
-        mesh = axis.pcolormesh(
-            wide, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors="white", linewidth=0.3
-        )
-        axis.set_xticks(np.arange(wide.shape[1]) + 0.5, wide.columns)
-        axis.set_yticks(np.arange(wide.shape[0]) + 0.5, wide.index)
-        axis.tick_params(length=0, labelsize=6)
-        axis.invert_yaxis()
-        axis.set(
-            title=panel, ylabel="layer that stays", xlabel="layer removed in its place (0-based)"
-        )
-        figure.colorbar(mesh, ax=axis, label="change of loss\n(nats per token)")
+    need_columns(table, "group", "pair", "first", "second", "difference", "low", "high", "margin")
+    new_group = table["group"].ne(table["group"].shift())
+    places = -(np.arange(len(table)) + new_group.cumsum().to_numpy(float))
+    figure, (levels, differences) = new_figure(
+        WIDE, 0.75 + 0.2 * (len(table) + new_group.sum()), 2, sharey=True
+    )
+    levels.hlines(places, table["first"], table["second"], color="0.6", linewidth=0.7, zorder=0)
+    look = {"color": colour_of("unpruned"), "markersize": 4, "linestyle": "none", "marker": "o"}
+    levels.plot(table["second"], places, markerfacecolor="white", label="second", **look)
+    levels.plot(table["first"], places, label="first", **look)
+    differences.barh(
+        places, 2 * table["margin"], left=-table["margin"], height=0.8, color="0.9", zorder=0
+    )
+    differences.axvline(0, color="0.35", linewidth=0.7)
+    differences.hlines(places, table["low"], table["high"], color="0", linewidth=0.8)
+    differences.hlines(places, table["low_90"], table["high_90"], color="0", linewidth=2.4)
+    differences.plot(table["difference"], places, markerfacecolor="white", **look)
+    headings = places[new_group] + 1
+    levels.set(
+        xlabel=level,
+        yticks=[*places, *headings],
+        yticklabels=[*table["pair"], *table.loc[new_group, "group"]],
+        ylim=(places.min() - 0.7, places.max() + 1.6),
+    )
+    for text in levels.get_yticklabels()[len(table) :]:
+        text.set_fontweight("bold")
+    differences.set(xlabel=label)
+    for axis in (levels, differences):
+        axis.tick_params(axis="y", length=0)
+        axis.locator_params(axis="x", nbins=4)
+    figure.legend(*levels.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
@@ -315,7 +225,7 @@ def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figur
     return figure
 
 
-def removed_by_criterion(table: pd.DataFrame, *, own: int = 1) -> Figure:
+def removed_by_criterion(table: pd.DataFrame, *, own: int = 1, missing: str = "") -> Figure:
     """Which layers each criterion removes from several models: a panel a criterion, a row a model.
 
     Args:
@@ -323,6 +233,7 @@ def removed_by_criterion(table: pd.DataFrame, *, own: int = 1) -> Figure:
             0-based, as a text such as ``"4 7 11"``).
         own: How many models, the last ones, are drawn in the colour of the criterion, those before
             in grey.
+        missing: What stands where a criterion has no row of a model.
 
     Returns:
         The figure; layers lie at their fraction of the depth.
@@ -347,93 +258,11 @@ def removed_by_criterion(table: pd.DataFrame, *, own: int = 1) -> Figure:
                     edgecolor="white",
                     linewidth=0.3,
                 )
+        shown = set(table.loc[table["criterion"] == criterion, "model"])
+        for place, name in enumerate(reversed(names), 1):
+            if missing and name not in shown:
+                axis.text(0.5, place, missing, fontsize=6, color="0.45", ha="center", va="center")
         axis.set(title=criterion, xlabel="depth $l / L$", xlim=(0, 1))
         axis.set_yticks(range(1, len(names) + 1), names[::-1])
         axis.tick_params(axis="y", length=0)
-    return figure
-
-
-def speed_curves(table: pd.DataFrame, *, label: str = "", columns: int = 4) -> Figure:
-    """Measured quantities against the batch size, a panel for each ``panel``, curves by ``series``.
-
-    Args:
-        table: Columns ``panel``, ``series``, ``batch_size``, ``value``, ``low`` and ``high`` (ends
-            of the spread).
-        label: Of the vertical axes.
-        columns: Panels in a row.
-    """
-    need_columns(table, "panel", "series", "batch_size", "value", "low", "high")
-    panels = list(table["panel"].unique())
-    batches = sorted(table["batch_size"].unique())
-    figure, axes = _panels(len(panels), columns, height=1.7, margin=0.5)
-    handles: dict = {}
-    for axis, panel in zip(axes, panels, strict=False):
-        for series, rows in table[table["panel"] == panel].groupby("series", sort=False):
-            colour, marker = _look(series)
-            places = [batches.index(batch) for batch in rows["batch_size"]]
-            spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
-            handles[series] = axis.errorbar(
-                places,
-                rows["value"],
-                spread,
-                color=colour,
-                marker=marker,
-                markersize=3,
-                linewidth=0.9,
-            )
-        axis.axhline(1, color="0.35", linewidth=0.7, zorder=0)
-        axis.set_xticks(range(len(batches)), batches)
-        axis.set(title=panel)
-    figure.supxlabel("texts generated at once", fontsize=8)
-    figure.supylabel(label, fontsize=8)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 4))
-    return figure
-
-
-def roofline(table: pd.DataFrame, *, flops_per_second: float, bytes_per_second: float) -> Figure:
-    """What models attain below the roof of a machine's arithmetic and memory.
-
-    The form of the figure is that of Williams et al. (2009).
-
-    Args:
-        table: Columns ``series``, ``stage``, ``intensity`` (operations per byte of weights) and
-            ``attained`` (operations per second).
-        flops_per_second: The flat roof.
-        bytes_per_second: The slope of the other.
-    """
-    need_columns(table, "series", "stage", "intensity", "attained")
-    figure, (axis,) = new_figure(WIDE, 2.9)
-    low = table["intensity"].min() / 2
-    high = max(table["intensity"].max(), flops_per_second / bytes_per_second) * 2
-    across = np.geomspace(low, high, 200)
-    roof = np.minimum(across * bytes_per_second, flops_per_second)
-    axis.plot(across, roof / 1e9, color="0.35", linewidth=1)
-    for series, rows in table.groupby("series", sort=False):
-        colour, marker = _look(series)
-        axis.plot(
-            rows["intensity"],
-            rows["attained"] / 1e9,
-            marker,
-            color=colour,
-            markersize=4,
-            fillstyle="none",
-            label=series,
-        )
-    for stage, rows in table.groupby("stage", sort=False):
-        lowest = rows.loc[rows["attained"].idxmin()]
-        axis.annotate(
-            stage,
-            (lowest["intensity"], lowest["attained"] / 1e9),
-            xytext=(4, -10),
-            textcoords="offset points",
-            fontsize=7,
-        )
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="operations per byte of weights",
-        ylabel="billion operations per second",
-        ylim=(table["attained"].min() / 3e9, None),
-    )
-    axis.legend(loc="lower right")
     return figure

@@ -10,6 +10,7 @@ import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pruning_utils import evidence, runtime
@@ -51,11 +52,13 @@ ENTITIES = {
     "all weights": ("#E69F00", "D"),
     "QLoRA": ("#56B4E9", "v"),
     "DoRA": ("#009E73", "P"),
-    "head": ("#999999", "o"),
-    "head + 1": ("#F0E442", "o"),
-    "head + 2": ("#CC79A7", "o"),
+    "head": ("#999999", "X"),
+    "head + 1": ("#882255", "p"),
+    "head + 2": ("#CC79A7", "d"),
     "head + 3": ("#D55E00", "o"),
     "head + 3, tied": ("#000000", "s"),
+    "smollm2-135m": ("#0072B2", "o"),
+    "gemma-3-270m": ("#D55E00", "s"),
     "rank 2": ("#56B4E9", "o"),
     "rank 8": ("#0072B2", "^"),
     "rank 32": ("#CC79A7", "s"),
@@ -82,6 +85,8 @@ NAMES = {
     "wikitext2": "WikiText-2",
     "lora": "LoRA",
     "full": "all weights",
+    "smollm2-135m": "SmolLM2-135M",
+    "gemma-3-270m": "Gemma 3 270M",
 }
 matplotlib.style.use(STYLE)
 
@@ -115,50 +120,62 @@ def need_columns(table: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"the table needs rows and the columns {', '.join(columns)}; {fault}")
 
 
-def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Figure:
-    """Map of block distances, start against block size.
+def _by_model(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each model by its name, in the order of the table; "" where none is named."""
+    if "model" not in table:
+        return {"": table}
+    return {str(name): rows for name, rows in table.groupby("model", sort=False)}
 
-    On the left each row is scaled to 0..1, as in arXiv:2403.17887; on the right it is raw.
+
+def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Figure:
+    """Map of block distances, start against block size, as in Figure 4 of arXiv:2403.17887.
+
+    Each row is scaled to 0..1, and yellow is 0, the closest block.
 
     Args:
         table: Columns ``start`` (0-based), ``block_size`` (layers) and ``value``; one row a block.
+            A column ``model`` gives each model a panel.
         value: Column with the distance, in [0, 1].
 
     Returns:
         The figure; a cross marks each row's minimum.
     """
     need_columns(table, "start", "block_size", value)
-    raw = table.pivot(index="block_size", columns="start", values=value).sort_index()
-    low, high = raw.min(axis=1), raw.max(axis=1)
-    spread = (high - low).where(high > low, 1)
-    figure, (left, right) = new_figure(WIDE, 2.5, 2, sharey=True)
-    for axis, values, label in (
-        (left, raw.sub(low, axis=0).div(spread, axis=0), "distance, scaled per row"),
-        (right, raw, "angular distance"),
-    ):
+    by_model = _by_model(table)
+    figure, axes = new_figure(max(NARROW, WIDE / 2 * len(by_model)), 2.5, len(by_model))
+    for axis, (model, rows) in zip(axes, by_model.items(), strict=True):
+        raw = rows.pivot(index="block_size", columns="start", values=value).sort_index()
+        low, high = raw.min(axis=1), raw.max(axis=1)
+        spread = (high - low).where(high > low, 1)
         sns.heatmap(
-            values,
+            raw.sub(low, axis=0).div(spread, axis=0),
             ax=axis,
             vmin=0,
-            cmap="viridis",
+            vmax=1,
+            cmap="viridis_r",
             xticklabels=5,
             yticklabels=False,
             rasterized=True,
-            cbar_kws={"label": label},
+            cbar=axis is axes[-1],
+            cbar_kws={"label": "distance, each row from 0 to 1"},
         )
         axis.plot(
             raw.idxmin(axis=1) + 0.5,
             np.arange(len(raw)) + 0.5,
             "x",
-            color="white",
+            color="black",
             markersize=3,
             markeredgewidth=0.8,
         )
         axis.set_yticks(np.arange(4, len(raw), 5) + 0.5, raw.index[4::5])
         axis.invert_yaxis()
-        axis.set(xlabel=r"first layer of the block $\ell$ (0-based)", ylabel="")
+        axis.set(
+            title=NAMES.get(model, model),
+            xlabel=r"first layer of the block $\ell$ (0-based)",
+            ylabel="",
+        )
         axis.tick_params(rotation=0)
-    left.set(ylabel="block size $n$ (layers)")
+    axes[0].set(ylabel="block size $n$ (layers)")
     return figure
 
 
@@ -181,100 +198,119 @@ def distance_curves(
     """
     need_columns(table, "start", "block_size", value)
     sizes = sorted(table["block_size"].unique()) if block_sizes is None else list(block_sizes)
-    figure, (axis,) = new_figure(WIDE, 2.8)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(sizes)))
+    by_model = _by_model(table)
+    figure, axes = new_figure(WIDE, 2.8, len(by_model), sharey=True)
+    scale = matplotlib.cm.ScalarMappable(
+        matplotlib.colors.Normalize(min(sizes), max(sizes)), "viridis"
+    )
+    for axis, (model, rows) in zip(axes, by_model.items(), strict=True):
+        _curves_of_sizes(axis, rows[rows["block_size"].isin(sizes)], value, scale)
+        axis.set(title=NAMES.get(model, model), xlabel=r"first layer of the block $\ell$ (0-based)")
+    figure.colorbar(scale, ax=list(axes), label="block size $n$ (layers)")
+    axes[0].set(ylabel=r"angular distance $d(h_\ell, h_{\ell+n})$", ylim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
+    return figure
+
+
+def _curves_of_sizes(
+    axis: Axes, table: pd.DataFrame, value: str, scale: matplotlib.cm.ScalarMappable
+) -> None:
+    """One curve a block size, coloured by it, and the line through their minima."""
     minima = []
-    for size, colour in zip(sizes, colours, strict=True):
-        rows = table[table["block_size"] == size].sort_values("start")
+    for size, rows in table.sort_values("start").groupby("block_size"):
+        colour = scale.to_rgba(size)
         axis.plot(rows["start"], rows[value], color=colour, linewidth=0.9)
         if f"{value}_stderr" in rows:
             margin = 2 * rows[f"{value}_stderr"]
-            axis.fill_between(
-                rows["start"],
-                rows[value] - margin,
-                rows[value] + margin,
-                color=colour,
-                alpha=0.2,
-                linewidth=0,
-            )
+            low, high = rows[value] - margin, rows[value] + margin
+            axis.fill_between(rows["start"], low, high, color=colour, alpha=0.3, linewidth=0)
         minima.append(rows.loc[rows[value].idxmin(), ["start", value]].to_list())
     axis.plot(
         *zip(*minima, strict=True), "k.-", markersize=4, linewidth=0.8, label=r"minimum $\ell^*(n)$"
     )
-    scale = matplotlib.cm.ScalarMappable(
-        matplotlib.colors.Normalize(min(sizes), max(sizes)), "viridis"
-    )
-    figure.colorbar(scale, ax=axis, label="block size $n$ (layers)")
-    axis.set(
-        xlabel=r"first layer of the block $\ell$ (0-based)",
-        ylabel=r"angular distance $d(h_\ell, h_{\ell+n})$",
-        ylim=(0, None),
-    )
-    axis.legend(loc="upper center")
-    return figure
 
 
 def layer_scores(table: pd.DataFrame, *, label: str = "score", log: bool = True) -> Figure:
     """Scores of single layers, one curve a definition.
 
     Args:
-        table: Columns ``layer`` (0-based), ``definition`` and ``value``.
+        table: Columns ``layer`` (0-based), ``definition`` and ``value``. A column ``model`` gives
+            each model a panel.
         label: Label of the score's axis, with its symbol.
         log: Whether that axis is logarithmic.
     """
     need_columns(table, "layer", "definition", "value")
-    figure, (axis,) = new_figure(WIDE, 2.4)
-    for definition, rows in table.groupby("definition", sort=False):
-        colour, marker = ENTITIES.get(definition, ("#56B4E9", "o"))
-        axis.plot(
-            rows["layer"],
-            rows["value"],
-            marker=marker,
-            color=colour,
-            label=definition,
-            linewidth=0.9,
+    by_model = _by_model(table)
+    figure, axes = new_figure(WIDE, 2.4, len(by_model), sharey=True)
+    for axis, (model, of_model) in zip(axes, by_model.items(), strict=True):
+        for definition, rows in of_model.groupby("definition", sort=False):
+            colour, marker = ENTITIES.get(definition, ("#56B4E9", "o"))
+            axis.plot(
+                rows["layer"],
+                rows["value"],
+                marker=marker,
+                color=colour,
+                label=definition,
+                linewidth=0.9,
+            )
+        axis.set(
+            title=NAMES.get(model, model),
+            xlabel="layer (0-based)",
+            yscale="log" if log else "linear",
         )
-    axis.set(xlabel="layer (0-based)", ylabel=label, yscale="log" if log else "linear")
-    axis.legend()
+    axes[0].set(ylabel=label)
+    axes[0].legend()
     return figure
 
 
-def chosen_starts(table: pd.DataFrame, *, n_layers: int) -> Figure:
-    """How often each block is chosen when the text is drawn again, one panel a source.
+def choice_agreement(table: pd.DataFrame) -> Figure:
+    """How often a few windows choose the block that all windows choose.
 
     Args:
-        table: Columns ``source``, ``n_samples``, ``start`` and ``share`` (of the draws, in [0, 1]).
-        n_layers: L, for the axis.
+        table: Columns ``model``, ``removed`` (how much is removed, as a title), ``source``,
+            ``n_samples`` (windows in a draw) and ``share`` (of the draws that agree, in [0, 1]).
 
     Returns:
-        The figure: area of a disc is the share of draws.
+        The figure: a row of panels a model, a panel for how much is removed, a curve a text.
     """
-    need_columns(table, "source", "n_samples", "start", "share")
-    sources, counts = list(table["source"].unique()), sorted(table["n_samples"].unique())
-    figure, axes = new_figure(WIDE, 2.3, len(sources), sharey=True, sharex=True)
-    for axis, source in zip(axes, sources, strict=True):
-        rows = table[table["source"] == source]
-        axis.scatter(
-            rows["start"],
-            [counts.index(count) for count in rows["n_samples"]],
-            s=90 * rows["share"],
-            color=colour_of(source),
-            linewidths=0,
-        )
-        axis.set(
-            title=source,
-            xlabel=r"chosen first layer $\ell^*$",
-            xlim=(-1, n_layers),
-            ylim=(-0.6, len(counts) - 0.4),
-        )
-        axis.set_yticks(range(len(counts)), [str(count) for count in counts])
-        axis.grid(axis="x", linewidth=0.3)
-    axes[0].set(ylabel="calibration samples")
+    need_columns(table, "model", "removed", "source", "n_samples", "share")
+    by_model = _by_model(table)
+    titles = [list(rows["removed"].unique()) for rows in by_model.values()]
+    figure, axes = new_figure(
+        WIDE,
+        0.4 + 1.35 * len(by_model),
+        max(map(len, titles)),
+        rows=len(by_model),
+        sharex=True,
+        sharey=True,
+    )
+    rows_of_axes = axes.reshape(len(by_model), -1)
+    for row, (model, of_model), removed in zip(rows_of_axes, by_model.items(), titles, strict=True):
+        for axis, title in zip(row, removed, strict=True):
+            here = of_model[of_model["removed"] == title]
+            for source, points in here.groupby("source", sort=False):
+                axis.plot(
+                    points["n_samples"],
+                    points["share"],
+                    color=colour_of(source),
+                    marker=ENTITIES.get(source, ("", "v"))[1],
+                    markersize=3,
+                    linewidth=0.9,
+                    label=NAMES.get(source, source),
+                )
+            counts = sorted(here["n_samples"].unique())
+            axis.set(title=title, xscale="log", ylim=(0, 1.05))
+            axis.set_xticks(counts, [str(count) for count in counts])
+            axis.minorticks_off()
+        row[0].set(ylabel=NAMES.get(model, model))
+    figure.supxlabel("windows in a draw", fontsize=8)
+    figure.supylabel("share of draws", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
 def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """Where the closest block begins against its size, beside published choices.
+    """Where the closest block begins against its size, beside choices that others made.
 
     Both are fractions of the depth.
 
@@ -288,8 +324,8 @@ def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """
     need_columns(chosen, "model", "n_layers", "block_size", "start")
     need_columns(published, "model", "n_layers", "block_size", "start")
-    figure, (axis,) = new_figure(NARROW, 2.6)
-    axis.plot([0, 1], [1, 0], "--", color="0.6", linewidth=0.8)
+    figure, (axis,) = new_figure(WIDE, 2.6)
+    axis.plot([0, 1], [1, 0], "--", color="0.6", linewidth=0.8, label="ends with the last layer")
     for (model, rows), marker in zip(published.groupby("model", sort=False), "os^Dv", strict=False):
         axis.plot(
             rows["block_size"] / rows["n_layers"],
@@ -299,24 +335,25 @@ def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
             fillstyle="none",
             markersize=3,
             markeredgewidth=0.6,
-            label=f"{model} (published)",
+            label=f"{model} (a public script)",
         )
     for model, rows in chosen.groupby("model", sort=False):
         axis.plot(
             rows["block_size"] / rows["n_layers"],
             rows["start"] / rows["n_layers"],
-            ".-",
-            label=model,
-            color=colour_of("healed"),
-            linewidth=0.8,
+            marker=ENTITIES.get(model, ("", "o"))[1],
+            markersize=3,
+            label=NAMES.get(model, model),
+            color=colour_of(model),
+            linewidth=0.9,
         )
     axis.set(
         xlabel="layers removed $n / L$",
         ylabel=r"first removed layer $\ell^* / L$",
-        xlim=(0, 0.85),
-        ylim=(0, 1),
+        xlim=(0, 1.02),
+        ylim=(-0.02, 1),
     )
-    axis.legend(loc="upper right", fontsize=6, borderaxespad=0)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 

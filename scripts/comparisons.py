@@ -142,7 +142,7 @@ def compare_tables(
 
 def _is_of_absent_model(name: str) -> bool:
     """Whether a table is that of an embedded model whose packages are not installed here."""
-    owners = [model for model in embedded.MODELS if Path(name).name.startswith(f"{model}-")]
+    owners = [model for model in embedded.MODELS if f"{Path(name).stem}-".startswith(f"{model}-")]
     return not all(map(embedded.is_installed, owners))
 
 

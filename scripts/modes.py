@@ -127,9 +127,13 @@ def other_versions(then: dict[str, str], now: dict[str, str]) -> str:
 
 
 def drop_stale_tables(output: Path) -> None:
-    """Remove tables that other code than today's made: they would be read, with a warning."""
+    """Remove tables that other code than today's made: they would be read, with a warning.
+
+    Verdicts have no record; a notebook writes them anew whenever it runs.
+    """
     for table in output.glob("results/*/*/*.csv"):
-        if not table.stem.endswith(".measured") and is_stale(table):
+        has_record = not table.stem.endswith(".measured") and table.name != "verdicts.csv"
+        if has_record and is_stale(table):
             table.unlink()
 
 

@@ -24,6 +24,7 @@ import yaml
 # Mappings that are keyed by names that the user chooses, and what these name.
 CHOSEN_KEYS = {
     "scored_on.tasks": "tasks",
+    "scored_on.papers": "tasks",
     "scored_on.texts": "evaluation texts",
     "shots.tasks": "tasks",
     "healing.rates": "ways to train, or sets of layers and for each its ways",

@@ -270,11 +270,19 @@ def test_a_share_is_the_nearest_number_of_layers():
             depth.layers_in(share, 30)
 
 
-def test_numbers_of_layers_are_those_of_the_models(tiny):
-    assert depth.n_layers_of("smollm2-135m", None, "float32") == len(
-        models.decoder_layers(models.load_model()[0])
+def test_sizes_are_those_of_the_models(tiny):
+    network, tokenizer = models.load_model()
+    expected = (
+        len(models.decoder_layers(network)),
+        sum(weight.numel() for weight in network.parameters()),
+        len(tokenizer),
     )
-    assert depth.n_layers_of(str(tiny), None, "float32") == N_LAYERS
+    for name in ("embedded", "smollm2-135m"):
+        assert depth.size_of(name, None, "float32") == expected
+    small, _ = models.load_model(tiny)
+    n_parameters = sum(weight.numel() for weight in small.parameters())
+    found = depth.size_of(str(tiny), None, "float32")
+    assert found == (N_LAYERS, n_parameters, small.config.vocab_size)
 
 
 def test_models_at_hand_are_kept_or_can_be_computed(tmp_path, monkeypatch):

@@ -821,16 +821,17 @@ def test_tables_are_compared_column_by_column(tmp_path, new, fault):
     assert [(row.item, row.fault) for row in compared] == [("00_a/t.csv", fault)]
 
 
+@pytest.mark.parametrize("table", ["gemma-3-270m-beginnings.csv", "gemma-3-270m.csv"])
 @pytest.mark.parametrize(("is_installed", "fault"), [(True, "missing"), (False, "")])
 def test_a_table_may_be_missing_where_its_model_is_not_installed(
-    tmp_path, monkeypatch, is_installed, fault
+    tmp_path, monkeypatch, is_installed, fault, table
 ):
     monkeypatch.setattr(comparisons.embedded, "is_installed", lambda name: is_installed)
     for folder in ("old", "new"):
         (tmp_path / folder / "03_b").mkdir(parents=True)
-    (tmp_path / "old" / "03_b" / "gemma-3-270m-beginnings.csv").write_text("nll\n1\n")
+    (tmp_path / "old" / "03_b" / table).write_text("nll\n1\n")
     (row,) = comparisons.compare_tables(tmp_path / "old", tmp_path / "new", ["03_b"], 1e-3)
-    assert (row.item, row.fault) == ("03_b/gemma-3-270m-beginnings.csv", fault)
+    assert (row.item, row.fault) == (f"03_b/{table}", fault)
 
 
 @pytest.mark.parametrize("damaged", ["new", "committed"])
@@ -892,8 +893,10 @@ def test_reproduce_goes_on_compares_and_accepts(project, capfd, monkeypatch):
     (made / "run.json").write_text(
         json.dumps({"embedded": {"code": {**STAMP, "digest": "of other code"}}})
     )
+    (made / "verdicts.csv").touch()
     modes.drop_stale_tables(project / "reproduced" / "cpu")
     assert not (made / "embedded.csv").exists(), "a table that other code made is not gone on with"
+    assert (made / "verdicts.csv").exists(), "verdicts have no record"
 
 
 def test_figures_are_redrawn_from_committed_results_alone(project, capfd):
@@ -1244,8 +1247,8 @@ def test_those_begin_first_that_most_others_wait_for(project):
     names = [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
     every = [jobs.Job(Path(name), "cpu", {}, {}) for name in names]
     first = [job.name[:2] for job in jobs.ready(every, [])]
-    assert first == ["09", "02", "06", "00", "01"]
-    assert jobs.chain_behind("02_depth_and_question_answering") == [
+    assert first == ["09", "03", "06", "00", "01", "02"]
+    assert jobs.chain_behind("03_depth_and_next_token_loss") == [
         "04_simple_against_similarity",
         "05_robustness",
     ]
@@ -1330,8 +1333,8 @@ def test_notebooks_that_train_the_same_models_run_one_after_the_other():
     }
     for function, count in chosen_by.items():
         names = [name for name, program in programs.items() if function in called_in(program)]
-        # It owns no table.
-        names = [name for name in names if name != "03_depth_and_next_token_loss"]
+        # It trains nothing.
+        names = [name for name in names if name != "02_depth_and_question_answering"]
         assert len(names) == count
         for place, name in enumerate(names):
             assert set(names[:place]) <= must_wait_for(name), (

@@ -74,3 +74,43 @@ def test_pooled_curves_weigh_tasks_alike():
     # a: (3/4 - 1/2 + 1/2 - 1/4) / 2; b: (1/4 - 1/2 + 1 - 1/4) / 2.
     assert found["value"].tolist() == pytest.approx([0.25, 0.25])
     assert (found["low"] < found["value"]).all() and (found["value"] < found["high"]).all()
+
+
+def questions_of(models: dict[tuple[str, int], dict[str, list[int]]]) -> pd.DataFrame:
+    """Whether questions are answered rightly, by model and task, in an order that is no one's."""
+    rows = [
+        {"rule": rule, "n_dropped": n, "dataset": task, "item": item, "right": right}
+        for (rule, n), tasks in models.items()
+        for task, answers in tasks.items()
+        for item, right in enumerate(answers)
+    ]
+    return pd.DataFrame(rows).sample(frac=1, random_state=0)
+
+
+def test_checks_of_pooled_accuracy_give_each_task_one_weight():
+    """Task a has four questions, b has two; a quarter of each fall is the margin."""
+    asked = questions_of(
+        {
+            ("none", 0): {"a": [1, 1, 1, 0], "b": [1, 1]},
+            ("deepest", 2): {"a": [1, 0, 0, 0], "b": [0, 1]},
+            ("similarity", 2): {"a": [1, 1, 0, 0], "b": [1, 1]},
+        }
+    )
+    floors = {"a": 0.25, "b": 0.5}
+    levels = depth.pooled_levels(asked, floors)
+    assert {model: found.value for model, found in levels.items()} == {
+        ("none", 0): 0.5,
+        ("deepest", 2): 0.0,
+        ("similarity", 2): 0.375,
+    }
+    compared = {
+        "deepest": (("deepest", 2), ("none", 0)),
+        "rules": (("similarity", 2), ("deepest", 2)),
+    }
+    checks = depth.pooled_checks(asked, floors, compared, effect=0.5).set_index("pair")
+    assert checks["difference"].to_dict() == {"deepest": -0.5, "rules": 0.375}
+    assert checks["first"].to_dict() == {"deepest": 0.0, "rules": 0.375}
+    assert checks["second"].to_dict() == {"deepest": 0.5, "rules": 0.0}
+    assert (checks["margin"] == 0.125).all() and (checks["n"] == 6).all()
+    none = depth.pooled_checks(asked, floors, compared, effect=0.0)
+    assert (none["margin"] == 0.0025).all(), "a quarter of a point, where nothing falls"

@@ -22,8 +22,11 @@ from pruning_utils import results, runtime
 from pruning_utils.engine import records
 
 ROOT = Path(__file__).resolve().parents[1]
+# Verdicts are no table that is computed, but what a notebook says of its tables.
 TABLES = sorted(
-    path for path in (ROOT / "results").glob("*/*/*.csv") if ".measured" not in path.name
+    path
+    for path in (ROOT / "results").glob("*/*/*.csv")
+    if ".measured" not in path.name and path.name != "verdicts.csv"
 )
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 FIGURES = sorted((ROOT / "figures").rglob("*.png"))
@@ -59,7 +62,7 @@ def test_notebooks_that_share_tables_run_on_one_worker():
     scopes = {path.stem[:2]: scope(test.format(path.stem)) for path in NOTEBOOKS}
     for group in SHARED_TABLES:
         assert len({scopes[digits] for digits in group}) == 1
-    assert len(set(scopes.values())) == len(SHARED_TABLES) + 2, "00 and 01 stand alone"
+    assert len(set(scopes.values())) == len(SHARED_TABLES) + 3, "00, 01 and 02 stand alone"
     assert scope("tests/test_data.py::test_a[02_x]") == "tests/test_data.py::test_a[02_x]"
 
 
@@ -196,11 +199,7 @@ def test_the_list_of_tables_that_await_recomputation_only_shrinks():
         found = results.read_record(path)["parameters"].get(row["parameter"], row["made_with"])
         assert found == row["made_with"], "recomputed: take it off the list"
         assert results.stale(path), "fresh: take it off the list"
-    waiting = set(listed["notebook"]) | (
-        {"03_depth_and_next_token_loss"}
-        if ("02_depth_and_question_answering" in set(listed["notebook"]))
-        else set()
-    )
+    waiting = set(listed["notebook"])
     for path in NOTEBOOKS:
         first = nbformat.read(path, as_version=4).cells[0].source
         assert ("await recomputation" in first) == (path.stem in waiting), path.stem

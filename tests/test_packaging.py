@@ -80,6 +80,10 @@ ORDER = (
     "studies.whole_path",
     "plots",
     "depth_plots",
+    "importance_plots",
+    "cost_plots",
+    "healing_plots",
+    "round_plots",
 )
 
 # The steps of the work, what the papers' reader looks for: thin by the number of their statements,
@@ -506,7 +510,7 @@ def steps_within_reach(used: list[definitions.Definition]) -> set[str]:
     """Steps that these names are of, or reach; what draws reaches none."""
     reached = {module for module, _ in used}
     for module, name in used:
-        if name and module not in ("plots", "depth_plots"):
+        if name and not module.endswith("plots"):
             root, _ = definitions.INSTALLED.target(module, [name])
             reached |= {inner for inner, _ in definitions.INSTALLED.reached([root])}
     return reached & set(STEPS)

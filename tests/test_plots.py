@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pruning_utils import depth_plots, evidence, plots, results
+from pruning_utils import (
+    depth_plots,
+    evidence,
+    healing_plots,
+    importance_plots,
+    plots,
+    results,
+)
 
 N_LAYERS = 6
 
@@ -58,8 +65,8 @@ def test_map_marks_the_minimum_of_every_row(blocks):
     assert marks.tolist() == [list(map(float, place)) for place in expected]
     scaled = figure.axes[0].collections[0].get_array().reshape(N_LAYERS, N_LAYERS)
     assert scaled[0].min() == 0 and scaled[0].max() == 1, "scaled per row"
-    raw = figure.axes[1].collections[0].get_array().reshape(N_LAYERS, N_LAYERS)
-    assert (raw.min(), raw.max()) == (0.1, 0.3)
+    two = plots.distance_map(pd.concat([blocks.assign(model="a"), blocks.assign(model="b")]))
+    assert [axis.get_title() for axis in two.axes] == ["a", "b", ""], "the last is the scale"
 
 
 def test_curves_join_their_minima(blocks):
@@ -94,13 +101,18 @@ def test_other_figures_show_their_rows():
         "linear",
     )
     drawn = pd.DataFrame(
-        {"source": ["xsum", "quac"], "n_samples": [1, 4], "start": [3, 5], "share": [1.0, 0.5]}
+        {
+            "model": "a",
+            "removed": ["2 of 6"] * 3 + ["3 of 6"],
+            "source": ["xsum", "xsum", "quac", "xsum"],
+            "n_samples": [1, 4, 1, 4],
+            "share": [0.5, 1.0, 0.25, 0.75],
+        }
     )
-    figure = plots.chosen_starts(drawn, n_layers=N_LAYERS)
-    assert [axis.collections[0].get_offsets().tolist() for axis in figure.axes] == [
-        [[3, 0]],
-        [[5, 1]],
-    ]
+    figure = plots.choice_agreement(drawn)
+    lines = [[line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes]
+    assert lines == [[[[1, 0.5], [4, 1]], [[1, 0.25]]], [[[4, 0.75]]]]
+    assert [axis.get_title() for axis in figure.axes] == ["2 of 6", "3 of 6"]
     chosen = pd.DataFrame({"model": "a", "n_layers": 8, "block_size": [2, 4], "start": [4, 2]})
     line = plots.relative_starts(chosen, chosen.assign(model="b")).axes[0].lines[-1]
     assert line.get_xydata().tolist() == [[0.25, 0.5], [0.5, 0.25]]
@@ -112,7 +124,7 @@ def test_other_figures_show_their_rows():
         (plots.distance_map, "block_size"),
         (plots.distance_curves, "start"),
         (plots.layer_scores, "definition"),
-        (lambda table: plots.chosen_starts(table, n_layers=4), "share"),
+        (plots.choice_agreement, "share"),
     ],
 )
 def test_a_table_without_its_columns_is_refused(draw, lacking):
@@ -212,87 +224,6 @@ def test_healing_curves_have_a_line_for_each_depth():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["2", "8"]
 
 
-def test_training_curves_have_a_line_for_each_method():
-    table = pd.DataFrame(
-        [
-            {"panel": panel, "series": method, "tokens": 1000 * step, "loss": loss - step}
-            for panel in ("6 layers", "14 layers")
-            for method, loss in (("all weights", 9), ("LoRA", 8))
-            for step in range(3)
-        ]
-    )
-    figure = depth_plots.training_curves(table)
-    assert [[line.get_ydata().tolist() for line in axis.lines] for axis in figure.axes] == 2 * [
-        [[9, 8, 7], [8, 7, 6]]
-    ]
-    assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 1, 2], "thousands"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all weights", "LoRA"]
-    later = depth_plots.training_curves(
-        table[(table["panel"] != "6 layers") | (table["series"] != "LoRA")]
-    )
-    assert [text.get_text() for text in later.legends[0].get_texts()] == ["all weights", "LoRA"], (
-        "missing in the first"
-    )
-
-
-def test_rate_curves_fill_the_lowest_point_of_each_method():
-    table = pd.DataFrame(
-        [
-            {"panel": panel, "series": method, "rate": rate, "loss": loss}
-            for panel in ("taylor", "unpruned")
-            for method, losses in (("LoRA", (3, 1, 2)), ("head", (5, 4)))
-            for rate, loss in zip((1e-2, 3e-3, 1e-3), losses, strict=False)
-        ]
-    )
-    for axis in depth_plots.rate_curves(table).axes:
-        assert [line.get_xydata().tolist() for line in axis.lines] == [
-            [[1e-3, 2], [3e-3, 1], [1e-2, 3]],
-            [[3e-3, 1]],
-            [[3e-3, 4], [1e-2, 5]],
-            [[3e-3, 4]],
-        ]
-        assert [line.get_fillstyle() for line in axis.lines] == ["none", "full", "none", "full"]
-        assert axis.get_xscale() == "log"
-
-
-def test_rate_curves_show_where_the_methods_differ_and_stand_in_rows_of_three():
-    table = pd.DataFrame(
-        [
-            {"panel": panel, "series": method, "rate": rate, "loss": loss}
-            for panel in "abcd"
-            for method, losses in (("LoRA", (1, 2, 90)), ("head", (4, 3, 5)))
-            for rate, loss in zip((1e-3, 3e-3, 1e-2), losses, strict=True)
-        ]
-    )
-    shown = [axis for axis in depth_plots.rate_curves(table).axes if axis.get_visible()]
-    assert [axis.get_title() for axis in shown] == [*"abcd"]
-    assert [
-        (axis.get_subplotspec().rowspan.start, axis.get_subplotspec().colspan.start)
-        for axis in shown
-    ] == [(0, 0), (0, 1), (0, 2), (1, 0)]
-    for axis in shown:
-        low, high = axis.get_ylim()
-        assert high == 5 and 0.5 < low < 1, "the best of LoRA is 1, that of the head 3"
-
-
-def test_a_swap_map_has_a_cell_for_each_pair():
-    table = pd.DataFrame(
-        [
-            {"panel": panel, "spared": spared, "dropped": dropped, "change": spared - dropped}
-            for panel in ("taylor", "reverse order")
-            for spared in (2, 5)
-            for dropped in (0, 1, 7)
-        ]
-    )
-    maps = [axis for axis in depth_plots.swap_map(table).axes if axis.get_title()]
-    for axis in maps:
-        mesh = axis.collections[0]
-        assert mesh.get_array().tolist() == [[2, 1, -5], [5, 4, -2]] and mesh.get_clim() == (-5, 5)
-        assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0", "1", "7"]
-        assert [tick.get_text() for tick in axis.get_yticklabels()] == ["2", "5"]
-    assert [axis.get_title() for axis in maps] == ["taylor", "reverse order"]
-
-
 def test_differences_stand_beside_their_margin():
     table = evidence.paired_verdicts(
         {"a": np.array([0.1, 0.2, 0.3]), "b": np.array([-0.1, 0.1])}, margin=0.02
@@ -322,24 +253,6 @@ def test_differences_far_apart_stand_on_a_scale_that_is_linear_around_0():
     ] == pytest.approx(places[4] - places[3]), "a decade is as wide anywhere"
     figure.canvas.draw()
     assert {"0", "1", "10"} <= {tick.get_text() for tick in axis.get_xticklabels()}
-
-
-def test_rank_changes_join_the_ranks_of_each_name():
-    table = pd.DataFrame(
-        {
-            "panel": "8 layers",
-            "name": ["taylor", "reverse order", "random"],
-            "pruned": [5.0, 18, 7],
-            "healed": [4.0, 3.9, 4.5],
-        }
-    )
-    (axis,) = depth_plots.rank_changes(table, before="pruned", after="healed").axes
-    assert [line.get_ydata().tolist() for line in axis.lines] == [[1, 2], [3, 1], [2, 3]]
-    assert [(text.get_text(), text.xy) for text in axis.texts][:2] == [
-        ("taylor", (0, 1)),
-        ("taylor", (1, 2)),
-    ]
-    assert axis.get_ylim() == (3.5, 0.5), "the lowest on top"
 
 
 def test_drawing_fills_the_removed_layers():
@@ -372,69 +285,282 @@ def test_removed_sets_lie_at_their_depth():
     assert both.patches[-1].get_facecolor() == both.patches[1].get_facecolor()
 
 
-def test_speed_curves_show_ratios_with_their_spread():
+def test_a_row_without_a_set_says_so():
     table = pd.DataFrame(
-        [
-            {
-                "panel": "first token",
-                "series": shape,
-                "batch_size": batch,
-                "value": value,
-                "low": value - 0.1,
-                "high": value + 0.2,
-            }
-            for shape, value in (("depth", 0.8), ("width", 1.1))
-            for batch in (1, 16)
-        ]
-    )
-    first, *hidden = depth_plots.speed_curves(table, columns=2).axes
-    depth, width, unity = first.lines[0], first.lines[3], first.lines[-1]
-    assert depth.get_xydata().tolist() == [[0, 0.8], [1, 0.8]] and width.get_ydata().tolist() == [
-        1.1,
-        1.1,
-    ]
-    spread = first.collections[0].get_segments()[0][:, 1]
-    assert spread.tolist() == pytest.approx([0.7, 1.0]) and unity.get_ydata()[0] == 1
-    assert [tick.get_text() for tick in first.get_xticklabels()] == ["1", "16"] and not hidden[
-        0
-    ].get_visible()
+        {"criterion": ["a", "a", "b"], "model": ["theirs", "ours", "ours"], "n_layers": 4}
+    ).assign(blocks="1")
+    for missing, expected in (("", []), ("not published", [("not published", 2)])):
+        first, second = depth_plots.removed_by_criterion(table, missing=missing).axes
+        assert [(text.get_text(), text.get_position()[1]) for text in second.texts] == expected
+        assert not first.texts
 
 
-def test_the_roof_is_the_lower_of_both_limits():
-    table = pd.DataFrame(
+@pytest.fixture
+def levels():
+    return pd.DataFrame(
         {
-            "series": ["depth", "width"],
-            "stage": "generating",
-            "intensity": [1.0, 1.0],
-            "attained": [2e9, 1e9],
+            "panel": ["accuracy"] * 2 + ["loss on a", "loss on a", "loss on b"],
+            "measure": ["accuracy"] * 2 + ["loss"] * 3,
+            "label": "rank",
+            "series": ["rank 2", "rank 2, own rate", "rank 2", "rank 8", "rank 2"],
+            "choice": [2, 2, 2, 8, 2],
+            "joined": False,
+            "value": [0.4, 0.5, 4.0, 12.0, 3.0],
+            "low": [0.3, 0.4, 3.5, 11.0, 2.0],
+            "high": [0.5, 0.6, 4.5, 13.0, 4.0],
         }
     )
-    (axis,) = depth_plots.roofline(table, flops_per_second=1e11, bytes_per_second=1e10).axes
-    across, roof = axis.lines[0].get_data()
-    assert (
-        roof == pytest.approx(np.minimum(across * 10, 100))
-        and roof.max() == 100
-        and roof.min() == 10 * across.min()
-    )
-    assert [line.get_ydata().tolist() for line in axis.lines[1:]] == [[2], [1]], "billions a second"
-    assert [(text.get_text(), text.xy) for text in axis.texts] == [("generating", (1, 1))]
+
+
+BASELINES = pd.DataFrame(
+    {
+        "panel": ["accuracy", "loss on a"],
+        "name": ["guess", "ln V"],
+        "value": [0.25, 10.0],
+    }
+)
+
+
+def test_levels_have_units_intervals_and_lines(levels):
+    figure = importance_plots.level_panels(levels, baselines=BASELINES, columns=3)
+    accuracy, first, second = figure.axes
+    assert [axis.get_ylabel() for axis in figure.axes] == [
+        "accuracy (%)",
+        "loss (nats per token)",
+        "",
+    ]
+    points = [container.lines[0] for container in accuracy.containers]
+    assert [line.get_ydata().tolist() for line in points] == [[40], [50]]
+    assert [line.get_fillstyle() for line in points] == ["full", "none"], "own rate is hollow"
+    assert points[0].get_color() == points[1].get_color() == plots.colour_of("rank 2")
+    bar = accuracy.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert bar.tolist() == pytest.approx([30, 50])
+    assert accuracy.lines[-1].get_ydata()[0] == 25
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["rank 2", "rank 2, own rate", "rank 8", "guess", "ln V"], "lines last"
+    assert first.get_ylim() == second.get_ylim(), "one measure, one axis"
+
+
+def test_levels_beyond_a_uniform_guess_or_far_out_are_arrows_at_the_edge(levels):
+    _, first, _ = importance_plots.level_panels(levels, baselines=BASELINES, columns=3).axes
+    (label,) = first.texts
+    assert label.get_text() == "12.0" and label.xy[1] == first.get_ylim()[1] == pytest.approx(11.2)
+    none = pd.Series(dtype=float)
+    far = pd.Series([1.0, 2, 3, 4, 100])
+    # Quartiles 2 and 4: the edge of what is far out is 10; 4 + 0.15 * (4 - 1) is where it ends.
+    assert importance_plots._upper_edge(far, none) == pytest.approx(4.45)
+    assert importance_plots._upper_edge(far[:4], none) == np.inf
+    assert importance_plots._upper_edge(pd.Series([1.0]), none) == np.inf
+
+
+def test_differences_stand_below_levels_in_their_own_units(levels):
+    table = evidence.paired_verdicts(
+        {"a": np.array([0.1, 0.2, 0.3]), "b": np.array([-0.1, 0.1])}, margin=0.02
+    ).assign(panel=["answers", "text"], measure=["accuracy", "loss"])
+    figure = importance_plots.levels_and_differences(levels, table, baselines=BASELINES)
+    answers, text = figure.axes[3:]
+    assert [axis.get_title() for axis in (answers, text)] == ["answers", "text"]
+    assert [axis.get_xlabel() for axis in (answers, text)] == ["points", "nats per token"]
+    for axis, factor, row in ((answers, 100, table.iloc[0]), (text, 1, table.iloc[1])):
+        drawn = [bars.get_segments()[0][:, 0].tolist() for bars in axis.collections]
+        expected = [[factor * row[end] for end in ends] for ends in (ENDS_95, ENDS_90)]
+        assert np.array(drawn) == pytest.approx(np.array(expected))
+        assert axis.lines[-1].get_xdata().tolist() == [pytest.approx(factor * row["difference"])]
+        assert axis.get_ylim() == (-0.7, 0.7), "no row on the frame"
+        margin = axis.patches[0].get_extents().transformed(axis.transData.inverted())
+        assert margin.width == pytest.approx(0.04 * factor)
+
+
+ENDS_95, ENDS_90 = ("low", "high"), ("low_90", "high_90")
+
+
+def test_profiles_are_over_the_median_and_end_at_twice_our_largest():
+    ours = pd.DataFrame({"model": "ours", "layer": [1, 0, 2], "score": [2.0, 100, 2]})
+    theirs = pd.DataFrame({"model": "theirs", "layer": [0, 1, 2], "score": [np.inf, 3, 6]})
+    table = pd.concat([ours, theirs]).assign(criterion="perplexity", n_layers=3)
+    (axis,) = importance_plots.score_profiles(table, own="ours").axes
+    grey, arrow, mine, _ = axis.lines
+    assert grey.get_xydata().tolist() == [[pytest.approx(1 / 3), 0.5], [pytest.approx(2 / 3), 1]]
+    assert arrow.get_xdata().tolist() == [0]
+    assert mine.get_ydata().tolist() == [50, 1, 1] and mine.get_color() == "#0072B2"
+    assert [text.get_text() for text in axis.texts] == ["0"]
+    assert axis.get_yscale() == "log" and axis.get_ylim() == (0.5, 100)
+    flat = table.assign(score=1.0)
+    (axis,) = importance_plots.score_profiles(flat, own="ours").axes
+    assert axis.get_yscale() == "linear" and not axis.texts
 
 
 @pytest.mark.parametrize(
     "draw",
     [
         depth_plots.removed_by_criterion,
-        depth_plots.speed_curves,
-        depth_plots.training_curves,
-        depth_plots.rate_curves,
-        depth_plots.swap_map,
-        lambda table: depth_plots.rank_changes(table, before="pruned", after="healed"),
-        lambda table: depth_plots.roofline(table, flops_per_second=1, bytes_per_second=1),
+        importance_plots.level_panels,
+        lambda table: importance_plots.levels_and_differences(table, table),
+        lambda table: importance_plots.score_profiles(table, own="a"),
         lambda table: depth_plots.depth_curves(table, n_layers=4),
         depth_plots.healing_curves,
         lambda table: depth_plots.differences(table, margin=1, label=""),
+        lambda table: healing_plots.levels_beside_differences(
+            table, table, labels=("", ""), references=table
+        ),
+        lambda table: healing_plots.removed_at_depths(table, n_layers=4),
+        lambda table: healing_plots.rank_levels(table, before="pruned", after="healed"),
+        healing_plots.rate_panels,
+        lambda table: healing_plots.training_runs(table, references={}),
     ],
 )
 def test_depth_figures_refuse_other_tables(draw):
     with pytest.raises(ValueError, match="the table needs rows and the columns"):
         draw(pd.DataFrame({"panel": ["a"]}))
+
+
+# --- levels beside differences, ranks, rates, trainings -------------------------------------------
+
+
+def level_tables():
+    """Levels of three rows before and after healing, and two differences from the third."""
+    levels = pd.DataFrame(
+        [
+            ("8 layers", name, series, value, value - 0.1, value + 0.1)
+            for name, series, value in (
+                ("a", "healed", 4.0),
+                ("b", "healed", 5.0),
+                ("c", "healed", 6.0),
+                ("a", "pruned", 19.0),
+            )
+        ],
+        columns=["panel", "name", "series", "value", "low", "high"],
+    )
+    differences = pd.DataFrame(
+        [("8 layers", "a", "healed", -2.0, -3, -1, -2.5, -1.5)]
+        + [("8 layers", "b", "healed", 9.0, 8, 10, 8.5, 9.5)],
+        columns=["panel", "name", "series", "difference", "low", "high", "low_90", "high_90"],
+    )
+    lines = pd.DataFrame({"panel": ["8 layers"], "name": ["ln V"], "value": [10.8]})
+    return levels, differences, lines
+
+
+def test_levels_and_differences_of_a_row_stand_at_one_height():
+    levels, differences, lines = level_tables()
+    figure = healing_plots.levels_beside_differences(
+        levels, differences, labels=("loss", "difference"), references=lines, margin=0.5
+    )
+    left, right = figure.axes
+    healed, pruned, guess = left.lines
+    assert healed.get_xydata().tolist() == [[4, 0.12], [5, -1], [6, -2]]
+    assert pruned.get_xydata().tolist() == [[19, -0.12]], "two of one row stand apart"
+    assert guess.get_xdata() == [10.8, 10.8] and guess.get_linestyle() == "--"
+    assert right.lines[-1].get_xydata().tolist() == [[-2, 0], [9, -1]]
+    thin, thick = (
+        [segment[:, 0].tolist() for segment in bars.get_segments()] for bars in right.collections
+    )
+    assert (thin, thick) == ([[-3, -1], [8, 10]], [[-2.5, -1.5], [8.5, 9.5]])
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["a", "b", "c"]
+    assert left.get_ylim() == right.get_ylim() == (-2.4, 0.6), "no row on the frame"
+
+
+def test_levels_and_differences_beyond_an_axis_stand_at_its_edge():
+    levels, differences, lines = level_tables()
+    figure = healing_plots.levels_beside_differences(
+        levels,
+        differences,
+        labels=("loss", "difference"),
+        references=lines,
+        limits=(3, 12),
+        difference_limits=(-1.5, 1.5),
+    )
+    left, right = figure.axes
+    assert left.get_xlim() == (3, 12) and right.get_xlim() == (-1.5, 1.5)
+    assert [(text.get_text(), text.xy) for text in left.texts] == [("19.0 \u2192", (12, -0.12))]
+    assert [(text.get_text(), text.xy) for text in right.texts] == [
+        ("\u2190 \u22122.0", (-1.5, 0)),
+        ("9.0 \u2192", (1.5, -1)),
+    ]
+
+
+def test_removed_layers_have_a_panel_for_each_number():
+    table = pd.DataFrame(
+        {
+            "rule": ["a", "b", "a", "b"],
+            "n_dropped": [2, 2, 1, 1],
+            "layers": ["0 3", "1 2", "3", "1"],
+        }
+    )
+    one, two = healing_plots.removed_at_depths(table, n_layers=4).axes
+    assert [axis.get_title() for axis in (one, two)] == ["1 of 4 layers", "2 of 4 layers"]
+    filled = [axis.collections[0].get_array().reshape(2, 4).tolist() for axis in (one, two)]
+    assert filled == [[[0, 0, 0, 1], [0, 1, 0, 0]], [[1, 0, 0, 1], [0, 1, 1, 0]]]
+
+
+def test_rank_levels_say_the_values_that_make_the_ranks():
+    table = pd.DataFrame(
+        {"panel": "8 layers", "name": ["a", "healed"], "before": [7.0, 5.0], "after": [4.0, 4.5]}
+    )
+    figure = healing_plots.rank_levels(table, before="before", after="after", marked=["healed"])
+    (axis,) = figure.axes
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[2, 1], [1, 2]]
+    assert [line.get_color() for line in axis.lines] == ["0.6", plots.colour_of("healed")]
+    said = [text.get_text() for text in axis.texts]
+    assert said == ["a  7.00", "4.00  a", "healed  5.00", "4.50  healed"]
+
+
+def test_rate_panels_name_what_lies_above_them():
+    table = pd.DataFrame(
+        {
+            "panel": "reverse order",
+            "series": "LoRA",
+            "rate": [1e-3, 3e-3, 1e-2, 3e-2],
+            "loss": [5.0, 4.0, 4.5, 12.0],
+        }
+    )
+    (axis,) = healing_plots.rate_panels(table).axes
+    # The median is 4.75: the panel reaches 2.5 * 0.75 above the lowest loss.
+    assert axis.get_ylim() == pytest.approx((4 - 0.08 * 1.875, 5.875))
+    assert axis.lines[1].get_xydata().tolist() == [[3e-3, 4]], "the lowest is filled"
+    assert [(text.get_text(), text.xy) for text in axis.texts] == [("12.0 \u2192", (3e-2, 5.875))]
+
+
+def test_training_runs_have_a_line_each():
+    table = pd.DataFrame(
+        {
+            "panel": ["far"] * 4 + ["near"] * 2,
+            "series": "LoRA",
+            "run": [0, 0, 1, 1, 0, 0],
+            "tokens": [0, 1000] * 3,
+            "loss": [20.0, 7, 20, 8, 5, 4],
+        }
+    )
+    far, near = healing_plots.training_runs(table, references={"ln V": 10.8}).axes
+    lines = [line.get_xydata().tolist() for line in far.lines[:2]]
+    assert lines == [[[0, 20], [1, 7]], [[0, 20], [1, 8]]]
+    assert far.lines[2].get_ydata() == [10.8, 10.8] and len(near.lines) == 1
+
+
+def test_levels_and_differences_stand_below_the_heading_of_their_group():
+    table = pd.DataFrame(
+        {
+            "group": ["small", "small", "large"],
+            "pair": ["a - b", "c - b", "a - b"],
+            "first": [0.1, 0.2, 0.3],
+            "second": [0.4, 0.4, 0.5],
+            "difference": [-0.3, -0.2, -0.2],
+            "low": [-0.4, -0.3, -0.3],
+            "high": [-0.2, -0.1, -0.1],
+            "low_90": [-0.38, -0.28, -0.28],
+            "high_90": [-0.22, -0.12, -0.12],
+            "margin": [0.05, 0.05, 0.1],
+        }
+    )
+    figure = depth_plots.levels_and_differences(table, level="accuracy", label="difference")
+    left, right = figure.axes
+    second, first = left.lines
+    assert first.get_xydata().tolist() == [[0.1, -1], [0.2, -2], [0.3, -4]]
+    assert second.get_xdata().tolist() == [0.4, 0.4, 0.5]
+    shown = dict(
+        zip(left.get_yticks(), (text.get_text() for text in left.get_yticklabels()), strict=True)
+    )
+    assert shown == {0: "small", -1: "a - b", -2: "c - b", -3: "large", -4: "a - b"}
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([0.1, 0.1, 0.2])
+    bars = [line.get_segments()[0][:, 0].tolist() for line in right.collections]
+    assert bars == [[-0.4, -0.2], [-0.38, -0.22]]
+    assert len(figure.legends[0].get_texts()) == 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pruning_utils import data, embedded, evaluation, models, similarity, surgery
-from pruning_utils.studies.depth import N_LAYERS
+from pruning_utils.studies.depth import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 SECOND = embedded.MODELS["gemma-3-270m"]
@@ -167,7 +167,9 @@ def gemma():
 @needs_packages
 def test_gemma_is_what_it_says(gemma):
     model, tokenizer = gemma
-    assert len(models.decoder_layers(model)) == N_LAYERS["gemma-3-270m"] == 18
+    assert len(models.decoder_layers(model)) == SIZES["gemma-3-270m"].n_layers == 18
+    assert sum(map(torch.numel, model.parameters())) == SIZES["gemma-3-270m"].n_parameters
+    assert model.get_output_embeddings().out_features == SIZES["gemma-3-270m"].vocabulary
     assert sum(weight.numel() for weight in model.parameters()) == 268_098_176
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert tuple(model.lm_head.weight.shape) == (262_144, 640) and len(tokenizer) == 262_144

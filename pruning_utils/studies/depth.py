@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
-from pruning_utils import evaluation, evidence, models
+from pruning_utils import embedded, evaluation, evidence, models
 from pruning_utils.studies.recipes import Cut, Point, Recipe, Stage
 from pruning_utils.studies.study import loaded
 
@@ -19,15 +20,41 @@ RULE_NAMES = {
     "reverse order": "reverse order",
 }
 NO_RULE = "none"  # of the whole model
-# Layers of the embedded models, so that tables are read where a model is not installed.
-N_LAYERS = {"smollm2-135m": 30, "gemma-3-270m": 18}
+SMALLEST_EFFECT = 0.01  # of pooled accuracy: a point
 
 
-def n_layers_of(model: str, revision: str | None, dtype: str) -> int:
-    """Number of decoder layers; arguments as for :func:`models.load_model`."""
-    if model in N_LAYERS:
-        return N_LAYERS[model]
-    return len(models.decoder_layers(loaded(model, revision, dtype)[0]))
+class Size(NamedTuple):
+    """How large a model is.
+
+    Attributes:
+        n_layers: Decoder layers.
+        n_parameters: Numbers that are stored; a shared head counts once.
+        vocabulary: Entries of the head.
+    """
+
+    n_layers: int
+    n_parameters: int
+    vocabulary: int
+
+
+# Of the embedded models, so that tables are read where a model is not installed.
+SIZES = {
+    "smollm2-135m": Size(30, 134_515_008, 49_152),
+    "gemma-3-270m": Size(18, 268_098_176, 262_144),
+}
+
+
+def size_of(model: str, revision: str | None, dtype: str) -> Size:
+    """Size of a model; arguments as for :func:`models.load_model`."""
+    name = "smollm2-135m" if model == embedded.EMBEDDED else model
+    if name in SIZES:
+        return SIZES[name]
+    network, _ = loaded(model, revision, dtype)
+    return Size(
+        len(models.decoder_layers(network)),
+        sum(weight.numel() for weight in network.parameters()),
+        network.get_output_embeddings().out_features,
+    )
 
 
 def layers_in(share: float, n_layers: int) -> int:
@@ -151,3 +178,59 @@ def pooled_curves(
         found = evidence.pooled_accuracy(group, floors, column="right")
         rows.append((*names, found.value, found.low, found.high, found.n))
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n"])
+
+
+def pooled_levels(
+    questions: pd.DataFrame, floors: Mapping[str, float]
+) -> dict[tuple[str, int], evidence.FactorInterval]:
+    """Pooled accuracy above the floor of each model of one sweep.
+
+    Args:
+        questions: Columns ``rule``, ``n_dropped``, ``dataset``, ``item`` and ``right``.
+        floors: By task, from :func:`task_floors`.
+
+    Returns:
+        By rule and number of removed layers: 95 %, over questions.
+    """
+    return {
+        (str(rule), int(n_dropped)): evidence.pooled_accuracy(rows, floors, column="right")
+        for (rule, n_dropped), rows in questions.groupby(["rule", "n_dropped"])
+    }
+
+
+def pooled_checks(
+    questions: pd.DataFrame,
+    floors: Mapping[str, float],
+    compared: Mapping[str, tuple[tuple[str, int], tuple[str, int]]],
+    *,
+    effect: float,
+) -> pd.DataFrame:
+    """Paired differences of pooled accuracy between models of one sweep.
+
+    Args:
+        questions: As for :func:`pooled_levels`.
+        floors: By task.
+        compared: By name of the pair, the rule and number of removed layers of both its sides.
+        effect: What pruning itself changes, of which a quarter is the margin of equality. Less than
+            :data:`SMALLEST_EFFECT` counts as that.
+
+    Returns:
+        As :func:`evidence.paired_verdicts`, with the levels ``first`` and ``second``. Each task has
+        one weight, whatever its number of questions.
+    """
+    questions = questions.sort_values(["dataset", "item"])
+    levels = pooled_levels(questions, floors)
+    of_model = dict(list(questions.groupby(["rule", "n_dropped"])))
+    pairs = {
+        name: evidence.paired(
+            of_model[first], of_model[second], on=["dataset", "item"], value="right"
+        )
+        for name, (first, second) in compared.items()
+    }
+    tasks = next(iter(of_model.values()))["dataset"].to_numpy()
+    effect = max(abs(effect), SMALLEST_EFFECT)
+    found = evidence.paired_verdicts(pairs, effect=effect, strata=dict.fromkeys(pairs, tasks))
+    sides = [compared[name] for name in found["pair"]]
+    found["first"] = [levels[first].value for first, _ in sides]
+    found["second"] = [levels[second].value for _, second in sides]
+    return found

@@ -1,0 +1,131 @@
+"""The README's tables of verdicts, from the verdicts.csv of every notebook.
+
+Run ``.venv/bin/python scripts/claims.py`` when a notebook has new verdicts: it writes what stands
+between the two marks in the README.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from pruning_utils.engine import verdict_rows
+from pruning_utils.plots import NAMES
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+FIRST, LAST = "<!-- verdicts: written by scripts/claims.py -->", "<!-- end of verdicts -->"
+PAPERS = {
+    "gromov": "Gromov et al., *The Unreasonable Ineffectiveness of the Deeper Layers* "
+    "([arXiv:2403.17887](https://arxiv.org/abs/2403.17887))",
+    "shortened": "Kim et al., *Shortened LLaMA* "
+    "([arXiv:2402.02834](https://arxiv.org/abs/2402.02834))",
+    "reassessing": "Lu et al., *Reassessing Layer Pruning in LLMs* "
+    "([arXiv:2411.15558](https://arxiv.org/abs/2411.15558))",
+    "all three": "All three papers",
+}
+COUNTED = {
+    verdict_rows.HOLDS: ("holds", "hold"),
+    verdict_rows.FAILS: ("does not hold", "do not hold"),
+    verdict_rows.UNTOLD: ("cannot be told", "cannot be told"),
+    verdict_rows.UNTESTABLE: ("is not testable here", "are not testable here"),
+}
+HARD_SPACE = "\u00a0"
+
+
+def read_verdicts(folder: Path) -> pd.DataFrame:
+    """All rows of all notebooks of a profile's folder of results, by notebook."""
+    tables = [
+        pd.read_csv(path, keep_default_na=False) for path in sorted(folder.glob("*/verdicts.csv"))
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def section(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
+    """A sentence that counts the verdicts of each model, then a table a paper.
+
+    Args:
+        verdicts: Rows of :data:`verdict_rows.COLUMNS`.
+        claims: ``reference/claims.csv``: columns ``id``, ``paper`` and ``claim``.
+    """
+    parts = [
+        " ".join(_counted(model, rows) for model, rows in verdicts.groupby("model", sort=False))
+    ]
+    paper_of = claims.set_index("id")["paper"]
+    for paper, title in PAPERS.items():
+        rows = verdicts[verdicts["claim"].map(paper_of) == paper]
+        if len(rows):
+            parts += [f"### {title}", _table(rows, claims)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _counted(model: str, rows: pd.DataFrame) -> str:
+    counts = rows["verdict"].value_counts()
+    words = [
+        f"{counts[word]} {forms[int(counts[word] > 1)]}"
+        for word, forms in COUNTED.items()
+        if word in counts
+    ]
+    parts = "part" if len(rows) == 1 else "parts"
+    return f"On {NAMES.get(model, model)}, of {len(rows)} {parts} of claims {_listed(words)}."
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
+    """A part of a claim a row, with the verdict and number of each model; the claims below.
+
+    Parts that can be tested on no model are counted, not listed.
+    """
+    models = list(dict.fromkeys(rows["model"]))
+    lines = [
+        "| notebook | claim | part | "
+        + " | ".join(NAMES.get(name, name) for name in models)
+        + " |",
+        "| --- | --- | --- |" + " --- |" * len(models),
+    ]
+    untestable: dict[str, int] = {}
+    keys = ["claim", "notebook", "part", "measure", "data", "recipe"]
+    for (claim, notebook, part, measure, data, _), found in rows.groupby(keys, sort=False):
+        if (found["verdict"] == verdict_rows.UNTESTABLE).all():
+            untestable[claim] = untestable.get(claim, 0) + 1
+            continue
+        said = {row.model: _said(row) for row in found.itertuples()}
+        cells = " | ".join(said.get(name, "not asked") for name in models)
+        link = f"[{notebook[:2]}](notebooks/{notebook}.ipynb)"
+        lines.append(f"| {link} | {claim} | {part}<br>{measure}, {data} | {cells} |")
+    words = claims.set_index("id")["claim"]
+    legend = [f"- {claim}: {words[claim]}." for claim in dict.fromkeys(rows["claim"])]
+    if untestable:
+        counts = _listed([f"{number} of {claim}" for claim, number in untestable.items()])
+        legend.insert(0, f"Parts that are not testable here: {counts}. The notebooks say why.\n")
+    table = lines if len(lines) > 2 else []
+    return "\n".join([*table, "", *legend]).strip("\n")
+
+
+def _said(row: object) -> str:
+    """Verdict, number and depth; a narrow page breaks it between them only."""
+    number = verdict_rows.number(row).replace(" ", HARD_SPACE)
+    depth = str(row.depth).replace(" ", HARD_SPACE)  # type: ignore[attr-defined]
+    return f"**{row.verdict}**<br>{number}<br>{depth}"  # type: ignore[attr-defined]
+
+
+def written(readme: str, folder: Path) -> str:
+    """The README with the section that a folder of results gives."""
+    before, _, rest = readme.partition(f"{FIRST}\n")
+    after = rest.partition(f"{LAST}\n")[2]
+    claims = pd.read_csv(ROOT / "reference" / "claims.csv")
+    return f"{before}{FIRST}\n{section(read_verdicts(folder), claims)}{LAST}\n{after}"
+
+
+def main() -> None:
+    """Write the section into the README."""
+    readme = README.read_text(encoding="utf-8")
+    README.write_text(written(readme, ROOT / "results" / "cpu"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
