@@ -20,7 +20,8 @@ RULE_NAMES = {
     "reverse order": "reverse order",
 }
 NO_RULE = "none"  # of the whole model
-SMALLEST_EFFECT = 0.01  # of pooled accuracy: a point
+# Of pooled accuracy: where nothing falls, nothing counts as equal.
+SMALLEST_EFFECT = 1e-4
 
 
 class Size(NamedTuple):
