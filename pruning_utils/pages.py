@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_utils import results, runtime
+from pruning_utils import embedded, results, runtime
 from pruning_utils.engine import definitions, records, verdict_rows
 
 # What the sentences of the notebooks speak of.
@@ -98,9 +98,10 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
         return Note(f"No verdicts of the profile {profile} are kept yet: run this notebook.")
     rows = pd.read_csv(path, keep_default_na=False)
     claims = pd.read_csv(runtime.project_root() / "reference" / "claims.csv").set_index("id")
-    models = list(dict.fromkeys(rows["model"]))
+    models = verdict_rows.models_of(rows, embedded.MODELS)
+    words = {model: rows.loc[rows["model"] == model, "verdict"] for model in models}
     lines = [
-        " ".join(_counted(model, rows[rows["model"] == model]["verdict"]) for model in models),
+        " ".join(verdict_rows.counted(model, of_model) for model, of_model in words.items()),
         "",
         f"| claim | part | measured as | {' | '.join(models)} |",
         f"| --- | --- | --- |{' --- |' * len(models)}",
@@ -112,17 +113,9 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
         lines.append(f"| {claim} | {part} | {measure}, {data} | {' | '.join(cells)} |")
     lines.append("")
     for claim in dict.fromkeys(rows["claim"]):
-        words = claims.loc[claim, "claim"]
-        lines.append(f"* [{claim}](../reference/claims.csv): *{words}.*")
+        text = claims.loc[claim, "claim"]
+        lines.append(f"* [{claim}](../reference/claims.csv): *{text}.*")
     return Note("\n".join(lines))
-
-
-def _counted(model: str, verdicts: pd.Series) -> str:
-    """How many verdicts of a model have which word, as a sentence."""
-    counts = verdicts.value_counts()
-    words = [f"{counts[word]} {word}" for word in verdict_rows.WORDS if word in counts]
-    parts = "part" if len(verdicts) == 1 else "parts"
-    return f"On {model}, of {len(verdicts)} {parts} of claims: {', '.join(words)}."
 
 
 def _said(row: Any) -> str:

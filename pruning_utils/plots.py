@@ -258,6 +258,7 @@ def layer_scores(table: pd.DataFrame, *, label: str = "score", log: bool = True)
             xlabel="layer (0-based)",
             yscale="log" if log else "linear",
         )
+        axis.locator_params(axis="x", integer=True)
     axes[0].set(ylabel=label)
     axes[0].legend()
     return figure

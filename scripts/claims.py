@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from pruning_utils import embedded
 from pruning_utils.engine import verdict_rows
 from pruning_utils.plots import NAMES
 
@@ -24,12 +25,6 @@ PAPERS = {
     "reassessing": "Lu et al., *Reassessing Layer Pruning in LLMs* "
     "([arXiv:2411.15558](https://arxiv.org/abs/2411.15558))",
     "all three": "All three papers",
-}
-COUNTED = {
-    verdict_rows.HOLDS: ("holds", "hold"),
-    verdict_rows.FAILS: ("does not hold", "do not hold"),
-    verdict_rows.UNTOLD: ("cannot be told", "cannot be told"),
-    verdict_rows.UNTESTABLE: ("is not testable here", "are not testable here"),
 }
 HARD_SPACE = "\u00a0"
 
@@ -49,8 +44,12 @@ def section(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
         verdicts: Rows of :data:`verdict_rows.COLUMNS`.
         claims: ``reference/claims.csv``: columns ``id``, ``paper`` and ``claim``.
     """
+    words = verdicts.set_index("model")["verdict"]
     parts = [
-        " ".join(_counted(model, rows) for model, rows in verdicts.groupby("model", sort=False))
+        "\n".join(
+            verdict_rows.counted(NAMES.get(model, model), words.loc[[model]])
+            for model in verdict_rows.models_of(verdicts, embedded.MODELS)
+        )
     ]
     paper_of = claims.set_index("id")["paper"]
     for paper, title in PAPERS.items():
@@ -60,27 +59,12 @@ def section(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _counted(model: str, rows: pd.DataFrame) -> str:
-    counts = rows["verdict"].value_counts()
-    words = [
-        f"{counts[word]} {forms[int(counts[word] > 1)]}"
-        for word, forms in COUNTED.items()
-        if word in counts
-    ]
-    parts = "part" if len(rows) == 1 else "parts"
-    return f"On {NAMES.get(model, model)}, of {len(rows)} {parts} of claims {_listed(words)}."
-
-
-def _listed(words: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
 def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
     """A part of a claim a row, with the verdict and number of each model; the claims below.
 
     Parts that can be tested on no model are counted, not listed.
     """
-    models = list(dict.fromkeys(rows["model"]))
+    models = verdict_rows.models_of(rows, embedded.MODELS)
     lines = [
         "| notebook | claim | part | "
         + " | ".join(NAMES.get(name, name) for name in models)
@@ -100,7 +84,9 @@ def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
     words = claims.set_index("id")["claim"]
     legend = [f"- {claim}: {words[claim]}." for claim in dict.fromkeys(rows["claim"])]
     if untestable:
-        counts = _listed([f"{number} of {claim}" for claim, number in untestable.items()])
+        counts = verdict_rows.listed(
+            [f"{number} of {claim}" for claim, number in untestable.items()]
+        )
         legend.insert(0, f"Parts that are not testable here: {counts}. The notebooks say why.\n")
     table = lines if len(lines) > 2 else []
     return "\n".join([*table, "", *legend]).strip("\n")

@@ -76,7 +76,7 @@ def compare_summaries(committed: pd.DataFrame, new: pd.DataFrame) -> list[Compar
     """Every summary number of either run, by name.
 
     A fault is a number that moved beyond its committed tolerance, one with another tolerance, or
-    one that stands alone.
+    one that stands alone. One of an embedded model that is not installed may be missing.
     """
     there = _by_item(committed)
     here = _by_item(new)
@@ -93,7 +93,8 @@ def _compare_number(item: str, committed: dict | None, new: dict | None) -> Comp
     if committed is None:
         return Comparison(item, "-", new["value"] if new else "-", fault="new")
     if new is None:
-        return Comparison(item, committed["value"], "-", fault="missing")
+        of_absent = any(f" {model}," in item for model in _absent_models())
+        return Comparison(item, committed["value"], "-", fault="" if of_absent else "missing")
     before = committed["value"]
     after = new["value"]
     if committed["tolerance"] != new["tolerance"]:
@@ -122,7 +123,7 @@ def compare_tables(
         committed: The folder of one profile's committed results.
         new: The folder of the new ones.
         notebooks: Those whose committed tables are compared; of the new tables all are. Those of
-            an embedded model that is not installed may be missing.
+            an embedded model that is not installed may be missing, and its rows in others.
         tolerance: A share, at least 0.
     """
     names = {name for name in _tables_in(committed) if name.partition("/")[0] in notebooks}
@@ -135,15 +136,31 @@ def compare_tables(
         elif not (committed / name).exists():
             compared.append(Comparison(name, "-", "table", fault="new"))
         else:
-            tables = (read_texts(committed / name), read_texts(new / name))
-            compared.append(_compare_table(name, *tables, tolerance=tolerance))
+            found = read_texts(new / name)
+            asked = _without_absent_models(read_texts(committed / name), found)
+            compared.append(_compare_table(name, asked, found, tolerance=tolerance))
     return compared
 
 
+def _absent_models() -> list[str]:
+    """Embedded models whose packages are not installed here."""
+    return [model for model in embedded.MODELS if not embedded.is_installed(model)]
+
+
 def _is_of_absent_model(name: str) -> bool:
-    """Whether a table is that of an embedded model whose packages are not installed here."""
-    owners = [model for model in embedded.MODELS if f"{Path(name).stem}-".startswith(f"{model}-")]
-    return not all(map(embedded.is_installed, owners))
+    """Whether a table is that of an embedded model that is not installed."""
+    return any(f"{Path(name).stem}-".startswith(f"{model}-") for model in _absent_models())
+
+
+def _without_absent_models(committed: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table of several models, but for those of a model that could not be computed.
+
+    A table of several models names them in a column ``model``.
+    """
+    if "model" not in committed or "model" not in new:
+        return committed
+    lacking = [model for model in _absent_models() if not new["model"].eq(model).any()]
+    return committed[~committed["model"].isin(lacking)].reset_index(drop=True)
 
 
 def _tables_in(folder: Path) -> set[str]:

@@ -834,6 +834,41 @@ def test_a_table_may_be_missing_where_its_model_is_not_installed(
     assert (row.item, row.fault) == (f"03_b/{table}", fault)
 
 
+@pytest.mark.parametrize(
+    ("new", "absent", "fault"),
+    [
+        ("model,value\nsmollm2-135m,1\n", ["gemma-3-270m"], ""),
+        ("model,value\nsmollm2-135m,9\n", ["gemma-3-270m"], "beyond 0.001: value by 8"),
+        ("model,value\nsmollm2-135m,1\n", [], "rows differ"),
+        ("model,value\nsmollm2-135m,1\ngemma-3-270m,3\n", ["gemma-3-270m"], "beyond 0.001"),
+    ],
+)
+def test_rows_may_be_missing_where_their_model_is_not_installed(
+    tmp_path, monkeypatch, new, absent, fault
+):
+    monkeypatch.setattr(comparisons.embedded, "is_installed", lambda name: name not in absent)
+    both = "model,value\nsmollm2-135m,1\ngemma-3-270m,2\n"
+    for folder, text in (("old", both), ("new", new)):
+        (tmp_path / folder / "01_b").mkdir(parents=True)
+        (tmp_path / folder / "01_b" / "verdicts.csv").write_text(text)
+    (row,) = comparisons.compare_tables(tmp_path / "old", tmp_path / "new", ["01_b"], 1e-3)
+    assert row.fault.startswith(fault) and bool(row.fault) == bool(fault)
+
+
+@pytest.mark.parametrize(("absent", "fault"), [(["gemma-3-270m"], ""), ([], "missing")])
+def test_a_summary_number_may_be_missing_where_its_model_is_not_installed(
+    monkeypatch, absent, fault
+):
+    monkeypatch.setattr(comparisons.embedded, "is_installed", lambda name: name not in absent)
+    by_name = ("gemma-3-270m", "smollm2-135m")
+    rows = [["01_b", f"A4, deeper blocks, {model}, XSum", "1", "0", ""] for model in by_name]
+    both = pd.DataFrame(rows, columns=comparisons.COLUMNS)
+    found = comparisons.compare_summaries(both, both.tail(1))
+    assert [row.fault for row in found] == [fault, ""]
+    found = comparisons.compare_summaries(both, both.head(1))
+    assert [row.fault for row in found] == ["", "missing"], "that of the default model"
+
+
 @pytest.mark.parametrize("damaged", ["new", "committed"])
 def test_nothing_is_replaced_where_a_record_is_damaged(tmp_path, damaged):
     for name in ("new", "committed"):

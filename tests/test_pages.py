@@ -94,8 +94,8 @@ def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):
     lines = pages.findings("02_x").markdown.split("\n")
     sentences, _, head, _, first, second, _, *claims = lines
     assert sentences == (
-        "On large, of 1 part of claims: 1 holds. "
-        "On small, of 2 parts of claims: 1 cannot be told, 1 not testable here."
+        "On large, of 1 part of claims 1 holds. "
+        "On small, of 2 parts of claims 1 cannot be told and 1 is not testable here."
     )
     assert head.endswith("| large | small |")
     assert first == (

@@ -56,18 +56,18 @@ def verdict(model: str, claim: str, part: str, word: str, value: float, **more) 
 
 def test_a_section_counts_and_lists_the_verdicts_of_each_model():
     rows = [
+        verdict("gemma-3-270m", "A5", "equal", "not testable here", -2.0, depth="5 of 18 layers"),
         verdict("smollm2-135m", "A5", "equal", "does not hold", 2.5),
         verdict("smollm2-135m", "A5", "poor", "holds", 0.25, measure="accuracy"),
         verdict("smollm2-135m", "C1", "best", "holds", 3.0, notebook="09_seven"),
-        verdict("gemma-3-270m", "A5", "equal", "not testable here", -2.0, depth="5 of 18 layers"),
     ]
     lines = claims.section(pd.DataFrame(rows), CLAIMS).replace("\u00a0", " ").split("\n")
-    assert lines[0] == (
-        "On SmolLM2-135M, of 3 parts of claims 2 hold and 1 does not hold. "
-        "On Gemma 3 270M, of 1 part of claims 1 is not testable here."
-    )
-    assert lines[2].startswith("### Gromov et al.") and lines[11].startswith("### Lu et al.")
-    assert lines[4:8] == [
+    assert lines[:2] == [
+        "On SmolLM2-135M, of 3 parts of claims 2 hold and 1 does not hold.",
+        "On Gemma 3 270M, of 1 part of claims 1 is not testable here.",
+    ]
+    assert lines[3].startswith("### Gromov et al.") and lines[12].startswith("### Lu et al.")
+    assert lines[5:9] == [
         "| notebook | claim | part | SmolLM2-135M | Gemma 3 270M |",
         "| --- | --- | --- | --- | --- |",
         "| [04](notebooks/04_simple.ipynb) | A5 | equal<br>loss, XSum "
@@ -76,8 +76,8 @@ def test_a_section_counts_and_lists_the_verdicts_of_each_model():
         "| [04](notebooks/04_simple.ipynb) | A5 | poor<br>accuracy, XSum "
         "| **holds**<br>25 points (\u221275 to 125)<br>8 of 30 layers | not asked |",
     ]
-    assert lines[8] == "" and lines[9].startswith("- A5: ")
-    assert lines[13] == "| notebook | claim | part | SmolLM2-135M |"
+    assert lines[9] == "" and lines[10].startswith("- A5: ")
+    assert lines[14] == "| notebook | claim | part | SmolLM2-135M |"
 
 
 def test_parts_that_no_model_can_test_are_counted():

@@ -11,6 +11,13 @@ FAILS = "does not hold"
 UNTOLD = "cannot be told"
 UNTESTABLE = "not testable here"
 WORDS = (HOLDS, FAILS, UNTOLD, UNTESTABLE)
+# Of one part of a claim, and of several.
+COUNTED = {
+    HOLDS: ("holds", "hold"),
+    FAILS: ("does not hold", "do not hold"),
+    UNTOLD: ("cannot be told", "cannot be told"),
+    UNTESTABLE: ("is not testable here", "are not testable here"),
+}
 
 COLUMNS = (
     "claim",
@@ -59,6 +66,35 @@ def number(row: object) -> str:
     ends = (row.value, row.low, row.high)  # type: ignore[attr-defined]
     value, low, high = (f"{factor * float(end):.3g}".replace("-", "\u2212") for end in ends)
     return f"{value} {unit}".rstrip() + f" ({low} to {high})"
+
+
+def models_of(verdicts: pd.DataFrame, first: Iterable[str]) -> list[str]:
+    """The models of rows: those of ``first`` in its order, then the others as they appear."""
+    there = list(dict.fromkeys(verdicts["model"]))
+    known = [name for name in first if name in there]
+    return known + [name for name in there if name not in known]
+
+
+def counted(title: str, words: pd.Series) -> str:
+    """How many verdicts of a model have which word, as a sentence.
+
+    Args:
+        title: What the model is called.
+        words: Its verdicts, each one of :data:`WORDS`.
+    """
+    counts = words.value_counts()
+    said = [
+        f"{counts[word]} {forms[int(counts[word] > 1)]}"
+        for word, forms in COUNTED.items()
+        if word in counts
+    ]
+    parts = "part" if len(words) == 1 else "parts"
+    return f"On {title}, of {len(words)} {parts} of claims {listed(said)}."
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence: ``one``, ``one and two`` or ``one, two and three``."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def word_for_sign(low: float, high: float, claimed: str) -> str:
