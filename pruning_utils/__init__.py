@@ -18,7 +18,7 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 02  How many layers can go before the answers fall?
     depth: similarity, selection, surgery, healing, evaluation
 03  Does healing turn the jump of the loss into a slope?
-    depth, beginnings: similarity, selection, surgery, healing, evaluation
+    depth, places, beginnings: similarity, selection, surgery, healing, evaluation
 04  Is it enough to remove the deepest layers?
     depth: similarity, selection, surgery, healing, evaluation
 05  How much do the seed, the rank, the rate and the shots matter?

@@ -13,7 +13,14 @@ from matplotlib.figure import Figure
 from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, new_figure
 
 # Line style of each level that is no curve.
-BASELINES = {"unpruned": "-", "chance": ":", "floor": ":", "uniform guess": ":", "majority": "--"}
+BASELINES = {
+    "unpruned": "-",
+    "chance": ":",
+    "floor": ":",
+    "uniform guess": ":",
+    "ln V": ":",
+    "majority": "--",
+}
 
 
 def _look(entity: str) -> tuple[str, str]:
@@ -85,6 +92,67 @@ def depth_curves(
     figure.supxlabel(f"layers removed $n / L${of_all}", fontsize=8)
     figure.supylabel(label, fontsize=8)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6))
+    return figure
+
+
+def place_losses(
+    losses: pd.DataFrame,
+    distances: pd.DataFrame,
+    marked: Mapping[str, Mapping[str, int]],
+    *,
+    baselines: pd.DataFrame,
+) -> Figure:
+    """What blocks at every place cost, and below it how far apart their ends are.
+
+    Args:
+        losses: Columns ``panel`` (a model), ``row`` (the block, as a title), ``start`` (its first
+            layer, 0-based), ``value`` (nats per token), ``low`` and ``high``.
+        distances: Columns ``panel``, ``start`` and ``distance``, of the blocks of the last row.
+        marked: By panel, names of blocks of the last row and where they start.
+        baselines: Columns ``panel``, ``name`` and ``value``: thin lines among the losses.
+
+    Returns:
+        The figure: a column a panel, a row for each block size, the last two of the same blocks.
+    """
+    need_columns(losses, "panel", "row", "start", "value", "low", "high")
+    need_columns(distances, "panel", "start", "distance")
+    panels, rows = list(losses["panel"].unique()), list(losses["row"].unique())
+    figure, axes = new_figure(
+        WIDE, 0.5 + 1.3 * (len(rows) + 1), len(panels), rows=len(rows) + 1, sharex="col"
+    )
+    grid = axes.reshape(len(rows) + 1, len(panels))
+    handles: dict = {}
+    dark = colour_of("unpruned")
+    look = {"marker": ".", "markersize": 4, "linewidth": 0.8, "color": dark}
+    for column, panel in enumerate(panels):
+        for row, title in enumerate(rows):
+            axis = grid[row, column]
+            shown = losses[(losses["panel"] == panel) & (losses["row"] == title)]
+            axis.plot(shown["start"], shown["value"], **look)
+            axis.fill_between(
+                shown["start"], shown["low"], shown["high"], color=dark, alpha=0.2, linewidth=0
+            )
+            lines = baselines[baselines["panel"] == panel]
+            for name, level in zip(lines["name"], lines["value"], strict=True):
+                handles[name] = axis.axhline(
+                    level, color="0.35", linestyle=BASELINES[name], linewidth=0.7, zorder=0
+                )
+            axis.set_title(f"{NAMES.get(panel, panel)}: {title}", fontsize=8)
+        ends = distances[distances["panel"] == panel].sort_values("start")
+        grid[-1, column].plot(ends["start"], ends["distance"], **look)
+        grid[-1, column].set_xlabel("first removed layer (0-based)")
+        last = losses[(losses["panel"] == panel) & (losses["row"] == rows[-1])]
+        heights = (last.set_index("start")["value"], ends.set_index("start")["distance"])
+        for name, place in marked[panel].items():
+            colour, marker = _look(name)
+            for axis, height in zip(grid[-2:, column], heights, strict=True):
+                (handles[name],) = axis.plot(
+                    place, height[place], marker, color=colour, markersize=6, linestyle="none"
+                )
+    for row in grid[:-1, 0]:
+        row.set_ylabel("loss (nats)")
+    grid[-1, 0].set_ylabel("angular distance")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 5))
     return figure
 
 

@@ -21,7 +21,8 @@ READS = "reads its tables, and would compute them beside it"
 TRAINS = "takes models that it trains, and would write the same files beside it"
 # For a notebook those that must have ended before it begins, if they run at all, and why.
 AFTER = {
-    "04_simple_against_similarity": {"03_depth_and_next_token_loss": READS},
+    "03_depth_and_next_token_loss": {"02_depth_and_question_answering": READS},
+    "04_simple_against_similarity": {"03_depth_and_next_token_loss": TRAINS},
     "05_robustness": {"04_simple_against_similarity": READS},
     "07_depth_against_width": {"06_block_importance": READS},
     "08_lora_against_continued_pretraining": {"06_block_importance": READS},

@@ -70,6 +70,7 @@ ORDER = (
     "studies.study",
     "studies.beginnings",
     "studies.depth",
+    "studies.places",
     "studies.scores",
     "studies.sets",
     "studies.swaps",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from pruning_utils import embedded, evaluation, evidence, models
@@ -107,6 +108,48 @@ def depth_points(
 def _cuts(n_dropped: int, rules: Sequence[str]) -> list[Cut]:
     """Of all rules, or the whole model where nothing goes."""
     return [Cut(rule=rule, n_dropped=n_dropped) for rule in (rules if n_dropped else [NO_RULE])]
+
+
+def loss_curves(unhealed: pd.DataFrame, healed: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Mean losses along the depth of each rule, unhealed and healed, with 95 % intervals.
+
+    Args:
+        unhealed: Columns ``model``, ``rule``, ``n_dropped``, ``dataset``, ``item`` and ``value``, a
+            document a row; the whole model has :data:`NO_RULE` and begins each curve.
+        healed: The same with ``seed``, of healed models.
+        value: Column of the losses.
+
+    Returns:
+        Columns ``model``, ``dataset``, ``series``, ``n_dropped``, ``value``, ``low`` and ``high``.
+        A series is called as :data:`RULE_NAMES` says, with ``, healed`` behind it where it is.
+        Intervals are over documents, and over seeds where there are several.
+    """
+    rows = []
+    kinds = ["model", "dataset", "n_dropped"]
+    whole = unhealed[unhealed["rule"] == NO_RULE].assign(seed=0)
+    for table, ending in ((unhealed.assign(seed=0), ""), (healed, ", healed")):
+        for rule in [name for name in RULE_NAMES if name in set(table["rule"])]:
+            curve = pd.concat([whole, table[table["rule"] == rule]])
+            curve = curve[curve["dataset"].isin(whole["dataset"])]
+            for names, points in curve.groupby(kinds, sort=False):
+                grid = points.pivot(index="item", columns="seed", values=value)
+                found = evidence.two_factor_interval(grid)
+                row = dict(zip(kinds, names, strict=True))
+                row |= {"series": f"{RULE_NAMES[rule]}{ending}", "value": found.value}
+                rows.append({**row, "low": found.low, "high": found.high})
+    return pd.DataFrame(rows)
+
+
+def slope_difference(means: np.ndarray, *, places: Sequence[float]) -> np.ndarray:
+    """Largest slope between neighbours of one curve, minus that of another.
+
+    Args:
+        means: Curves along the last axis, the two of them along the one before.
+        places: Of the means, ascending.
+    """
+    slopes = np.diff(means, axis=-1) / np.diff(np.asarray(places, dtype=float))
+    largest = slopes.max(-1)
+    return largest[..., 0] - largest[..., 1]
 
 
 def answers_alone(
