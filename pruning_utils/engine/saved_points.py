@@ -362,8 +362,6 @@ def prove(path: Path, record: dict, compute_point: Callable) -> dict:
     code = definitions.INSTALLED.stamp(compute_point)
     if records.awaiting(path) or definitions.is_fresh(record.get("code"), code):
         return record
-    # Another kind of proof has its place here, as a function that also gives what is to be
-    # recorded: that every changed definition returns the same bytes for recorded inputs, say.
     proof = _proof_by_points(path, record, compute_point)
     restamped = {**proof, "commit": records.package_commit()}
     record = {**record, "code": code, "restamped": restamped}
