@@ -21,7 +21,7 @@ import ast
 import functools
 import hashlib
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class Package:
         roots = [self._known(module, name) for module, name in roots_of(computes, self.name)]
         return self.stamp_of(roots)
 
-    def stamp_of(self, roots: list[Definition], leaves: Iterable[Definition] = ()) -> dict:
+    def stamp_of(self, roots: list[Definition], leaves: Collection[Definition] = ()) -> dict:
         """The stamp of these roots; see :meth:`stamp`.
 
         Args:
@@ -137,7 +137,7 @@ class Package:
         }
 
     def reached(
-        self, roots: list[Definition], leaves: Iterable[Definition] = ()
+        self, roots: list[Definition], leaves: Collection[Definition] = ()
     ) -> list[Definition]:
         """All definitions that these roots reach, as a walk through their texts meets them.
 
@@ -207,7 +207,7 @@ class Package:
             )
         return module, name
 
-    def _digest(self, reached: list[Definition], leaves: Iterable[Definition] = ()) -> str:
+    def _digest(self, reached: list[Definition], leaves: Collection[Definition] = ()) -> str:
         number = {one: index for index, one in enumerate(reached)}
         digest = hashlib.sha256()
         for one in reached:

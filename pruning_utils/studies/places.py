@@ -26,15 +26,13 @@ def place_points(block_sizes: Sequence[int], n_layers: int, seed: int = 0) -> li
     Raises:
         ValueError: For a size outside ``[1, L - 1]``.
     """
+    cuts: list[Cut] = []
     for size in block_sizes:
         if not 1 <= size < n_layers:
             raise ValueError(f"block_sizes must lie in [1, {n_layers - 1}], got {size}")
-    blocks = [
-        selection.Block(start, size, np.nan)
-        for size in block_sizes
-        for start in range(n_layers - size + 1)
-    ]
-    return [Point(Cut(layers=block.layers), Recipe(), seed).text() for block in blocks]
+        starts = range(n_layers - size + 1)
+        cuts += [Cut(layers=selection.Block(start, size, np.nan).layers) for start in starts]
+    return [Point(cut, Recipe(), seed).text() for cut in cuts]
 
 
 def with_sizes(table: pd.DataFrame) -> pd.DataFrame:
