@@ -25,6 +25,7 @@ import yaml
 CHOSEN_KEYS = {
     "scored_on.tasks": "tasks",
     "scored_on.papers": "tasks",
+    "scored_on.fewer": "evaluation texts",
     "scored_on.texts": "evaluation texts",
     "shots.tasks": "tasks",
     "healing.rates": "ways to train, or sets of layers and for each its ways",

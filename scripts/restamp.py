@@ -83,12 +83,12 @@ def proof(record: dict, asked: str, answers_at: Callable[[str | None], tuple]) -
     before, said = answers_at(commit)
     module, _, name = asked.rpartition(".")
     roots = before.roots_again(stamp["root"])
-    if not roots or before.stamp_of(roots)["digest"] != stamp["digest"]:
+    if roots is None or before.stamp_of(roots)["digest"] != stamp["digest"]:
         raise Refused(f"its stamp is not that of commit {commit[:7]}")
     now, says = answers_at(None)
     leaves = [(module, name)]
     roots_today = now.roots_again(stamp["root"])
-    if not roots_today:
+    if roots_today is None:
         raise Refused(f"{stamp['root']} is gone")
     then = before.stamp_of(roots, leaves)
     today = now.stamp_of(roots_today, leaves)

@@ -256,6 +256,11 @@ def test_stamps_that_cannot_be_read_are_never_fresh(tmp_path, recorded, said):
     assert package(tmp_path).changes(recorded) == [said]
 
 
+def test_what_depends_on_no_definition_stays_fresh(tmp_path):
+    stamp = package(tmp_path / "a").stamp()
+    assert package(tmp_path / "b", tools="TOOLS = 1\n").changes(stamp) == []
+
+
 def test_roots_of_compute_functions():
     roots = functools.partial(definitions.roots_of, package="pruning_utils")
     magnitude = ("importance", "magnitude")

@@ -174,21 +174,21 @@ class Package:
         if fault:
             return [fault]
         roots = self.roots_again(recorded["root"])
-        if not roots:
+        if roots is None:
             return [f"{recorded['root']} is gone"]
         today = self.stamp_of(roots)
         if today["digest"] == recorded["digest"]:
             return []
         return differing_places(recorded, today) or [recorded["root"]]
 
-    def roots_again(self, recorded: str) -> list[Definition]:
-        """The definitions of a recorded root, where they lie now; [] if one is gone."""
+    def roots_again(self, recorded: str) -> list[Definition] | None:
+        """The definitions of a recorded root, where they lie now; None if one is gone."""
         roots = []
         for where in _root_places(recorded):
             module, _, name = where.rpartition(".")
             root = self._found_again(module, name)
             if root is None:
-                return []
+                return None
             roots.append(root)
         return roots
 

@@ -75,11 +75,11 @@ def place_distances(
         tokenizer, n_samples, seq_len, source=point["source"], seed=seed
     )
     distances = similarity.measure_similarity(network, windows).angular_distance
-    return [
-        {"block_size": size, "start": start, "distance": float(distance)}
-        for size in block_sizes
-        for start, distance in enumerate(selection.block_distances(distances, size))
-    ]
+    rows = []
+    for size in block_sizes:
+        for start, distance in enumerate(selection.block_distances(distances, size)):
+            rows.append({"block_size": size, "start": start, "distance": float(distance)})
+    return rows
 
 
 def nearest_without(layer: int, block: selection.Block, n_layers: int) -> selection.Block:

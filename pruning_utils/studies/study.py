@@ -203,8 +203,7 @@ class Study:
 
     def _text_rows(self, model: nn.Module) -> list[dict]:
         rows = []
-        for name, n_windows in self.texts.items():
-            windows = self._evaluation_windows(name, n_windows)
+        for name, windows in self.windows.items():
             losses = evaluation.token_losses(model, windows).mean(1).tolist()
             rows += [
                 {"dataset": name, "item": item, "nll": loss} for item, loss in enumerate(losses)
@@ -212,11 +211,15 @@ class Study:
         return rows
 
     def _task_rows(self, model: nn.Module, point: Point) -> list[dict]:
-        rows = []
+        # What a call prepares, such as a copy of the tokenizer, is prepared once for its tasks.
+        by_shots: dict[tuple, list[str]] = {}
         for task, num_fewshot in self.tasks.items():
             shots: dict[str, Any] = {"num_fewshot": num_fewshot, **point.shots}
+            by_shots.setdefault(tuple(shots.items()), []).append(task)
+        rows = []
+        for items, tasks in by_shots.items():
             found = evaluation.evaluate_tasks(
-                model, self.tokenizer, [task], limit=self.limit, **shots
+                model, self.tokenizer, tasks, limit=self.limit, **dict(items)
             )
             named = found.questions.rename(columns={"task": "dataset", "question_id": "item"})
             rows += named.to_dict("records")
@@ -232,7 +235,7 @@ class Study:
 
     @functools.cached_property
     def _prepared(self) -> tuple:
-        """Model, tokenizer, distances of its layers, and outputs to share, once all is checked."""
+        """Model, tokenizer, distances, outputs to share and windows, once all is checked."""
         network, tokenizer = loaded(self.model, self.revision, self.dtype)
         points = [Point.parse(point) for point in self.points]
         for point in points:
@@ -242,15 +245,17 @@ class Study:
                 check_task(task, limit=self.limit, **dict(shots))
         for seed in {point.seed for point in points if point.recipe.stages}:
             self._training_windows(tokenizer, seed)
-        for name, n_windows in self.texts.items():
-            self._evaluation_windows(name, n_windows, tokenizer)
+        windows = {
+            name: self._evaluation_windows(name, n_windows, tokenizer)
+            for name, n_windows in self.texts.items()
+        }
         distances = self._distances(network, tokenizer)
         starts = [
             self._start(point.cut, network, distances) for point in points if point.is_only_cut
         ]
         n_layers = len(models.decoder_layers(network))
         shared = passes.SharedLayers([start for start in starts if start < n_layers])
-        return network, tokenizer, distances, shared
+        return network, tokenizer, distances, shared, windows
 
     @property
     def network(self) -> nn.Module:
@@ -266,6 +271,11 @@ class Study:
     def shared(self) -> passes.SharedLayers:
         """Outputs of first layers that models have in common."""
         return self._prepared[3]
+
+    @property
+    def windows(self) -> dict[str, torch.Tensor]:
+        """Token ids ``(windows, seq_len)`` of each evaluation text, by its name."""
+        return self._prepared[4]
 
     def _distances(
         self, network: nn.Module, tokenizer: PreTrainedTokenizerBase
@@ -309,14 +319,12 @@ class Study:
     # --- windows ----------------------------------------------------------------------------------
 
     def _evaluation_windows(
-        self, name: str, n_windows: int, tokenizer: PreTrainedTokenizerBase | None = None
+        self, name: str, n_windows: int, tokenizer: PreTrainedTokenizerBase
     ) -> torch.Tensor:
         source, _, length = name.partition(":")
         is_embedded = (source, "evaluation") in data.EMBEDDED_SPLITS
         windows = data.document_windows if is_embedded else data.evaluation_windows
-        return windows(
-            tokenizer or self.tokenizer, n_windows, int(length or self.seq_len), source=source
-        )
+        return windows(tokenizer, n_windows, int(length or self.seq_len), source=source)
 
     def _training_windows(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> torch.Tensor:
         count = self.healing_settings["steps"] * self.healing_settings["batch_size"]
