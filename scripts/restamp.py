@@ -127,7 +127,7 @@ def restamp(results: Path, asked: str) -> dict[Path, str]:
                     continue
                 roots = definitions.INSTALLED.roots_again(record["code"]["root"])
                 found["commit"] = records.package_commit()
-                code = definitions.INSTALLED.stamp_of(roots)
+                code = definitions.INSTALLED.stamp_of(roots or [])
                 records.replace_record(path, {**record, "code": code, "restamped": found})
                 said[path] = ""
     return said

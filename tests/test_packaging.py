@@ -86,6 +86,12 @@ ORDER = (
     "cost_plots",
     "healing_plots",
     "round_plots",
+    "shrinking.orders",
+    "shrinking.plans",
+    "shrinking.judgements",
+    "shrinking.reports",
+    "shrinking.whole",
+    "shrinking.command",
 )
 
 # The steps of the work, what the papers' reader looks for: thin by the number of their statements,

@@ -1,0 +1,1 @@
+"""A smaller model of one's own: planned, made, measured and judged, as ``pruning-utils`` does."""

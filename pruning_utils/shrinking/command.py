@@ -1,0 +1,146 @@
+"""The command ``pruning-utils``: a smaller model of one's own, with a judgement."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pruning_utils.shrinking import orders
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line may say."""
+    top = argparse.ArgumentParser(
+        prog="pruning-utils", description="Remove layers of a language model."
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "shrink",
+        help="plan, cut, heal, save, load again, measure and judge a smaller model",
+        description="Make a smaller model and say whether it is fit. A run that is stopped goes on "
+        "when the same command is given again.",
+    )
+    command.add_argument("model", help="smollm2-135m, gemma-3-270m, a directory, or a hub id")
+    command.add_argument("--out", metavar="DIR", help="a new folder for the model")
+    goal = command.add_argument_group("goal, one or more")
+    goal.add_argument(
+        "--keep", metavar="SHARE", type=share, help="share of the layers that stays, such as 75%%"
+    )
+    goal.add_argument("--max-parameters", metavar="N", type=count, help="such as 100M")
+    goal.add_argument("--max-bytes", metavar="N", type=count, help="of the weights, such as 400M")
+    goal.add_argument(
+        "--max-ms-per-token", metavar="MS", type=float, help="on this machine, one text at a time"
+    )
+    how = command.add_argument_group("how")
+    how.add_argument(
+        "--rule",
+        metavar="RULE",
+        default=orders.LOWEST_LOSS,
+        help=f"one of {', '.join(orders.RULES)}",
+    )
+    how.add_argument(
+        "--recipe", metavar="NAME", default="lora", help=f"one of {', '.join(orders.METHODS)}"
+    )
+    how.add_argument(
+        "--minutes", metavar="M", type=float, default=10.0, help="of healing (default: 10)"
+    )
+    how.add_argument(
+        "--learning-rate", metavar="RATE", type=float, default=1e-3, help="(default: 1e-3)"
+    )
+    how.add_argument(
+        "--healing-text", metavar="TEXT", help="a text's name, or a .jsonl file of questions"
+    )
+    how.add_argument("--plan", action="store_true", help="print the plan and make nothing")
+    limits = orders.Limits()
+    fit = command.add_argument_group("fit means")
+    fit.add_argument(
+        "--loss-limit",
+        metavar="NATS",
+        type=float,
+        default=limits.loss,
+        help=f"nats per token that the loss may rise by (default: {limits.loss})",
+    )
+    fit.add_argument(
+        "--accuracy-limit",
+        metavar="SHARE",
+        type=float,
+        default=limits.accuracy,
+        help=f"that the mean accuracy may fall by (default: {limits.accuracy})",
+    )
+    measured = orders.Measured()
+    fit.add_argument(
+        "--documents", metavar="N", type=int, default=measured.documents, help="read by both"
+    )
+    fit.add_argument(
+        "--questions", metavar="N", type=int, default=measured.questions, help="of each task"
+    )
+    fit.add_argument(
+        "--tasks", metavar="TASK", nargs="+", default=list(measured.tasks), help="asked of both"
+    )
+    where = command.add_argument_group("where")
+    where.add_argument("--revision", metavar="NAME", help="of a hub id")
+    where.add_argument(
+        "--dtype", metavar="NAME", default="auto", help="auto, bfloat16, float16 or float32"
+    )
+    where.add_argument(
+        "--device", metavar="NAME", help="a torch device (default: the first GPU, or the CPU)"
+    )
+    where.add_argument("--seed", metavar="N", type=int, default=0)
+    return top
+
+
+def share(text: str) -> float:
+    """``75%`` or ``0.75`` as a number."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+def count(text: str) -> int:
+    """``1.5B``, ``100M``, ``20k`` or ``12345`` as a whole number."""
+    scales = {"k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+    scale = scales.get(text[-1:], 1)
+    return round(float(text if scale == 1 else text[:-1]) * scale)
+
+
+def order_of(given: argparse.Namespace) -> orders.Order:
+    """What a command line asks for."""
+    goal = orders.Goal(given.keep, given.max_parameters, given.max_bytes, given.max_ms_per_token)
+    return orders.Order(
+        given.model,
+        goal,
+        rule=given.rule,
+        method=given.recipe,
+        minutes=given.minutes,
+        learning_rate=given.learning_rate,
+        healing_text=given.healing_text,
+        limits=orders.Limits(given.loss_limit, given.accuracy_limit, given.max_ms_per_token),
+        measured=orders.Measured(
+            documents=given.documents, questions=given.questions, tasks=tuple(given.tasks)
+        ),
+        revision=given.revision,
+        dtype=given.dtype,
+        device=given.device,
+        seed=given.seed,
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command: 0 if all went well, whatever the judgement; 1 with one line if not."""
+    given = parser().parse_args(words)
+    from pruning_utils.shrinking import whole  # importing it takes seconds
+
+    try:
+        if not given.plan and not given.out:
+            raise ValueError("--out must name a new folder, or --plan be given")
+        order = order_of(given)
+        if given.plan:
+            print(whole.plan_text(order, whole.planned(order)))
+            return 0
+        print(whole.shrink(order, given.out)["judgement"].to_string(index=False))
+    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        print(f"pruning-utils: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pruning-utils: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

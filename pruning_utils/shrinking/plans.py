@@ -1,0 +1,243 @@
+"""A plan for a smaller model: how many layers go, which, and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pruning_utils import efficiency, evaluation, importance, models, selection, similarity
+from pruning_utils.engine import passes
+from pruning_utils.engine.checks import number, whole_number
+from pruning_utils.shrinking.orders import CHEAP_RULES, LOWEST_LOSS, RULES, Goal
+from pruning_utils.studies import whole_path
+from pruning_utils.studies.study import without_layers
+
+# Tokens of the probe for the time of a generated token.
+PROBED = {"batch_size": 1, "prompt_tokens": 16, "new_tokens": 12}
+
+
+def check_goal(goal: Goal) -> None:
+    """ValueError if nothing is asked for, or a number is out of range."""
+    if all(value is None for value in vars(goal).values()):
+        raise ValueError(f"a goal must be given, one or more of {', '.join(vars(goal))}")
+    if goal.keep is not None:
+        number("keep", goal.keep, "in (0, 1)", lambda share: 0 < share < 1)
+    for name in ("max_parameters", "max_bytes"):
+        if getattr(goal, name) is not None:
+            whole_number(name, getattr(goal, name), 1, 10**18)
+    if goal.max_ms_per_token is not None:
+        number("max_ms_per_token", goal.max_ms_per_token, "above 0", lambda time: time > 0)
+
+
+class Candidate(NamedTuple):
+    """Layers that could go.
+
+    Attributes:
+        rule: What chose them.
+        layers: 0-based numbers, ascending.
+        losses: Of each window without them, unhealed, in nats per token.
+    """
+
+    rule: str
+    layers: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean of the losses."""
+        return float(np.mean(self.losses))
+
+
+class Choice(NamedTuple):
+    """What :func:`choose` finds.
+
+    Attributes:
+        chosen: The set of the rule.
+        runner_up: Of all other sets that with the lowest loss; None where there is no other.
+        whole: The whole model, of which nothing goes.
+    """
+
+    chosen: Candidate
+    runner_up: Candidate | None
+    whole: Candidate
+
+
+class TokenTimes(NamedTuple):
+    """Milliseconds of a generated token, as a line over the number of layers.
+
+    Attributes:
+        fixed: What does not depend on the layers.
+        per_layer: What each layer adds.
+    """
+
+    fixed: float
+    per_layer: float
+
+    def at(self, n_layers: int) -> float:
+        """Milliseconds with so many layers."""
+        return self.fixed + self.per_layer * n_layers
+
+
+def token_times(model: nn.Module, *, repeats: int = 3) -> TokenTimes:
+    """Times of a generated token here, from the model with all its layers and with half of them.
+
+    Args:
+        model: A causal language model in evaluation mode, with at least two layers.
+        repeats: Measured runs of each, of which the fastest counts.
+    """
+    n_layers = len(models.decoder_layers(model))
+    if n_layers < 2:
+        raise ValueError(f"the model must have at least 2 layers, it has {n_layers}")
+    half = n_layers // 2
+    measured = {}
+    for left in (n_layers, half):
+        shown = model if left == n_layers else without_layers(model, range(left, n_layers))
+        runs = efficiency.generation_speed(shown, **PROBED, repeats=repeats)
+        measured[left] = 1000 * float(runs["per_token_seconds"].min())
+    # A measurement may say that half a model is slower; then layers cost nothing that can be seen.
+    per_layer = max(0.0, (measured[n_layers] - measured[half]) / (n_layers - half))
+    return TokenTimes(measured[n_layers] - per_layer * n_layers, per_layer)
+
+
+def layers_to_go(model: nn.Module, goal: Goal, times: TokenTimes | None = None) -> int:
+    """Fewest layers that must go for a goal, whichever they are.
+
+    Args:
+        model: A causal language model.
+        goal: What the rest must meet.
+        times: Of :func:`token_times`; needed where the goal has a time.
+
+    Returns:
+        From 1 to all layers but one.
+
+    Raises:
+        ValueError: If the model meets the goal as it is, or no number of layers does: the message
+            names the nearest that can be had.
+    """
+    check_goal(goal)
+    n_layers = len(models.decoder_layers(model))
+    needed = {name: 0 for name, value in vars(goal).items() if value is not None}
+    if goal.keep is not None:
+        if goal.keep < 0.5 / n_layers:
+            raise ValueError(f"keep must leave one of {n_layers} layers, got {goal.keep:g}")
+        needed["keep"] = selection.count_for_fraction(n_layers, 1 - goal.keep)
+    for name, sizes in _sizes_left(model, times).items():
+        limit = getattr(goal, name)
+        if limit is not None:
+            needed[name] = _fewest(name, limit, sizes)
+    n_dropped = max(needed.values())
+    if not n_dropped:
+        raise ValueError(f"no layer has to go: {_said(goal)} is met by the model as it is")
+    return n_dropped
+
+
+def _sizes_left(model: nn.Module, times: TokenTimes | None) -> dict[str, list[float]]:
+    """By name of a limit, what is left without 0, 1, ... layers, at most."""
+    layers = models.decoder_layers(model)
+    whole = efficiency.stored_parameters(model)
+    of_layers = {
+        "max_parameters": [whole_path.n_parameters(layer) for layer in layers],
+        "max_bytes": [efficiency.weight_bytes(layer) for layer in layers],
+    }
+    found: dict[str, list[float]] = {}
+    for name, total in (("max_parameters", whole["total"]), ("max_bytes", whole["bytes"])):
+        # The smallest ones first: then it is met whichever layers go.
+        gone = np.cumsum([0, *sorted(of_layers[name])])[:-1]
+        found[name] = [total - int(size) for size in gone]
+    if times is not None:
+        found["max_ms_per_token"] = [
+            times.at(len(layers) - n_dropped) for n_dropped in range(len(layers))
+        ]
+    return found
+
+
+def _fewest(name: str, limit: float, sizes: Sequence[float]) -> int:
+    """How many layers must go until a size is at most its limit."""
+    for n_dropped, size in enumerate(sizes):
+        if size <= limit:
+            return n_dropped
+    raise ValueError(
+        f"{name} must be at least {sizes[-1]:.6g}, which one layer of {len(sizes)} leaves, got "
+        f"{limit:g}"
+    )
+
+
+def _said(goal: Goal) -> str:
+    given = {name: value for name, value in vars(goal).items() if value is not None}
+    return ", ".join(f"{name} {value:g}" for name, value in given.items())
+
+
+def candidates(
+    model: nn.Module, windows: torch.Tensor, n_dropped: int, *, rules: Sequence[str] = CHEAP_RULES
+) -> list[Candidate]:
+    """Sets of layers by several rules, with the losses of the model without each.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        windows: Token ids ``(N, T)`` that the sets are chosen and measured on.
+        n_dropped: Layers in a set.
+        rules: Among :data:`orders.RULES`, without the first.
+
+    Returns:
+        First the whole model, of the rule ``none``; then one for each set, by loss. Where two rules
+        choose one set, it bears the first one's name.
+    """
+    chosen: dict[tuple[int, ...], str] = {(): "none"}
+    for rule, layers in _sets(model, windows, n_dropped, rules).items():
+        chosen.setdefault(layers, rule)
+    # The layers in front of a cut run once for all sets.
+    n_layers = len(models.decoder_layers(model))
+    starts = {layers: min(layers, default=n_layers) for layers in chosen}
+    shared = passes.SharedLayers([start for start in starts.values() if start < n_layers])
+    found = []
+    for layers, rule in chosen.items():
+        left = without_layers(model, layers) if layers else model
+        with shared.used_by(left, starts[layers]):
+            losses = evaluation.token_losses(left, windows).mean(1).tolist()
+        found.append(Candidate(rule, layers, tuple(losses)))
+    return [found[0], *sorted(found[1:], key=lambda candidate: candidate.loss)]
+
+
+def _sets(
+    model: nn.Module, windows: torch.Tensor, n_dropped: int, rules: Sequence[str]
+) -> Mapping[str, tuple[int, ...]]:
+    """By rule, the layers that it removes."""
+    n_layers = len(models.decoder_layers(model))
+    found = similarity.measure_similarity(model, windows)
+    sets = {
+        "closest block": selection.best_block(found.angular_distance, n_dropped).layers,
+        "deepest but last": selection.deepest(n_layers, n_dropped),
+        "reverse order": selection.deepest(n_layers, n_dropped, keep_last=0),
+        "block influence": selection.least_important(found.block_influence, n_dropped),
+    }
+    if "perplexity" in rules:
+        scores = importance.perplexity_without_layer(model, windows)
+        sets["perplexity"] = selection.least_important(scores, n_dropped)
+    return {rule: sets[rule] for rule in rules}
+
+
+def choose(model: nn.Module, windows: torch.Tensor, n_dropped: int, rule: str) -> Choice:
+    """The layers that go, beside those of the runner-up and the whole model.
+
+    Args:
+        model: As for :func:`candidates`, with ``windows`` and ``n_dropped``.
+        windows: See above.
+        n_dropped: See above.
+        rule: Among :data:`orders.RULES`.
+
+    Raises:
+        ValueError: For another rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    rules = [*CHEAP_RULES, rule] if rule == "perplexity" else list(CHEAP_RULES)
+    # The asked rule's name comes first, so that its set bears it.
+    rules.sort(key=lambda name: name != rule)
+    whole, *ranked = candidates(model, windows, n_dropped, rules=rules)
+    wanted = [one for one in ranked if rule in (LOWEST_LOSS, one.rule)][0]
+    others = [one for one in ranked if one is not wanted]
+    return Choice(wanted, others[0] if others else None, whole)

@@ -1,0 +1,418 @@
+"""A smaller model of one's own: planned, cut, healed, saved, loaded again, measured and judged.
+
+What is finished is kept in a folder beside the one that is asked for. A run that is stopped goes on
+from there, and the folder that is asked for appears when all is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from pruning_utils import (
+    __version__,
+    data,
+    efficiency,
+    evaluation,
+    healing,
+    instructions,
+    models,
+    release,
+    runtime,
+    surgery,
+)
+from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.checks import number
+from pruning_utils.shrinking import judgements, plans, reports
+from pruning_utils.shrinking.orders import METHODS, NO_HEALING, RULES, Order
+from pruning_utils.shrinking.plans import Candidate
+from pruning_utils.studies.study import fresh_processes, without_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+N_CHOSEN_ON = 8  # windows of calibration text that the layers are chosen on
+N_VALIDATION = 8  # windows that healing is watched on
+BATCH_SIZE = 4
+MOST_STEPS = 1000  # each on text that was not seen before
+N_COMPARED = 4  # windows that the saved model must give the same losses on
+
+
+def check_order(order: Order) -> None:
+    """ValueError for what can be seen to be wrong before a model is loaded."""
+    plans.check_goal(order.goal)
+    judgements.check_limits(order.limits)
+    for name, value, known in (("rule", order.rule, RULES), ("method", order.method, METHODS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    number("minutes", order.minutes, "above 0", lambda minutes: 0 < minutes < 1e6)
+    number("learning_rate", order.learning_rate, "above 0", lambda rate: 0 < rate < 1e3)
+    judgements.check_measured(order.measured)
+
+
+def record_of(order: Order) -> dict:
+    """The order as plain values, with the weights that the model's name stands for."""
+    asked = asdict(order) | {"model": models.identity(order.model, order.revision)}
+    return json.loads(json.dumps(asked | {"pruning_utils": __version__}))
+
+
+def planned(order: Order) -> dict:
+    """The plan alone, see :func:`plan_of`; nothing is made.
+
+    Raises:
+        ValueError: As for :func:`shrink`.
+    """
+    check_order(order)
+    return plan_of(order, *_loaded(order))
+
+
+def shrink(order: Order, out: str | os.PathLike) -> dict:
+    """Make a smaller model and say whether it is fit.
+
+    The stages are: plan, cut, heal, save, load again in a new process and measure there, measure
+    the whole model likewise, judge. The plan says on the terminal what healing will take.
+
+    Args:
+        order: What is asked for.
+        out: A new or empty folder: the model with its card, ``report.html`` with its figures, and
+            ``judgement.csv``. What is finished before lies beside it, in ``<out>.work``.
+
+    Returns:
+        ``plan`` (:func:`plan_of`), ``judgement`` (a table of :func:`judgements.judged`) and
+        ``word``, the judgement over all measures.
+
+    Raises:
+        ValueError: Before any long work, for an order that is out of range or that no number of
+            layers meets (the nearest is named), or a folder that holds something else or belongs to
+            another order.
+        RuntimeError: If another process makes the same folder, or the saved model is not the one in
+            memory.
+    """
+    check_order(order)
+    target = _free_folder(out)
+    with _workplace(target, order) as work:
+        plan = work.once("plan", lambda: plan_of(order, *_loaded(order)))
+        _say(plan_text(order, plan))
+        made = work.once("made", lambda: _made(order, plan, work.folder))
+        _say("measuring both models, each in a process of its own")
+        results = {
+            "smaller": work.once(
+                "smaller", lambda: _measured(order, str(work.folder / "model"), None)
+            ),
+            "unpruned": work.once(
+                "unpruned", lambda: _measured(order, order.model, order.revision)
+            ),
+        }
+        _refuse_another(made, results["smaller"])
+        judgement = judgements.judged(results["unpruned"], results["smaller"], order.limits)
+        word = judgements.overall(judgement["judgement"].tolist())
+        _publish(order, plan, made, results, judgement, work.folder / "model")
+        if target.exists():
+            target.rmdir()
+        os.replace(work.folder / "model", target)
+    shutil.rmtree(work.folder)
+    _say(f"{target}: {word} ({judgements.limits_text(order.limits)})")
+    return {"plan": plan, "judgement": judgement, "word": word}
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
+# --- the folder beside ----------------------------------------------------------------------------
+
+
+def _free_folder(out: str | os.PathLike) -> Path:
+    """The folder that is asked for, if it is new or empty."""
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--out must be a new or empty folder, but {target} holds something")
+    return target
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The folder of what is finished."""
+
+    folder: Path
+
+    def once(self, name: str, compute: Callable[[], dict]) -> dict:
+        """What was computed before under this name; else it is computed, and kept as JSON."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            text = json.dumps(compute(), indent=1)
+            with runtime.atomic_path(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _workplace(target: Path, order: Order) -> Iterator[_Work]:
+    """The folder beside, held by this process alone, of this order and no other."""
+    folder = target.with_name(f"{target.name}.work")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            work = _Work(folder)
+            asked = record_of(order)
+            before = work.once("order", lambda: asked)
+            differing = sorted(name for name in asked if asked[name] != before.get(name))
+            if differing:
+                raise ValueError(
+                    f"{folder} was begun with other values of {', '.join(differing)}: ask for the "
+                    "same, remove it, or choose another --out"
+                )
+            yield work
+    except filelock.Timeout as error:
+        raise RuntimeError(f"another process is making {target}") from error
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def _loaded(order: Order) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    return models.load_model(
+        order.model, revision=order.revision, dtype=order.dtype, device=order.device
+    )
+
+
+def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Which layers go, what is left, and how many steps the minutes of healing allow.
+
+    Args:
+        order: What is asked for.
+        model: The whole model.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        Plain values: ``n_layers``, ``rule``, ``layers``, ``loss`` and ``unpruned_loss`` (nats per
+        token, unhealed, on the text that the layers are chosen on), ``runner_up`` (``rule``,
+        ``layers``, ``loss``; None where there is none), ``parameters`` and ``bytes`` before and
+        after, ``ms_per_token`` before and after, ``steps`` and ``seconds_per_step``.
+    """
+    seq_len = min(order.measured.seq_len, models.context_length(model.config))
+    _say("planning: one scan, and the loss without each set of layers")
+    times = plans.token_times(model)
+    n_dropped = plans.layers_to_go(model, order.goal, times)
+    windows = data.calibration_windows(tokenizer, N_CHOSEN_ON, seq_len, seed=order.seed)
+    choice = plans.choose(model, windows, n_dropped, order.rule)
+    pruned = without_layers(model, choice.chosen.layers)
+    n_layers = len(models.decoder_layers(model))
+    steps, seconds = _steps(order, pruned, tokenizer, seq_len)
+    sizes = [efficiency.stored_parameters(one) for one in (model, pruned)]
+    return {
+        "n_layers": n_layers,
+        **_plain(choice.chosen),
+        "unpruned_loss": choice.whole.loss,
+        "runner_up": _plain(choice.runner_up) if choice.runner_up else None,
+        "parameters": [size["total"] for size in sizes],
+        "bytes": [size["bytes"] for size in sizes],
+        "ms_per_token": [times.at(n_layers), times.at(n_layers - n_dropped)],
+        "seq_len": seq_len,
+        "steps": steps,
+        "seconds_per_step": seconds,
+    }
+
+
+def _plain(candidate: Candidate) -> dict:
+    return {"rule": candidate.rule, "layers": list(candidate.layers), "loss": candidate.loss}
+
+
+def _steps(
+    order: Order, pruned: nn.Module, tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> tuple[int, float]:
+    """How many steps of healing the minutes allow, and the seconds of one, by a probe.
+
+    Trainings of one step and of three differ by two steps.
+    """
+    if order.method == NO_HEALING:
+        return 0, 0.0
+    _say("probing: a few steps of healing")
+    windows = _healing_windows(order, tokenizer, seq_len, 3)
+    taken = {}
+    for steps in (1, 3):
+        started = time.perf_counter()
+        healing.heal(pruned, tokenizer, windows, **_recipe(order, steps))
+        taken[steps] = time.perf_counter() - started
+    seconds = max((taken[3] - taken[1]) / 2, 1e-3)
+    watched = _validation_windows(tokenizer, seq_len)
+    started = time.perf_counter()
+    evaluation.token_losses(pruned, watched)
+    watching = (healing.EVALUATIONS + 1) * (time.perf_counter() - started)
+    steps = int((60 * order.minutes - watching) / seconds)
+    if steps < 1:
+        raise ValueError(
+            f"minutes must be at least {(watching + seconds) / 60:.2g} for one step of healing "
+            f"here, got {order.minutes:g}"
+        )
+    return min(steps, MOST_STEPS), seconds
+
+
+def _recipe(order: Order, steps: int) -> dict[str, Any]:
+    return {
+        "method": order.method,
+        "steps": steps,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": order.learning_rate,
+        "warmup_steps": steps // 10,
+        "dropout": 0.0,  # no text is seen twice
+        "merge": True,
+        "seed": order.seed,
+    }
+
+
+def _healing_windows(
+    order: Order, tokenizer: PreTrainedTokenizerBase, seq_len: int, steps: int
+) -> torch.Tensor:
+    given = (tokenizer, steps * BATCH_SIZE, seq_len)
+    source = order.healing_text
+    if source is not None and instructions.is_source(source):
+        return instructions.instruction_windows(*given, source=source, seed=order.seed)
+    return data.healing_windows(*given, source=source, seed=order.seed)
+
+
+def _validation_windows(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> torch.Tensor:
+    return data.document_windows(tokenizer, N_VALIDATION, seq_len, split="validation")
+
+
+def plan_text(order: Order, plan: dict) -> str:
+    """The plan as lines for a terminal."""
+    before, after = plan["parameters"]
+    lines = [
+        f"plan for {order.model}: {len(plan['layers'])} of {plan['n_layers']} layers go",
+        f"  layers {_numbers(plan['layers'])}, by the rule {plan['rule']!r}: unhealed loss "
+        f"{plan['loss']:.3f} nats per token, {plan['unpruned_loss']:.3f} with all layers",
+    ]
+    other = plan["runner_up"]
+    if other:
+        lines.append(
+            f"  runner-up: {_numbers(other['layers'])}, by {other['rule']!r}: {other['loss']:.3f}"
+        )
+    lines += [
+        f"  parameters {before:,} -> {after:,}; weights "
+        + " -> ".join(f"{size / 1e6:,.0f} MB" for size in plan["bytes"]),
+        "  a generated token "
+        + " -> ".join(f"{time:.1f} ms" for time in plan["ms_per_token"])
+        + " here, one text at a time",
+    ]
+    if plan["steps"]:
+        minutes = plan["steps"] * plan["seconds_per_step"] / 60
+        lines.append(
+            f"  healing: {order.method}, {plan['steps']} steps of "
+            f"{BATCH_SIZE * plan['seq_len']:,} tokens, about {minutes:.1f} minutes here"
+        )
+    read = order.measured
+    lines += [
+        f"  fit means: {judgements.limits_text(order.limits)}",
+        f"  measured on {read.documents} documents of {read.text}, and {read.questions} questions "
+        f"each of {', '.join(read.tasks)}",
+    ]
+    return "\n".join(lines)
+
+
+def _numbers(layers: list[int]) -> str:
+    """Layer numbers, with runs as ``11-18``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+# --- what is made and measured --------------------------------------------------------------------
+
+
+def _made(order: Order, plan: dict, folder: Path) -> dict:
+    """Cut, heal and save; the losses of the model in memory, and those of its training."""
+    model, tokenizer = _loaded(order)
+    current = surgery.drop_layers(model, plan["layers"])
+    history = pd.DataFrame(columns=["tokens", "split", "loss"])
+    if plan["steps"]:
+        healed = healing.heal(
+            current,
+            tokenizer,
+            _healing_windows(order, tokenizer, plan["seq_len"], plan["steps"]),
+            eval_ids=_validation_windows(tokenizer, plan["seq_len"]),
+            output_dir=folder / "healing",
+            **_recipe(order, plan["steps"]),
+        )
+        current, history = healed.model, healed.history
+    surgery.save(current, tokenizer, folder / "model", overwrite=True)
+    windows = data.document_windows(
+        tokenizer, N_COMPARED, plan["seq_len"], source=order.measured.text
+    )
+    return {
+        "losses": evaluation.token_losses(current, windows).mean(1).tolist(),
+        "history": history[["tokens", "split", "loss"]].to_dict("records"),
+    }
+
+
+def _measured(order: Order, model: str, revision: str | None) -> dict:
+    with fresh_processes() as processes:
+        return processes.submit(
+            judgements.measure,
+            model,
+            revision=revision,
+            dtype=order.dtype,
+            device=order.device,
+            measured=order.measured,
+        ).result()
+
+
+def _refuse_another(made: dict, loaded: dict) -> None:
+    """RuntimeError if what was loaded again has other losses than what was saved."""
+    rows = [row["value"] for row in loaded["rows"] if row["measure"] == judgements.LOSS]
+    saved = rows[: len(made["losses"])]
+    if not np.allclose(made["losses"], saved, rtol=0, atol=0.02):
+        raise RuntimeError(
+            f"the saved model is not the one in memory: losses {saved}, and {made['losses']} before"
+        )
+
+
+def _publish(
+    order: Order, plan: dict, made: dict, results: dict, judgement: pd.DataFrame, folder: Path
+) -> None:
+    """Write card, report and table into the folder of the model."""
+    healed = f"{order.method}, {plan['steps']} steps of {BATCH_SIZE * plan['seq_len']:,} tokens"
+    card = release.model_card(
+        base=order.model,
+        layers=plan["layers"],
+        n_layers=plan["n_layers"],
+        parameters=results["smaller"]["parameters"],
+        recipe=healed if plan["steps"] else "not at all",
+        text=str(order.healing_text or "BoolQ and QuAC passages") if plan["steps"] else "nothing",
+        scores=judgement.set_index("measure").round(4),
+        record={"order": record_of(order), "plan": plan},
+    )
+    page = reports.report(
+        title=f"{Path(order.model).name} without {len(plan['layers'])} layers",
+        plan_lines=plan_text(order, plan).splitlines(),
+        plan=plan,
+        history=pd.DataFrame(made["history"], columns=["tokens", "split", "loss"]),
+        judgement=judgement,
+        samples={name: found["sample"] for name, found in results.items()},
+        prompt=judgements.PROMPT,
+    )
+    for name, text in (
+        (release.CARD, card),
+        ("report.html", page),
+        ("judgement.csv", judgement.to_csv(index=False)),
+    ):
+        with runtime.atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")

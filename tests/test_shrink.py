@@ -1,0 +1,392 @@
+"""A smaller model of one's own: plan, judgement, what is kept on the way, and the command."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_model import N_LAYERS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pruning_utils import data, efficiency, evaluation, models, similarity
+from pruning_utils.shrinking import command, judgements, plans, reports, whole
+from pruning_utils.shrinking.orders import LOWEST_LOSS, Goal, Limits, Measured, Order
+from pruning_utils.shrinking.plans import TokenTimes
+from pruning_utils.studies.study import without_layers
+
+ROOT = Path(__file__).resolve().parents[1]
+FEW = Measured(documents=4, seq_len=16, tasks=("openbookqa",), questions=4)
+
+
+@pytest.fixture
+def loaded(tiny):
+    return models.load_model(tiny, dtype="float32")
+
+
+def order(model: str, **given) -> Order:
+    """A small order for a model, with other values."""
+    asked = {"goal": Goal(keep=0.6), "minutes": 0.02, "measured": FEW, "dtype": "float32"}
+    return Order(model, **{**asked, **given})
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def test_as_many_layers_go_as_a_goal_needs(loaded):
+    model, _ = loaded
+    stored = efficiency.stored_parameters(model)
+    one = stored["layers"] // N_LAYERS
+    assert plans.layers_to_go(model, Goal(keep=0.6)) == 2
+    assert plans.layers_to_go(model, Goal(keep=0.8)) == 1
+    for gone in (1, 2, 4):
+        left = stored["total"] - gone * one
+        assert plans.layers_to_go(model, Goal(max_parameters=left)) == gone
+        assert plans.layers_to_go(model, Goal(max_parameters=left + one - 1)) == gone
+        assert plans.layers_to_go(model, Goal(max_bytes=stored["bytes"] - 4 * gone * one)) == gone
+    times = TokenTimes(fixed=2.0, per_layer=1.0)
+    assert plans.layers_to_go(model, Goal(max_ms_per_token=5.0), times) == 2
+    both = Goal(keep=0.8, max_parameters=stored["total"] - 3 * one)
+    assert plans.layers_to_go(model, both) == 3, "all that is given must be met"
+
+
+@pytest.mark.parametrize(
+    ("goal", "message"),
+    [
+        (Goal(), "a goal must be given, one or more of keep, max_parameters, max_bytes, max_ms"),
+        (Goal(keep=1.0), r"keep must be in \(0, 1\), got 1.0"),
+        (Goal(keep=0.05), "keep must leave one of 5 layers, got 0.05"),
+        (Goal(keep=0.95), "no layer has to go: keep 0.95 is met by the model as it is"),
+        (Goal(max_parameters=0), "max_parameters must be"),
+        (Goal(max_parameters=9), "max_parameters must be at least 788.*, which one layer of 5 lea"),
+        (Goal(max_bytes=10**12), "no layer has to go: max_bytes 1e.12 is met by the model as it"),
+        (Goal(max_ms_per_token=0.0), "max_ms_per_token must be above 0, got 0.0"),
+        (Goal(max_ms_per_token=1.0), "max_ms_per_token must be at least 3, which one layer of 5"),
+    ],
+)
+def test_goals_that_nothing_meets_are_refused_with_the_nearest(goal, message, loaded):
+    with pytest.raises(ValueError, match=message):
+        plans.layers_to_go(loaded[0], goal, TokenTimes(fixed=2.0, per_layer=1.0))
+
+
+def test_the_set_with_the_lowest_loss_is_chosen(loaded, monkeypatch):
+    model, tokenizer = loaded
+    windows = data.calibration_windows(tokenizer, 3, 16)
+    distances = similarity.measure_similarity(model, windows).angular_distance
+    calls = []
+    for number, layer in enumerate(models.decoder_layers(model)):
+        layer.register_forward_hook(lambda *_, number=number: calls.append(number))
+    intact, *ranked = plans.candidates(model, windows, 2)
+    assert intact.layers == () and intact.losses == pytest.approx(
+        evaluation.token_losses(model, windows).mean(1).tolist()
+    )
+    for one in ranked:
+        naive = evaluation.token_losses(without_layers(model, one.layers), windows).mean(1)
+        assert one.losses == pytest.approx(naive.tolist(), rel=1e-5)
+    assert [one.loss for one in ranked] == sorted(one.loss for one in ranked)
+    assert len({one.layers for one in ranked}) == len(ranked)
+    choice = plans.choose(model, windows, 2, LOWEST_LOSS)
+    assert (choice.chosen, choice.runner_up, choice.whole) == (*ranked[:2], intact)
+    asked = plans.choose(model, windows, 2, "reverse order")
+    assert asked.chosen.layers == (3, 4) and asked.chosen.rule == "reverse order"
+    assert asked.runner_up == next(one for one in ranked if one.layers != (3, 4))
+    closest = plans.choose(model, windows, 2, "closest block").chosen
+    start = int(np.argmin([distances[n, n + 2] for n in range(4)]))
+    assert closest.layers == (start, start + 1)
+    with pytest.raises(ValueError, match="rule must be one of lowest loss, .* got 'best'"):
+        plans.choose(model, windows, 2, "best")
+
+
+def test_times_are_a_line_over_the_layers(loaded, monkeypatch):
+    seen = []
+
+    def speed(model, **given):
+        seen.append(len(models.decoder_layers(model)))
+        return pd.DataFrame({"per_token_seconds": [0.002 + 0.001 * seen[-1], 9.0]})
+
+    monkeypatch.setattr(efficiency, "generation_speed", speed)
+    times = plans.token_times(loaded[0])
+    assert (
+        seen == [5, 2]
+        and times == pytest.approx((2.0, 1.0))
+        and times.at(3) == (pytest.approx(5.0))
+    )
+
+
+# --- the judgement --------------------------------------------------------------------------------
+
+
+def found(losses, right, times=(10.0, 10.0)) -> dict:
+    """What a model was measured to have."""
+    rows = [judgements._row("loss", "xsum", item, value) for item, value in enumerate(losses)]
+    for task, answers in right.items():
+        rows += [judgements._row("right", task, item, one) for item, one in enumerate(answers)]
+    rows += [judgements._row("ms per token", "", run, value) for run, value in enumerate(times)]
+    return {"rows": rows}
+
+
+def test_a_smaller_model_is_judged_by_its_whole_interval():
+    before = found([3.0, 4.0, 5.0], {"a": [1, 1, 1, 1], "b": [1, 0]})
+    smaller = found([3.2, 4.3, 5.1], {"a": [1, 1, 1, 1], "b": [1, 0]}, (5.0, 6.0))
+    table = judgements.judged(before, smaller, Limits(loss=0.5, accuracy=0.1)).set_index("measure")
+    loss = table.loc["loss (nats per token)"]
+    assert (loss["unpruned"], loss["smaller"]) == (4.0, pytest.approx(4.2))
+    assert loss["change"] == pytest.approx(0.2) and loss["judgement"] == "fit"
+    answers = table.loc["accuracy (mean of the tasks)"]
+    assert answers["unpruned"] == answers["smaller"] == 0.75, "each task has one weight"
+    assert answers["judgement"] == "fit" and answers["limit"] == -0.1
+    assert table.loc["ms per token", "change"] == -4.5
+    assert table.loc["ms per token", "judgement"] == ""
+    strict = judgements.judged(before, smaller, Limits(loss=0.01, accuracy=0.1, ms_per_token=5.5))
+    assert strict["judgement"].tolist() == ["cannot be told", "fit", "cannot be told"]
+    worse = found([9.0, 10.0, 11.1], {"a": [0, 0, 0, 0], "b": [1, 0]})
+    judged = judgements.judged(before, worse, Limits(loss=0.5, accuracy=0.1, ms_per_token=1.0))
+    assert judged["judgement"].tolist() == ["not fit", "not fit", "not fit"]
+    assert judgements.overall(["fit", "cannot be told", ""]) == "cannot be told"
+    assert judgements.overall(["fit", "not fit", "cannot be told"]) == "not fit"
+    assert judgements.overall(["fit", ""]) == "fit"
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(loss=0.0), "the limit of the loss must be above 0, got 0.0"),
+        (Limits(accuracy=1.0), r"the limit of the accuracy must be in \(0, 1\), got 1.0"),
+        (Limits(loss=float("nan")), "the limit of the loss must be above 0, got nan"),
+    ],
+)
+def test_limits_out_of_range_are_refused(limits, message):
+    with pytest.raises(ValueError, match=message):
+        judgements.check_limits(limits)
+
+
+def test_an_answer_follows_the_chat_template(loaded):
+    model, tokenizer = loaded
+    asked = []
+    generate = model.generate
+
+    def heard(**given):
+        asked.append(tokenizer.decode(given["input_ids"][0]))
+        return generate(**given)
+
+    model.generate = heard
+    judgements.answer(model, tokenizer, "Why?", n_tokens=2)
+    assert "<|im_start|>user\nWhy?" in asked[-1] and asked[-1].endswith("assistant\n")
+    tokenizer.chat_template = None
+    judgements.answer(model, tokenizer, "Why?", n_tokens=2)
+    assert asked[-1] == "Why?"
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_model_is_made_that_plain_transformers_loads(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(whole, "MOST_STEPS", 4)
+    out = tmp_path / "small"
+    made = whole.shrink(order(tiny, minutes=2.0), out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+    plan = made["plan"]
+    assert len(plan["layers"]) == 2 and plan["n_layers"] == N_LAYERS and plan["steps"] == 4
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(out)
+    assert model.config.num_hidden_layers == 3
+    assert plan["parameters"][1] == sum(weight.numel() for weight in model.parameters())
+    assert f"without 2 of its {N_LAYERS} layers" in (out / "README.md").read_text()
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page
+    kept = pd.read_csv(out / "judgement.csv", keep_default_na=False)
+    assert kept["judgement"].tolist() == made["judgement"]["judgement"].tolist()
+    assert made["word"] in (judgements.FIT, judgements.NOT_FIT, judgements.UNTOLD)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Models are measured in this process, and what is done is noted."""
+    done = []
+
+    def measured(order, model, revision):
+        done.append("measure")
+        return judgements.measure(
+            model, revision=revision, dtype=order.dtype, device=None, measured=order.measured
+        )
+
+    def noted(name, own):
+        def run(*given, **named):
+            done.append(name)
+            return own(*given, **named)
+
+        return run
+
+    monkeypatch.setattr(whole, "_measured", measured)
+    monkeypatch.setattr(whole, "plan_of", noted("plan", whole.plan_of))
+    monkeypatch.setattr(whole, "_made", noted("make", whole._made))
+    return done
+
+
+def test_a_stopped_run_goes_on(tiny, tmp_path, here, monkeypatch):
+    out = tmp_path / "small"
+    asked = order(tiny, method="none")
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "_publish", full)
+        with pytest.raises(OSError, match="No space"):
+            whole.shrink(asked, out)
+    assert not out.exists() and here == ["plan", "make", "measure", "measure"]
+    with pytest.raises(ValueError, match="small.work was begun with other values of minutes: ask"):
+        whole.shrink(order(tiny, method="none", minutes=3), out)
+    made = whole.shrink(asked, out)
+    assert here == ["plan", "make", "measure", "measure"], "nothing is done twice"
+    assert (out / "config.json").exists() and made["plan"]["steps"] == 0
+    assert "Trained: not at all." in (out / "README.md").read_text()
+
+
+def test_a_model_that_loads_as_another_is_not_given_out(tiny, tmp_path, here, monkeypatch):
+    measure = judgements.measure
+
+    def another(*given, **named):
+        rows = measure(*given, **named)
+        for row in rows["rows"]:
+            row["value"] += 1
+        return rows
+
+    monkeypatch.setattr(judgements, "measure", another)
+    with pytest.raises(RuntimeError, match="the saved model is not the one in memory"):
+        whole.shrink(order(tiny, method="none"), tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rule": "best"}, "rule must be one of lowest loss, closest block"),
+        ({"method": "sft"}, "method must be one of none, lora, qlora"),
+        ({"minutes": 0}, "minutes must be above 0, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be above 0, got -1.0"),
+        ({"measured": Measured(documents=1)}, "documents must be"),
+        ({"measured": Measured(tasks=("quiz",))}, "quiz"),
+        ({"goal": Goal(keep=2.0)}, "keep must be in"),
+        ({"limits": Limits(accuracy=0.0)}, "the limit of the accuracy must be in"),
+    ],
+)
+def test_bad_orders_are_refused_before_a_model_is_loaded(given, message, tiny, tmp_path, here):
+    with pytest.raises(ValueError, match=message):
+        whole.shrink(order(tiny, **given), tmp_path / "small")
+    assert not here and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_something_is_left_alone(tiny, tmp_path, here):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="--out must be a new or empty folder, but .*small holds"):
+        whole.shrink(order(tiny), tmp_path / "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_too_few_minutes_are_refused_with_the_fewest(tiny, monkeypatch):
+    with pytest.raises(ValueError, match="minutes must be at least .* for one step of healing"):
+        whole.planned(order(tiny, minutes=1e-7))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_numbers_of_the_command_line():
+    assert [command.share(text) for text in ("75%", "0.75", "12.5%")] == [0.75, 0.75, 0.125]
+    assert [command.count(text) for text in ("1.5B", "100M", "20k", "7", "2G")] == [
+        1_500_000_000,
+        100_000_000,
+        20_000,
+        7,
+        2_000_000_000,
+    ]
+
+
+def test_a_plan_is_printed_and_nothing_is_made(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["shrink", tiny, "--keep", "60%", "--recipe", "none", "--plan", "--dtype", "float32"]
+    assert command.main([*words, "--rule", "reverse order"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 5 layers go" in printed and "layers 3-4, by the rule 'reverse order'" in printed
+    assert "fit means: loss at most 0.5 nats per token higher, accuracy at most 0.05" in printed
+    assert "48 documents of xsum, and 100 questions each of arc_easy, hellaswag" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keep", "60%"], "pruning-utils: --out must name a new folder, or --plan be given\n"),
+        (["--plan"], "pruning-utils: a goal must be given, one or more of keep, "),
+        (["--plan", "--keep", "60%", "--rule", "x"], "pruning-utils: rule must be one of "),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, message, tiny, capsys):
+    assert command.main(["shrink", tiny, *words]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(message) and said.count("\n") == 1
+
+
+def test_help_needs_nothing_heavy():
+    said = "import sys; from pruning_utils.shrinking import command; command.parser().format_help()"
+    heavy = "print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", f"{said}; {heavy}"], capture_output=True, text=True)
+    assert ran.stdout == "set()\n", ran.stderr
+
+
+def test_the_command_is_installed():
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = importlib.metadata.EntryPoint(
+        "pruning-utils", given["project"]["scripts"]["pruning-utils"], "console_scripts"
+    )
+    assert found.load() is command.main
+
+
+def test_every_option_reaches_the_order(tiny):
+    words = ["shrink", tiny, "--out", "a", "--keep", "60%", "--max-parameters", "1M"]
+    words += ["--max-bytes", "2M", "--max-ms-per-token", "3", "--rule", "perplexity"]
+    words += ["--recipe", "qlora", "--minutes", "4", "--learning-rate", "5e-4", "--seed", "6"]
+    words += ["--healing-text", "nq-open", "--loss-limit", "0.7", "--accuracy-limit", "0.08"]
+    words += ["--documents", "9", "--questions", "10", "--tasks", "piqa", "boolq"]
+    words += ["--revision", "main", "--dtype", "float16", "--device", "cpu"]
+    assert command.order_of(command.parser().parse_args(words)) == Order(
+        tiny,
+        Goal(0.6, 10**6, 2 * 10**6, 3.0),
+        rule="perplexity",
+        method="qlora",
+        minutes=4.0,
+        learning_rate=5e-4,
+        healing_text="nq-open",
+        limits=Limits(0.7, 0.08, 3.0),
+        measured=Measured(documents=9, questions=10, tasks=("piqa", "boolq")),
+        revision="main",
+        dtype="float16",
+        device="cpu",
+        seed=6,
+    )
+
+
+def test_the_page_shows_text_as_text():
+    judgement = judgements.judged(
+        found([1.0, 2.0], {"a": [1, 0]}), found([1.0, 2.1], {"a": [1, 0]}), Limits()
+    )
+    page = reports.report(
+        title="<b>",
+        plan_lines=["a < b"],
+        plan={"rule": "x", "layers": [1], "n_layers": 3, "runner_up": None},
+        history=pd.DataFrame(columns=["tokens", "split", "loss"]),
+        judgement=judgement,
+        samples={"smaller": "<script>"},
+        prompt="?",
+    )
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<b>" not in page
+    assert page.count("data:image/png;base64,") == 2
+    json.dumps(page)
