@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -197,8 +198,9 @@ def test_a_model_is_made_that_plain_transformers_loads(tiny, tmp_path, monkeypat
     AutoTokenizer.from_pretrained(out)
     assert model.config.num_hidden_layers == 3
     assert plan["parameters"][1] == sum(weight.numel() for weight in model.parameters())
-    assert f"without 2 of its {N_LAYERS} layers" in (out / "README.md").read_text()
-    page = (out / "report.html").read_text()
+    card, page = (out / "README.md").read_text(), (out / "report.html").read_text()
+    assert f"# tiny-llama without 2 of its {N_LAYERS} layers" in card and "nan" not in card
+    assert tiny not in card + page, "no path of this machine"
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
     kept = pd.read_csv(out / "judgement.csv", keep_default_na=False)
     assert kept["judgement"].tolist() == made["judgement"]["judgement"].tolist()
@@ -283,12 +285,37 @@ def test_bad_orders_are_refused_before_a_model_is_loaded(given, message, tiny, t
     assert not here and not list(tmp_path.iterdir())
 
 
+def test_models_are_called_as_others_know_them(tiny):
+    names = ("embedded", "gemma-3-270m", "owner/name", tiny)
+    assert [whole.name_of(name) for name in names] == [
+        "SmolLM2-135M-Instruct",
+        "gemma-3-270m",
+        "owner/name",
+        "tiny-llama",
+    ]
+
+
 def test_a_folder_that_holds_something_is_left_alone(tiny, tmp_path, here):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="--out must be a new or empty folder, but .*small holds"):
         whole.shrink(order(tiny), tmp_path / "small")
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_two_processes_do_not_make_one_folder(tiny, tmp_path, here):
+    (tmp_path / "small.work").mkdir()
+    with filelock.FileLock(tmp_path / "small.work" / ".lock"):
+        with pytest.raises(RuntimeError, match="another process is making .*small"):
+            whole.shrink(order(tiny), tmp_path / "small")
+    assert not here
+
+
+def test_minutes_are_steps_and_looks_at_the_validation_text():
+    # Nine looks of 2 s and 20 steps of 3 s; three looks and two steps, of 12 s in all.
+    assert whole.steps_within(78, 3, 2) == 20 and whole.steps_within(77.9, 3, 2) == 19
+    assert whole.steps_within(12, 3, 2) == 2 and whole.steps_within(6.9, 3, 2) == 0
+    assert whole.steps_within(42, 3, 2) == 8
 
 
 def test_too_few_minutes_are_refused_with_the_fewest(tiny, monkeypatch):
@@ -333,6 +360,26 @@ def test_what_is_wrong_is_one_line(words, message, tiny, capsys):
     assert command.main(["shrink", tiny, *words]) == 1
     said = capsys.readouterr().err
     assert said.startswith(message) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "pruning-utils: stopped; the same command goes on from here\n"),
+        (OSError(28, "could not write small: No space left"), 1, "No space left\n"),
+    ],
+)
+def test_a_run_that_ends_early_says_so_in_one_line(
+    raised, code, message, tiny, tmp_path, capsys, monkeypatch
+):
+    def end(*given):
+        raise raised
+
+    monkeypatch.setattr(whole, "shrink", end)
+    words = ["shrink", tiny, "--keep", "60%", "--out", str(tmp_path / "small")]
+    assert command.main(words) == code
+    said = capsys.readouterr().err
+    assert said.endswith(message) and said.count("\n") == 1
 
 
 def test_help_needs_nothing_heavy():

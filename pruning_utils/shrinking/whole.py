@@ -27,6 +27,7 @@ from pruning_utils import (
     __version__,
     data,
     efficiency,
+    embedded,
     evaluation,
     healing,
     instructions,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 N_CHOSEN_ON = 8  # windows of calibration text that the layers are chosen on
-N_VALIDATION = 8  # windows that healing is watched on
+N_VALIDATION = 4  # windows that healing is watched on
 BATCH_SIZE = 4
 MOST_STEPS = 1000  # each on text that was not seen before
 N_COMPARED = 4  # windows that the saved model must give the same losses on
@@ -129,6 +130,14 @@ def shrink(order: Order, out: str | os.PathLike) -> dict:
     return {"plan": plan, "judgement": judgement, "word": word}
 
 
+def name_of(model: str) -> str:
+    """A model as others know it: a hub id, the name of a directory without its path."""
+    found = embedded.find_embedded(model)
+    if found:
+        return found.title
+    return Path(model).resolve().name if os.path.isdir(model) else model
+
+
 def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
@@ -202,7 +211,8 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         Plain values: ``n_layers``, ``rule``, ``layers``, ``loss`` and ``unpruned_loss`` (nats per
         token, unhealed, on the text that the layers are chosen on), ``runner_up`` (``rule``,
         ``layers``, ``loss``; None where there is none), ``parameters`` and ``bytes`` before and
-        after, ``ms_per_token`` before and after, ``steps`` and ``seconds_per_step``.
+        after, ``ms_per_token`` before and after, ``steps`` and the ``healing_seconds`` that they
+        and the watching of them will take.
     """
     seq_len = min(order.measured.seq_len, models.context_length(model.config))
     _say("planning: one scan, and the loss without each set of layers")
@@ -224,7 +234,7 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         "ms_per_token": [times.at(n_layers), times.at(n_layers - n_dropped)],
         "seq_len": seq_len,
         "steps": steps,
-        "seconds_per_step": seconds,
+        "healing_seconds": seconds,
     }
 
 
@@ -235,7 +245,7 @@ def _plain(candidate: Candidate) -> dict:
 def _steps(
     order: Order, pruned: nn.Module, tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> tuple[int, float]:
-    """How many steps of healing the minutes allow, and the seconds of one, by a probe.
+    """How many steps of healing the minutes allow, and the seconds that it takes, by a probe.
 
     Trainings of one step and of three differ by two steps.
     """
@@ -252,14 +262,28 @@ def _steps(
     watched = _validation_windows(tokenizer, seq_len)
     started = time.perf_counter()
     evaluation.token_losses(pruned, watched)
-    watching = (healing.EVALUATIONS + 1) * (time.perf_counter() - started)
-    steps = int((60 * order.minutes - watching) / seconds)
+    watch = time.perf_counter() - started
+    steps = min(steps_within(60 * order.minutes, seconds, watch), MOST_STEPS)
     if steps < 1:
         raise ValueError(
-            f"minutes must be at least {(watching + seconds) / 60:.2g} for one step of healing "
+            f"minutes must be at least {(2 * watch + seconds) / 60:.2g} for one step of healing "
             f"here, got {order.minutes:g}"
         )
-    return min(steps, MOST_STEPS), seconds
+    return steps, (1 + min(steps, healing.EVALUATIONS)) * watch + steps * seconds
+
+
+def steps_within(budget: float, step: float, watch: float) -> int:
+    """Most steps of healing that seconds suffice for.
+
+    Args:
+        budget: Seconds in all.
+        step: Seconds of a step.
+        watch: Seconds of a look at the validation text: before the first step, and eight times on
+            the way, at most once a step.
+    """
+    watched_rarely = int((budget - (healing.EVALUATIONS + 1) * watch) / step)
+    watched_always = int((budget - watch) / (step + watch))
+    return max(watched_rarely, min(watched_always, healing.EVALUATIONS))
 
 
 def _recipe(order: Order, steps: int) -> dict[str, Any]:
@@ -293,7 +317,7 @@ def plan_text(order: Order, plan: dict) -> str:
     """The plan as lines for a terminal."""
     before, after = plan["parameters"]
     lines = [
-        f"plan for {order.model}: {len(plan['layers'])} of {plan['n_layers']} layers go",
+        f"plan for {name_of(order.model)}: {len(plan['layers'])} of {plan['n_layers']} layers go",
         f"  layers {_numbers(plan['layers'])}, by the rule {plan['rule']!r}: unhealed loss "
         f"{plan['loss']:.3f} nats per token, {plan['unpruned_loss']:.3f} with all layers",
     ]
@@ -310,10 +334,10 @@ def plan_text(order: Order, plan: dict) -> str:
         + " here, one text at a time",
     ]
     if plan["steps"]:
-        minutes = plan["steps"] * plan["seconds_per_step"] / 60
         lines.append(
             f"  healing: {order.method}, {plan['steps']} steps of "
-            f"{BATCH_SIZE * plan['seq_len']:,} tokens, about {minutes:.1f} minutes here"
+            f"{BATCH_SIZE * plan['seq_len']:,} tokens, about {plan['healing_seconds'] / 60:.1f} "
+            "minutes here"
         )
     read = order.measured
     lines += [
@@ -391,17 +415,17 @@ def _publish(
     """Write card, report and table into the folder of the model."""
     healed = f"{order.method}, {plan['steps']} steps of {BATCH_SIZE * plan['seq_len']:,} tokens"
     card = release.model_card(
-        base=order.model,
+        base=name_of(order.model),
         layers=plan["layers"],
         n_layers=plan["n_layers"],
         parameters=results["smaller"]["parameters"],
         recipe=healed if plan["steps"] else "not at all",
         text=str(order.healing_text or "BoolQ and QuAC passages") if plan["steps"] else "nothing",
-        scores=judgement.set_index("measure").round(4),
+        scores=judgement.set_index("measure").round(4).astype(object).fillna(""),
         record={"order": record_of(order), "plan": plan},
     )
     page = reports.report(
-        title=f"{Path(order.model).name} without {len(plan['layers'])} layers",
+        title=f"{name_of(order.model)} without {len(plan['layers'])} layers",
         plan_lines=plan_text(order, plan).splitlines(),
         plan=plan,
         history=pd.DataFrame(made["history"], columns=["tokens", "split", "loss"]),
