@@ -303,6 +303,12 @@ def test_a_folder_that_holds_something_is_left_alone(tiny, tmp_path, here):
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
+def test_what_cannot_be_met_leaves_nothing_behind(tiny, tmp_path, here):
+    with pytest.raises(ValueError, match="max_parameters must be at least"):
+        whole.shrink(order(tiny, goal=Goal(max_parameters=9)), tmp_path / "small")
+    assert here == ["plan"] and not list(tmp_path.iterdir())
+
+
 def test_two_processes_do_not_make_one_folder(tiny, tmp_path, here):
     (tmp_path / "small.work").mkdir()
     with filelock.FileLock(tmp_path / "small.work" / ".lock"):

@@ -147,9 +147,9 @@ def _say(text: str) -> None:
 
 def _free_folder(out: str | os.PathLike) -> Path:
     """The folder that is asked for, if it is new or empty."""
-    target = Path(out)
+    target = Path(os.path.abspath(out))  # "." has a name then
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--out must be a new or empty folder, but {target} holds something")
+        raise ValueError(f"--out must be a new or empty folder, but {out} holds something")
     return target
 
 
@@ -163,10 +163,17 @@ class _Work:
         """What was computed before under this name; else it is computed, and kept as JSON."""
         path = self.folder / f"{name}.json"
         if not path.exists():
-            text = json.dumps(compute(), indent=1)
-            with runtime.atomic_path(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            self.keep(name, compute())
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def keep(self, name: str, value: dict) -> None:
+        """Write a value under a name, whole or not at all."""
+        with runtime.atomic_path(self.folder / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+    def is_planned(self) -> bool:
+        """Whether there is a plan. Before that nothing has taken long."""
+        return (self.folder / "plan.json").exists()
 
 
 @contextlib.contextmanager
@@ -177,17 +184,27 @@ def _workplace(target: Path, order: Order) -> Iterator[_Work]:
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
             work = _Work(folder)
-            asked = record_of(order)
-            before = work.once("order", lambda: asked)
-            differing = sorted(name for name in asked if asked[name] != before.get(name))
-            if differing:
-                raise ValueError(
-                    f"{folder} was begun with other values of {', '.join(differing)}: ask for the "
-                    "same, remove it, or choose another --out"
-                )
-            yield work
+            try:
+                _refuse_another_order(work, record_of(order))
+                yield work
+            finally:
+                if not work.is_planned():
+                    shutil.rmtree(folder)
     except filelock.Timeout as error:
         raise RuntimeError(f"another process is making {target}") from error
+
+
+def _refuse_another_order(work: _Work, asked: dict) -> None:
+    """ValueError if what lies there was begun for something else."""
+    if not work.is_planned():
+        work.keep("order", asked)
+    before = work.once("order", lambda: asked)
+    differing = sorted(name for name in asked if asked[name] != before.get(name))
+    if differing:
+        raise ValueError(
+            f"{work.folder} was begun with other values of {', '.join(differing)}: ask for the "
+            "same, remove it, or choose another --out"
+        )
 
 
 # --- the plan -------------------------------------------------------------------------------------
