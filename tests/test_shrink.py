@@ -15,8 +15,8 @@ import torch
 from tiny_model import N_LAYERS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning_utils import data, efficiency, evaluation, models, similarity
-from pruning_utils.shrinking import command, judgements, plans, reports, whole
+from pruning_utils import data, efficiency, evaluation, healing, models, runtime, similarity
+from pruning_utils.shrinking import command, judgements, orders, plans, reports, whole
 from pruning_utils.shrinking.orders import LOWEST_LOSS, Goal, Limits, Measured, Order
 from pruning_utils.shrinking.plans import TokenTimes
 from pruning_utils.studies.study import without_layers
@@ -234,6 +234,9 @@ def here(monkeypatch):
 def test_a_stopped_run_goes_on(tiny, tmp_path, here, monkeypatch):
     out = tmp_path / "small"
     asked = order(tiny, method="none")
+    loads = []
+    load = whole._loaded
+    monkeypatch.setattr(whole, "_loaded", lambda order: loads.append(order) or load(order))
 
     def full(*given):
         raise OSError(28, "No space left on device")
@@ -247,6 +250,7 @@ def test_a_stopped_run_goes_on(tiny, tmp_path, here, monkeypatch):
         whole.shrink(order(tiny, method="none", minutes=3), out)
     made = whole.shrink(asked, out)
     assert here == ["plan", "make", "measure", "measure"], "nothing is done twice"
+    assert len(loads) == 1, "plan and cut share a model, and the second run needs none"
     assert (out / "config.json").exists() and made["plan"]["steps"] == 0
     assert "Trained: not at all." in (out / "README.md").read_text()
 
@@ -386,6 +390,11 @@ def test_a_run_that_ends_early_says_so_in_one_line(
     assert command.main(words) == code
     said = capsys.readouterr().err
     assert said.endswith(message) and said.count("\n") == 1
+
+
+def test_what_is_known_without_the_libraries_is_what_they_know():
+    assert set(orders.METHODS) - {"none"} == set(healing.METHODS) - {"full"}
+    assert Order("any", Goal()).dtype == runtime.AUTO
 
 
 def test_help_needs_nothing_heavy():

@@ -54,20 +54,12 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--plan", action="store_true", help="print the plan and make nothing")
     limits = orders.Limits()
     fit = command.add_argument_group("fit means")
-    fit.add_argument(
-        "--loss-limit",
-        metavar="NATS",
-        type=float,
-        default=limits.loss,
-        help=f"nats per token that the loss may rise by (default: {limits.loss})",
-    )
-    fit.add_argument(
-        "--accuracy-limit",
-        metavar="SHARE",
-        type=float,
-        default=limits.accuracy,
-        help=f"that the mean accuracy may fall by (default: {limits.accuracy})",
-    )
+    for option, unit, default, said in (
+        ("--loss-limit", "NATS", limits.loss, "nats per token that the loss may rise by"),
+        ("--accuracy-limit", "SHARE", limits.accuracy, "that the mean accuracy may fall by"),
+    ):
+        said = f"{said} (default: {default})"
+        fit.add_argument(option, metavar=unit, type=float, default=default, help=said)
     measured = orders.Measured()
     fit.add_argument(
         "--documents", metavar="N", type=int, default=measured.documents, help="read by both"

@@ -20,7 +20,7 @@ from pruning_utils.studies import depth
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIT, NOT_FIT, UNTOLD = "fit", "not fit", "cannot be told"
+FIT, NOT_FIT, UNTOLD = "fit", "not fit", evidence.UNTOLD
 LOSS, RIGHT, TIME = "loss", "right", "ms per token"
 PROMPT = "Which animals live in the sea?"
 N_GENERATED = 32  # tokens after it

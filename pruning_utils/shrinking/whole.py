@@ -7,6 +7,7 @@ from there, and the folder that is asked for appears when all is done.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -105,10 +106,13 @@ def shrink(order: Order, out: str | os.PathLike) -> dict:
     """
     check_order(order)
     target = _free_folder(out)
+    # Loaded once for plan and cut, if at all, and let go before others load it to measure.
+    loaded = functools.cache(functools.partial(_loaded, order))
     with _workplace(target, order) as work:
-        plan = work.once("plan", lambda: plan_of(order, *_loaded(order)))
+        plan = work.once("plan", lambda: plan_of(order, *loaded()))
         _say(plan_text(order, plan))
-        made = work.once("made", lambda: _made(order, plan, work.folder))
+        made = work.once("made", lambda: _made(order, plan, work.folder, *loaded()))
+        loaded.cache_clear()
         _say("measuring both models, each in a process of its own")
         results = {
             "smaller": work.once(
@@ -379,9 +383,10 @@ def _numbers(layers: list[int]) -> str:
 # --- what is made and measured --------------------------------------------------------------------
 
 
-def _made(order: Order, plan: dict, folder: Path) -> dict:
-    """Cut, heal and save; the losses of the model in memory, and those of its training."""
-    model, tokenizer = _loaded(order)
+def _made(
+    order: Order, plan: dict, folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> dict:
+    """Cut, in place, heal and save; the losses of the model in memory, and of its training."""
     current = surgery.drop_layers(model, plan["layers"])
     history = pd.DataFrame(columns=["tokens", "split", "loss"])
     if plan["steps"]:
