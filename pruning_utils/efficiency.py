@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruning_utils import models, runtime
@@ -58,8 +59,9 @@ def weight_bytes(model: nn.Module) -> int:
 def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
     """Floating-point operations of one forward pass with the head on every token.
 
-    PyTorch's own counter counts matrix products and attention. A multiplication with its addition
-    is two operations.
+    PyTorch's own counter counts matrix products and attention, the latter as matrix products too:
+    it knows the fused kernels of some devices only. A multiplication with its addition is two
+    operations.
 
     Args:
         model: A causal language model.
@@ -67,7 +69,8 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
         n_tokens: Tokens of each text.
     """
     device = model.get_input_embeddings().weight.device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(torch.zeros(batch_size, n_tokens, dtype=torch.long, device=device), use_cache=False)
     return counter.get_total_flops()
 

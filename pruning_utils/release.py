@@ -186,6 +186,7 @@ def logit_difference(
         .to(model.device)
         .eval()
     )
+    input_ids = input_ids.to(model.device)
     with torch.no_grad():
         return float((model(input_ids).logits - loaded(input_ids).logits).abs().max())
 
