@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from pruning_utils import runtime
-from pruning_utils.engine import definitions, records, saved_points
+from pruning_utils.engine import definitions, records, saved_points, workers
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.records import StaleResult, read_record
 
@@ -169,8 +169,8 @@ def sweep(
             of plain values. The point's own values are put in front of each row.
         path: The table's file, from :func:`table_path`.
         parameters: Everything else that decides the numbers, as in :func:`load_or_compute`.
-        executor: Any ``concurrent.futures`` executor to spread the points over; one after the other
-            by default.
+        executor: Any ``concurrent.futures`` executor to spread the points over. By default as many
+            processes as the environment variable PRUNING_UTILS_WORKERS says, which is one.
         recompute: Discard the table's saved points, compute all and replace it. If that is killed,
             go on without it.
 
@@ -185,6 +185,7 @@ def sweep(
             another process or thread is computing the same table.
     """
     path, asked = records.table_file(path), records.settings_of(parameters)
+    executor = executor or workers.asked_for()
     points, folder = saved_points.checked_points(points), path.with_suffix(".points")
     seeds: list[dict] = []
     before = saved_points.seen(path)

@@ -63,6 +63,7 @@ ORDER = (
     "engine.definitions",
     "engine.records",
     "engine.saved_points",
+    "engine.workers",
     "results",
     "pages",
     "instructions",
