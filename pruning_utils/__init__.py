@@ -25,14 +25,15 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 05  How much do the seed, the rank, the rate and the shots matter?
     depth: similarity, selection, surgery, healing, evaluation
 06  Which layers matter, and does it matter how one asks?
-    scores, sets, rates: importance, selection, surgery, healing, evaluation
+    scores, sets, depth, rates: importance, selection, surgery, healing, evaluation
 07  Are fewer layers faster than narrower ones?
     scores, sets, shapes, costs, rates: importance, selection, surgery, width, healing, evaluation,
     efficiency
 08  Adapters or all weights: what brings a pruned model back?
-    scores, sets, costs, rates: importance, selection, surgery, healing, evaluation, efficiency
+    scores, sets, depth, costs, rates: importance, selection, surgery, healing, evaluation,
+    efficiency
 09  Does it matter how the layers are chosen?
-    scores, sets, rates: similarity, importance, selection, surgery, healing, evaluation,
+    scores, sets, depth, rates: similarity, importance, selection, surgery, healing, evaluation,
     efficiency
 10  Which way of healing is best, each at its own rate?
     scores, sets, costs, rates: similarity, importance, selection, surgery, healing, evaluation,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, new_figure
@@ -49,6 +50,8 @@ def depth_curves(
     columns: int = 3,
     height: float = 1.75,
     label: str = "",
+    dashed: Mapping[str, str] | None = None,
+    legend_columns: int = 6,
 ) -> Figure:
     """Quantities against the fraction of layers removed, a panel each.
 
@@ -60,6 +63,9 @@ def depth_curves(
         columns: Panels in a row.
         height: Of a row of panels, in inches.
         label: Of the vertical axes, where all panels share it.
+        dashed: By name of a series, the series whose colour and marker it shares: such a series is
+            dashed, with hollow markers.
+        legend_columns: Most names in a row of the legend.
 
     Returns:
         The figure: means with their intervals as bands.
@@ -73,11 +79,18 @@ def depth_curves(
     for axis, panel in zip(axes, panels, strict=False):
         shown = table[table["panel"] == panel].sort_values("n_dropped")
         for series, points in shown.groupby("series", sort=False):
-            colour, marker = _look(series)
+            twin = (dashed or {}).get(series)
+            colour, marker = _look(twin or series)
+            of_twin = {"linestyle": "--", "markerfacecolor": "white"} if twin else {}
             x = points["n_dropped"] / (n_layers if isinstance(n_layers, int) else n_layers[panel])
-            (handles[series],) = axis.plot(
-                x, points["value"], marker=marker, color=colour, markersize=2.5, linewidth=0.8
-            )
+            look = {
+                "marker": marker,
+                "color": colour,
+                "markersize": 2.5,
+                "linewidth": 0.8,
+                **of_twin,
+            }
+            (handles[series],) = axis.plot(x, points["value"], **look)
             axis.fill_between(
                 x, points["low"], points["high"], color=colour, alpha=0.18, linewidth=0
             )
@@ -91,7 +104,8 @@ def depth_curves(
     of_all = f" ($L$ = {n_layers})" if isinstance(n_layers, int) else ""
     figure.supxlabel(f"layers removed $n / L${of_all}", fontsize=8)
     figure.supylabel(label, fontsize=8)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6))
+    ncols = min(len(handles), legend_columns)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=ncols)
     return figure
 
 
@@ -220,7 +234,15 @@ def differences(
     return figure
 
 
-def levels_and_differences(table: pd.DataFrame, *, level: str, label: str) -> Figure:
+def levels_and_differences(
+    table: pd.DataFrame,
+    *,
+    level: str,
+    label: str,
+    sides: tuple[str, str] = ("first", "second"),
+    references: pd.DataFrame | None = None,
+    linear: float | None = None,
+) -> Figure:
     """Levels of both sides of each pair, and beside them their paired difference.
 
     Args:
@@ -229,6 +251,10 @@ def levels_and_differences(table: pd.DataFrame, *, level: str, label: str) -> Fi
             ``high_90`` and ``margin``, a pair a row, rows of a group together.
         level: What the levels are of, with their unit.
         label: What the difference is of, with its unit.
+        sides: What the two sides are called in the legend.
+        references: Columns ``group``, ``name`` (of :data:`BASELINES`) and ``value``: thin lines
+            among the levels of that group.
+        linear: As for :func:`differences`.
 
     Returns:
         The figure: filled markers are first sides, hollow ones second sides. Thin bars have 95 %,
@@ -242,8 +268,10 @@ def levels_and_differences(table: pd.DataFrame, *, level: str, label: str) -> Fi
     )
     levels.hlines(places, table["first"], table["second"], color="0.6", linewidth=0.7, zorder=0)
     look = {"color": colour_of("unpruned"), "markersize": 4, "linestyle": "none", "marker": "o"}
-    levels.plot(table["second"], places, markerfacecolor="white", label="second", **look)
-    levels.plot(table["first"], places, label="first", **look)
+    levels.plot(table["second"], places, markerfacecolor="white", label=sides[1], **look)
+    levels.plot(table["first"], places, label=sides[0], **look)
+    if references is not None:
+        _reference_lines(levels, table["group"], places, references)
     differences.barh(
         places, 2 * table["margin"], left=-table["margin"], height=0.8, color="0.9", zorder=0
     )
@@ -264,8 +292,31 @@ def levels_and_differences(table: pd.DataFrame, *, level: str, label: str) -> Fi
     for axis in (levels, differences):
         axis.tick_params(axis="y", length=0)
         axis.locator_params(axis="x", nbins=4)
-    figure.legend(*levels.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    if linear:
+        differences.use_sticky_edges = False
+        differences.set_xscale("symlog", linthresh=linear)
+        differences.xaxis.set_major_formatter("{x:g}")
+    shown = dict(zip(*reversed(levels.get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown))
     return figure
+
+
+def _reference_lines(
+    axis: Axes, groups: pd.Series, places: np.ndarray, references: pd.DataFrame
+) -> None:
+    """Thin lines among levels, each along the rows of its group."""
+    for line in references.itertuples():
+        rows = places[(groups == line.group).to_numpy()]
+        axis.vlines(
+            line.value,
+            rows.min() - 0.5,
+            rows.max() + 0.5,
+            color="0.35",
+            linestyle=BASELINES[line.name],
+            linewidth=0.7,
+            zorder=0,
+            label=line.name,
+        )
 
 
 def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figure:

@@ -59,6 +59,18 @@ def section(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def longer(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
+    """The same of parts that were asked again at the ``gpu`` profile; arguments as there."""
+    words = verdicts.set_index("model")["verdict"]
+    counts = [
+        verdict_rows.counted(NAMES.get(model, model), words.loc[[model]])
+        for model in verdict_rows.models_of(verdicts, embedded.MODELS)
+    ]
+    said = "These parts were asked again after longer healing, at the `gpu` profile."
+    parts = ["### Healed for longer", " ".join([said, *counts]), _table(verdicts, claims)]
+    return "\n\n".join(parts) + "\n"
+
+
 def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
     """A part of a claim a row, with the verdict and number of each model; the claims below.
 
@@ -100,17 +112,20 @@ def _said(row: object) -> str:
 
 
 def written(readme: str, folder: Path) -> str:
-    """The README with the section that a folder of results gives."""
+    """The README with the section that the results of the profiles give, in ``results/``."""
     before, _, rest = readme.partition(f"{FIRST}\n")
     after = rest.partition(f"{LAST}\n")[2]
     claims = pd.read_csv(ROOT / "reference" / "claims.csv")
-    return f"{before}{FIRST}\n{section(read_verdicts(folder), claims)}{LAST}\n{after}"
+    found = section(read_verdicts(folder / "cpu"), claims)
+    if (folder / "gpu").is_dir():
+        found = f"{found.rstrip()}\n\n{longer(read_verdicts(folder / 'gpu'), claims)}"
+    return f"{before}{FIRST}\n{found}{LAST}\n{after}"
 
 
 def main() -> None:
     """Write the section into the README."""
     readme = README.read_text(encoding="utf-8")
-    README.write_text(written(readme, ROOT / "results" / "cpu"), encoding="utf-8")
+    README.write_text(written(readme, ROOT / "results"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,18 @@ TRAINS = "takes models that it trains, and would write the same files beside it"
 # For a notebook those that must have ended before it begins, if they run at all, and why.
 AFTER = {
     "03_depth_and_next_token_loss": {"02_depth_and_question_answering": READS},
-    "04_simple_against_similarity": {"03_depth_and_next_token_loss": TRAINS},
-    "05_robustness": {"04_simple_against_similarity": READS},
+    "04_simple_against_similarity": {
+        "02_depth_and_question_answering": READS,
+        "03_depth_and_next_token_loss": READS,
+    },
+    "05_robustness": {"04_simple_against_similarity": TRAINS},
+    "06_block_importance": {"02_depth_and_question_answering": READS},
     "07_depth_against_width": {"06_block_importance": READS},
-    "08_lora_against_continued_pretraining": {"06_block_importance": READS},
+    "08_lora_against_continued_pretraining": {
+        "02_depth_and_question_answering": READS,
+        "06_block_importance": READS,
+    },
+    "09_seven_metrics": {"02_depth_and_question_answering": READS},
     "10_how_to_heal": {"09_seven_metrics": READS},
     "11_one_shot_or_iterative": {"09_seven_metrics": READS, "10_how_to_heal": TRAINS},
     "12_the_recommended_model": {"09_seven_metrics": READS, "11_one_shot_or_iterative": TRAINS},

@@ -28,6 +28,7 @@ CHOSEN_KEYS = {
     "scored_on.fewer": "evaluation texts",
     "scored_on.texts": "evaluation texts",
     "shots.tasks": "tasks",
+    "healing.own_rates": "models",
     "healing.rates": "ways to train, or sets of layers and for each its ways",
     "healing.sources": "texts to heal on, by their labels",
     "swapped.sets": "sets of layers",

@@ -308,3 +308,61 @@ def test_tables_of_models_are_joined_in_order():
     assert table["nll"].tolist() == [2, 2, 1, 1] and list(table.index) == [0, 1, 2, 3]
     assert table["model"].tolist() == ["second"] * 2 + ["first"] * 2
     assert paths == [Path("second"), Path("first")]
+
+
+def rule_scores():
+    """A loss of three documents and one seed, unhealed, and two seeds, healed, of two rules."""
+    rows = [("none", 0, False, 0, 4, (1.0, 2.0, 3.0))]
+    rows += [("similarity", 1, False, 0, 2, (2.0, 3.0, 4.0))]
+    rows += [("deepest", 1, False, 0, 2, (2.0, 3.0, 4.0))]
+    rows += [("similarity", 2, False, 0, 1, (3.0, 4.0, 5.0))]
+    rows += [("deepest", 2, False, 0, 2, (5.0, 6.0, 8.0))]
+    rows += [("similarity", 2, True, seed, 1, (2.0, 3.0, 4.0)) for seed in (0, 1)]
+    rows += [("deepest", 2, True, seed, 2, (2.0 + seed, 3.0, 4.0)) for seed in (0, 1)]
+    names = ["rule", "n_dropped", "healed", "seed", "start", "value"]
+    table = pd.DataFrame(rows, columns=names).explode("value", ignore_index=True)
+    table["item"] = table.groupby(names[:4]).cumcount()
+    return table.assign(measure="loss", dataset="xsum", value=table["value"].astype(float))
+
+
+def test_two_rules_are_compared_item_by_item_at_every_depth_and_stage():
+    levels = depth.rule_levels(rule_scores())
+    assert levels["loss", "deepest", 2, False].value == pytest.approx(19 / 3)
+    assert levels["loss", "deepest", 2, True].value == pytest.approx(3 + 1 / 6)
+    assert levels["loss", "deepest", 2, True].runs == 2
+    found = depth.rule_checks(rule_scores()).set_index(["n_dropped", "healed"])
+    assert list(found.index) == [(1, False), (2, False), (2, True)]
+    assert found["difference"].tolist() == pytest.approx([0, 7 / 3, 1 / 6])
+    assert found["first"].tolist() == pytest.approx([3, 19 / 3, 19 / 6])
+    assert found["second"].tolist() == [3, 4, 3] and set(found["unpruned"]) == {2}
+    # A quarter of what the closest block costs unhealed: 1 and 2 nats.
+    assert found["margin"].tolist() == [0.25, 0.5, 0.5]
+    assert found["alike"].tolist() == [True, False, False]
+    assert found["runs"].tolist() == [1, 1, 2] and found["n"].tolist() == [3, 3, 3]
+    assert found["pair"].tolist()[1:] == ["loss: 2 layers, unhealed", "loss: 2 layers, healed"]
+
+
+def test_deepest_but_last_is_compared_with_another_rule_too():
+    scores = rule_scores()
+    scores = scores[~scores["healed"]]
+    last = scores[scores["rule"] == "deepest"]
+    last = last.assign(rule="reverse order", start=last["start"] + 1, value=last["value"] - 1)
+    found = depth.rule_checks(pd.concat([scores, last]), against="reverse order")
+    assert found["difference"].tolist() == [1, 1] and not found["alike"].any()
+    assert found["second"].tolist() == pytest.approx([2, 16 / 3])
+    assert found["margin"].tolist() == [0.25, 0.5], "still that of the closest block"
+
+
+def test_each_dataset_of_a_measure_has_one_weight():
+    once = rule_scores().query("rule == 'none'")
+    other = pd.concat([once, once.assign(item=once["item"] + 3)]).assign(dataset="b", value=8.0)
+    levels = depth.rule_levels(pd.concat([once, other]))
+    assert levels["loss", "none", 0, False].value == (2 + 8) / 2
+
+
+def test_a_model_compared_with_itself_is_not_judged():
+    row = {"claim": "A5", "verdict": "holds", "reason": ""}
+    assert depth.unless_alike(row, alike=False) == row
+    told = depth.unless_alike(row, alike=True)
+    assert told["verdict"] == "not testable here" and told["claim"] == "A5"
+    assert told["reason"] == "both rules remove the same layers" and row["reason"] == ""

@@ -506,6 +506,7 @@ def test_the_notebooks_mappings_are_settings_or_have_keys_that_the_user_chooses(
         "shots",
         "swapped",
         "sweep",
+        "sweep.healing",
         "text",
         "text.samples",
     }
@@ -1285,11 +1286,12 @@ def test_those_begin_first_that_most_others_wait_for(project):
     names = [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
     every = [jobs.Job(Path(name), "cpu", {}, {}) for name in names]
     first = [job.name[:2] for job in jobs.ready(every, [])]
-    assert first == ["02", "09", "06", "00", "01"]
+    assert first == ["02", "00", "01"]
     assert jobs.chain_behind("02_depth_and_question_answering") == [
-        "03_depth_and_next_token_loss",
-        "04_simple_against_similarity",
-        "05_robustness",
+        "09_seven_metrics",
+        "10_how_to_heal",
+        "11_one_shot_or_iterative",
+        "12_the_recommended_model",
     ]
 
 

@@ -209,6 +209,18 @@ def test_depth_curves_show_every_mean_at_its_fraction(curves):
     )
 
 
+def test_a_dashed_curve_looks_like_its_twin(curves):
+    figure = depth_plots.depth_curves(
+        curves, n_layers=4, columns=2, dashed={"healed": "pruned"}, legend_columns=1
+    )
+    pruned, healed = figure.axes[0].lines[:2]
+    assert figure.legends[0]._ncols == 1
+    assert healed.get_color() == pruned.get_color() == plots.colour_of("pruned")
+    assert healed.get_marker() == pruned.get_marker()
+    assert (pruned.get_linestyle(), healed.get_linestyle()) == ("-", "--")
+    assert healed.get_markerfacecolor() == "white" != pruned.get_markerfacecolor()
+
+
 def test_healing_curves_have_a_line_for_each_depth():
     table = pd.DataFrame(
         [
@@ -563,4 +575,23 @@ def test_levels_and_differences_stand_below_the_heading_of_their_group():
     assert [bar.get_width() for bar in right.patches] == pytest.approx([0.1, 0.1, 0.2])
     bars = [line.get_segments()[0][:, 0].tolist() for line in right.collections]
     assert bars == [[-0.4, -0.2], [-0.38, -0.22]]
-    assert len(figure.legends[0].get_texts()) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["second", "first"]
+    assert right.get_xscale() == "linear"
+    references = pd.DataFrame(
+        [("small", "unpruned", 0.6), ("small", "floor", 0.0), ("large", "floor", 0.1)],
+        columns=["group", "name", "value"],
+    )
+    figure = depth_plots.levels_and_differences(
+        table,
+        level="accuracy",
+        label="difference",
+        sides=("deepest", "closest"),
+        references=references,
+        linear=0.1,
+    )
+    left, right = figure.axes
+    lines = [line.get_segments()[0].tolist() for line in left.collections[1:]]
+    assert lines == [[[0.6, -2.5], [0.6, -0.5]], [[0, -2.5], [0, -0.5]], [[0.1, -4.5], [0.1, -3.5]]]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["closest", "deepest", "unpruned", "floor"], "a line is named once"
+    assert right.get_xscale() == "symlog"

@@ -29,7 +29,7 @@ WIDTH = 60  # characters of a line of a cell that a reader sees
 
 
 def test_the_tables_say_what_the_verdicts_say():
-    assert claims.written(README, ROOT / "results" / "cpu") == README, (
+    assert claims.written(README, ROOT / "results") == README, (
         "`.venv/bin/python scripts/claims.py` writes the tables"
     )
 
@@ -95,6 +95,17 @@ def test_parts_that_no_model_can_test_are_counted():
     assert "\n\nParts that are not testable here: 2 of A5 and 1 of A6. The notebooks say" in text
 
 
+def test_parts_that_were_asked_again_after_longer_healing_have_a_section():
+    rows = [
+        verdict("smollm2-135m", "A5", "equal", "does not hold", 2.5),
+        verdict("smollm2-135m", "A5", "poor", "not testable here", 0.25),
+    ]
+    lines = claims.longer(pd.DataFrame(rows), CLAIMS).split("\n")
+    assert lines[0] == "### Healed for longer"
+    assert lines[2].endswith("of 2 parts of claims 1 does not hold and 1 is not testable here.")
+    assert lines[4].startswith("| notebook") and "| equal<br>loss, XSum |" in lines[6]
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
@@ -139,7 +150,7 @@ def test_the_first_screen_comes_in_order():
 def test_what_is_yet_to_come_is_said():
     recorded_profiles = {path.stem for path in (ROOT / "tests" / "summaries").glob("*.csv")}
     assert recorded_profiles == {"cpu", "smoke"}, (
-        "the README says that no run of the gpu or a100 profile exists"
+        "the README says what was computed at the gpu profile, and that nothing was at a100"
     )
     listed = ROOT / "results" / "awaiting.csv"
     awaiting = listed.exists() and len(listed.read_text(encoding="utf-8").splitlines()) > 1

@@ -23,6 +23,7 @@ RULE_NAMES = {
 NO_RULE = "none"  # of the whole model
 # Of pooled accuracy: where nothing falls, nothing counts as equal.
 SMALLEST_EFFECT = 1e-4
+SAME_LAYERS = "both rules remove the same layers"
 
 
 class Size(NamedTuple):
@@ -278,3 +279,75 @@ def pooled_checks(
     found["first"] = [levels[first].value for first, _ in sides]
     found["second"] = [levels[second].value for _, second in sides]
     return found
+
+
+def rule_levels(scores: pd.DataFrame) -> dict[tuple[str, str, int, bool], evidence.FactorInterval]:
+    """Levels of the models of one sweep, in one measure or several.
+
+    Args:
+        scores: Columns ``measure``, ``rule``, ``n_dropped``, ``healed``, ``seed``, ``dataset``,
+            ``item`` and ``value``, an item a row; each dataset of a measure has one weight.
+
+    Returns:
+        By measure, rule, number of removed layers and whether it is healed: 95 %, over items, and
+        over seeds where there are several.
+    """
+    levels = {}
+    kinds = ["measure", "rule", "n_dropped", "healed"]
+    for (measure, rule, n_dropped, healed), rows in scores.groupby(kinds, sort=False):
+        grid = rows.pivot(index=["dataset", "item"], columns="seed", values="value")
+        level = evidence.two_factor_interval(grid, strata=grid.index.get_level_values("dataset"))
+        levels[str(measure), str(rule), int(n_dropped), bool(healed)] = level
+    return levels
+
+
+def rule_checks(scores: pd.DataFrame, *, against: str = "similarity") -> pd.DataFrame:
+    """Paired differences, deepest but last minus another rule, of the models of one sweep.
+
+    Args:
+        scores: As for :func:`rule_levels`, of one model, with ``start``, the first layer that goes.
+            The whole model has :data:`NO_RULE`, 0 removed layers, and is not healed.
+        against: The other rule.
+
+    Returns:
+        As :func:`evidence.paired_verdicts`, all pairs in one family, with ``measure``,
+        ``n_dropped`` and ``healed``, the levels ``first`` (deepest but last), ``second`` and
+        ``unpruned``, and ``alike``: whether both rules remove the same layers. A margin is a
+        quarter of what removing the closest block changes at that number of layers, unhealed; less
+        than :data:`SMALLEST_EFFECT` counts as that.
+    """
+    levels = rule_levels(scores)
+    pairs, strata, effects, rows = {}, {}, {}, []
+    kinds = ["measure", "n_dropped", "healed"]
+    for (measure, n_dropped, healed), found in scores[scores["rule"] != NO_RULE].groupby(kinds):
+        grid = found.pivot(index=["dataset", "item"], columns=["rule", "seed"], values="value")
+        name = f"{measure}: {n_dropped} layers, {'healed' if healed else 'unhealed'}"
+        pairs[name] = (grid["deepest"] - grid[against]).to_numpy()
+        strata[name] = grid.index.get_level_values("dataset")
+        unpruned = levels[measure, NO_RULE, 0, False].value
+        change = levels[measure, "similarity", n_dropped, False].value - unpruned
+        effects[name] = max(abs(change), SMALLEST_EFFECT)
+        starts = found.groupby("rule")["start"].first()
+        rows.append(
+            {
+                "measure": measure,
+                "n_dropped": n_dropped,
+                "healed": healed,
+                "first": levels[measure, "deepest", n_dropped, healed].value,
+                "second": levels[measure, against, n_dropped, healed].value,
+                "unpruned": unpruned,
+                "alike": starts["deepest"] == starts[against],
+            }
+        )
+    tested = evidence.paired_verdicts(pairs, effect=effects, strata=strata)
+    return pd.concat([pd.DataFrame(rows), tested], axis=1)
+
+
+def unless_alike(row: Mapping, *, alike: bool) -> dict:
+    """A row of :func:`evidence.judge`; not testable where both rules remove the same layers.
+
+    Models without the same layers are one model, whose difference from itself says nothing.
+    """
+    if not alike:
+        return dict(row)
+    return {**row, "verdict": evidence.UNTESTABLE, "reason": SAME_LAYERS}
