@@ -293,8 +293,8 @@ def levels_and_differences(
         axis.tick_params(axis="y", length=0)
         axis.locator_params(axis="x", nbins=4)
     if linear:
-        differences.use_sticky_edges = False
         differences.set_xscale("symlog", linthresh=linear)
+        differences.set_xlim(left=1.1 * differences.get_xlim()[0])
         differences.xaxis.set_major_formatter("{x:g}")
     shown = dict(zip(*reversed(levels.get_legend_handles_labels()), strict=True))
     figure.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown))

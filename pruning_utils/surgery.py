@@ -457,20 +457,20 @@ def save(
             f"path must be a new or empty directory, or one written by this function, got {asked}"
         )
     _refuse_adapters(model)
+    # On some CPUs bitsandbytes repacks 4-bit weights when it first evaluates, rounds their scales
+    # and unpacks them wrongly as soon as a state dict is asked for.
+    states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise ValueError(
+            "4-bit weights that have evaluated on this CPU cannot be saved: drop the same layers "
+            "from a fresh copy and save it before its first forward pass"
+        )
     is_plain = _is_held_plainly(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not is_plain and not quantizer.is_serializable():
         raise ValueError(
             f"{type(quantizer).__name__} cannot save its weights: drop the same layers in 16 or 32 "
             "bits"
-        )
-    # On some CPUs bitsandbytes repacks 4-bit weights when it first evaluates, rounds their scales
-    # and unpacks wrongly.
-    states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
-    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
-        raise ValueError(
-            "4-bit weights that have evaluated on this CPU cannot be saved: drop the same layers "
-            "from a fresh copy and save it before its first forward pass"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,8 @@ def test_sizes_that_leave_nothing_to_compare_are_refused(size):
 
 def test_losses_are_those_of_models_without_each_block(tiny, tmp_path):
     points = places.place_points([2], N_LAYERS)
-    study = make_study(tiny, tmp_path, points, tasks={}, limit=None, texts={"xsum": 2})
+    asked = {"tasks": {}, "limit": None, "texts": {"xsum": 2}, "dtype": "float32"}
+    study = make_study(tiny, tmp_path, points, **asked)
     rows = pd.DataFrame([{**point, **row} for point in points for row in study(point)])
     found = places.with_sizes(rows)
     assert set(found["block_size"]) == {2}

@@ -14,6 +14,7 @@ from pruning_utils import (
     healing,
     importance,
     models,
+    runtime,
     selection,
     surgery,
 )
@@ -63,9 +64,9 @@ def test_sets_with_and_without_protection():
     assert selection.least_important(table["score"], 4, keep_first=4, keep_last=2) == (4, 5, 6, 7)
 
 
-def step_by_step(tiny, layers: str, *stages: dict):
+def step_by_step(tiny, layers: str, *stages: dict, dtype: str = runtime.AUTO):
     """The model of a point and its validation losses, by the functions of each step."""
-    model, tokenizer = models.load_model(tiny)
+    model, tokenizer = models.load_model(tiny, dtype=dtype)
     if layers:
         surgery.drop_layers(model, [int(layer) for layer in layers.split()])
     windows, losses = data.healing_windows(tokenizer, 8, 16), []
@@ -168,7 +169,7 @@ def test_weights_are_stored_in_bfloat16_and_computed_with_in_the_precision_of_th
 ):
     asked = point("1 3", "lora 0.01 4", precision="bfloat16")
     rows = pd.DataFrame(study(tiny, tmp_path / "study", [asked], dtype="float32")(asked))
-    model, tokenizer, _ = step_by_step(tiny, "1 3", {})
+    model, tokenizer, _ = step_by_step(tiny, "1 3", {}, dtype="float32")
     assert model.dtype == torch.float32
     for weight in model.parameters():
         weight.data = weight.data.bfloat16().float()
