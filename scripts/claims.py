@@ -44,13 +44,7 @@ def section(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
         verdicts: Rows of :data:`verdict_rows.COLUMNS`.
         claims: ``reference/claims.csv``: columns ``id``, ``paper`` and ``claim``.
     """
-    words = verdicts.set_index("model")["verdict"]
-    parts = [
-        "\n".join(
-            verdict_rows.counted(NAMES.get(model, model), words.loc[[model]])
-            for model in verdict_rows.models_of(verdicts, embedded.MODELS)
-        )
-    ]
+    parts = ["\n".join(_counts(verdicts))]
     paper_of = claims.set_index("id")["paper"]
     for paper, title in PAPERS.items():
         rows = verdicts[verdicts["claim"].map(paper_of) == paper]
@@ -61,14 +55,18 @@ def section(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
 
 def longer(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
     """The same of parts that were asked again at the ``gpu`` profile; arguments as there."""
+    said = "These parts were asked again after longer healing, at the `gpu` profile."
+    counted = " ".join([said, *_counts(verdicts)])
+    return "\n\n".join(["### Healed for longer", counted, _table(verdicts, claims)]) + "\n"
+
+
+def _counts(verdicts: pd.DataFrame) -> list[str]:
+    """A sentence a model, of how many parts have which verdict."""
     words = verdicts.set_index("model")["verdict"]
-    counts = [
+    return [
         verdict_rows.counted(NAMES.get(model, model), words.loc[[model]])
         for model in verdict_rows.models_of(verdicts, embedded.MODELS)
     ]
-    said = "These parts were asked again after longer healing, at the `gpu` profile."
-    parts = ["### Healed for longer", " ".join([said, *counts]), _table(verdicts, claims)]
-    return "\n\n".join(parts) + "\n"
 
 
 def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
