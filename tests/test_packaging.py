@@ -115,7 +115,7 @@ CORE = (
 MAX_CORE_STATEMENTS = 1650
 
 # Used where it is installed; it brings a torch of its own, so that nothing here may ask for it.
-OPTIONAL = {"vllm"}
+OPTIONAL = {"vllm", "distributed"}
 
 # Written so that no pattern matches its own text.
 MACHINE_PATH = re.compile(r"(?<![\w.~+/])/(?:(?:work|root|opt)/|(?:home|Users|tmp)/\w)")
