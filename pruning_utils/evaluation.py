@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
 
 from pruning_utils import models
 from pruning_utils.engine import benchmarks, memory, passes, prefixes
 from pruning_utils.engine.checks import refuse_nan, whole_number
+from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
-import torch
-from torch import nn
 
 from pruning_utils import models
 from pruning_utils.engine import head_losses
 from pruning_utils.engine.checks import number, plain_value, true_or_false, whole_number
+from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedTokenizerBase

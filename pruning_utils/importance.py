@@ -10,14 +10,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from pruning_utils import evaluation, models
 from pruning_utils.engine import head_losses, memory, passes
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import refuse_nan, whole_number
+from pruning_utils.engine.later import nn, torch
 
 # Tokens in a batch where batch_size is None. On a CPU, more would leave its caches.
 TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**15}
@@ -142,7 +140,9 @@ def _in_parts(own: Callable, n_rows: int, batch_size: int, alone: list | None) -
             more, by_name = passes.arguments_of_rows(
                 (given, named), slice(start, start + len(part)), n_rows, alone
             )
-            outputs.append(checkpoint(own, part, *more, use_reentrant=False, **by_name))
+            outputs.append(
+                torch.utils.checkpoint.checkpoint(own, part, *more, use_reentrant=False, **by_name)
+            )
         joined = torch.cat([passes.states_in(output) for output in outputs])
         return passes.with_states(outputs[0], joined)
 

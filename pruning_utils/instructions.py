@@ -16,10 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from pruning_utils import data, embedded
 from pruning_utils.engine import beginnings, hub
+from pruning_utils.engine.later import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

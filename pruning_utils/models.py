@@ -9,9 +9,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
 from pruning_utils import runtime
 from pruning_utils.embedded import (
     EMBEDDED,
@@ -21,6 +18,7 @@ from pruning_utils.embedded import (
     quiet_loading,
 )
 from pruning_utils.engine import held_configurations, hub, identities, model_files, wrappers
+from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import (

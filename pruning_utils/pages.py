@@ -27,6 +27,8 @@ INJECTED = "# Parameters"
 def begin(seed: int = 0) -> None:
     """Begin a notebook: :func:`runtime.setup`, and a look at what the notebook was given.
 
+    Torch is set up as soon as this package first uses it, for a notebook may only read tables.
+
     Where the model or the profile is another one than the notebook's sentences were written for,
     its first output says so, whoever runs it.
 
@@ -37,7 +39,7 @@ def begin(seed: int = 0) -> None:
         ValueError: If papermill injected a parameter that the notebook does not have: it would be
             passed over.
     """
-    runtime.setup(seed)
+    runtime.setup(seed, at_once=False)
     # IPython puts this function among the builtins of a kernel.
     find_shell = getattr(builtins, "get_ipython", None)
     if find_shell is None:

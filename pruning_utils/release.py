@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
-from torch import nn
 
 from pruning_utils import __version__, runtime, surgery
+from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
+
+from pruning_utils.engine import later, precisions
+from pruning_utils.engine.later import torch
 
 PACKAGES = (
     "torch",
@@ -35,14 +37,7 @@ PACKAGES = (
     "seaborn",
     "papermill",
 )
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 AUTO = "auto"  # bfloat16 where the device multiplies it natively, float32 elsewhere
-# Names that torch.cpu.get_capabilities has, on x86 and on Arm, for instructions that multiply a
-# narrow type.
-NATIVE_FLAGS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
-}
 # Parts of values of ONEDNN_MAX_CPU_ISA under which oneDNN uses such instructions. Without the
 # variable it uses what there is.
 NATIVE_LIMITS = ("BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
@@ -52,11 +47,13 @@ class EmulatedPrecision(UserWarning):
     """A precision was asked for by name that the processor has no instructions for."""
 
 
-def setup(seed: int = 0) -> None:
+def setup(seed: int = 0, *, at_once: bool = True) -> None:
     """Fix every random state, ask for deterministic kernels, and keep libraries quiet.
 
     Args:
         seed: Seed of the Python, NumPy and torch generators, in [0, 2**32).
+        at_once: Whether torch is imported for it. If not, and it is not imported yet, it is set up
+            as soon as this package first uses it.
 
     Raises:
         ValueError: If ``seed`` is outside that range.
@@ -65,9 +62,21 @@ def setup(seed: int = 0) -> None:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lm_eval", "datasets", "papermill", "peft", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
+    if at_once:
+        _set_up_torch(seed)
+    else:
+        later.when_torch_is_imported(functools.partial(_set_up_torch, seed))
+
+
+def _set_up_torch(seed: int) -> None:
+    """What :func:`setup` asks of torch and transformers."""
+    torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that takes a tenth of the time.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -75,10 +84,6 @@ def setup(seed: int = 0) -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("lm_eval", "datasets", "papermill", "peft", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -120,9 +125,14 @@ def resolve_dtype(
     device = choose_device(device)
     if isinstance(dtype, str) and dtype == AUTO:
         return torch.bfloat16 if multiplies_natively(torch.bfloat16, device) else torch.float32
-    if not isinstance(dtype, str | torch.dtype) or dtype not in {*DTYPES, *DTYPES.values()}:
-        raise ValueError(f"dtype must be one of {', '.join([AUTO, *DTYPES])}, got {dtype!r}")
-    chosen = DTYPES.get(dtype, dtype)
+    if not isinstance(dtype, str | torch.dtype) or dtype not in {
+        *precisions.DTYPES,
+        *precisions.DTYPES.values(),
+    }:
+        raise ValueError(
+            f"dtype must be one of {', '.join([AUTO, *precisions.DTYPES])}, got {dtype!r}"
+        )
+    chosen = precisions.DTYPES.get(dtype, dtype)
     if not multiplies_natively(chosen, device):
         _warn_of_emulation(chosen, device)
     return chosen
@@ -141,7 +151,7 @@ def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
     that the environment sets (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA) count, so that a better
     machine can play a weaker one.
     """
-    if dtype not in NATIVE_FLAGS:
+    if dtype not in precisions.NATIVE_FLAGS:
         return True
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (
@@ -154,7 +164,7 @@ def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
     torch_allows = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
     onednn_allows = any(name in limit for name in NATIVE_LIMITS)
     flags = torch.cpu.get_capabilities()
-    return torch_allows and onednn_allows and any(map(flags.get, NATIVE_FLAGS[dtype]))
+    return torch_allows and onednn_allows and any(map(flags.get, precisions.NATIVE_FLAGS[dtype]))
 
 
 @functools.cache

@@ -8,13 +8,12 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import nn
 
 from pruning_utils import models
 from pruning_utils.engine import memory, passes
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import whole_number
+from pruning_utils.engine.later import nn, torch
 
 # Where a cosine is this near to 1 or -1, the float32 Gram matrix has lost the angle's digits. The
 # chord |u - v| or |u + v| still holds them.

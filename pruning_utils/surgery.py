@@ -16,13 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import yaml
 from safetensors import SafetensorError
-from torch import nn
 
 from pruning_utils import __version__, runtime
 from pruning_utils.engine import held_configurations, passes, saved_models, wrappers
+from pruning_utils.engine.later import nn, torch
 from pruning_utils.models import decoder_layers, text_config
 
 if TYPE_CHECKING:  # importing it takes seconds

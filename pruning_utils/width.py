@@ -15,11 +15,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
 from pruning_utils import importance, models, surgery
 from pruning_utils.engine import held_configurations
+from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:  # importing it takes seconds
     import torch_pruning

@@ -208,7 +208,7 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
     if signals:
         on_signals(leave)
     options = parsed(words)
-    # These take seconds, as they import torch; a wrong option is refused before.
+    # These take seconds to import; a wrong option is refused before.
     import jobs
     import modes
     import running

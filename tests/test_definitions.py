@@ -162,6 +162,38 @@ def test_what_changed_is_named(tmp_path, module, before, after, named):
     )
 
 
+LATER = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import torch
+    import torch.utils.data as texts
+    from torch import nn
+else:
+    torch, nn, texts = map(str, ["torch", "torch.nn", "torch.utils.data"])
+"""
+
+
+def test_what_is_imported_when_it_is_used_counts_as_imported_at_once(tmp_path):
+    body = """
+def f(x, size=nn.Linear):
+    return torch.abs(x) + nn.functional.relu(x) + len(texts.Dataset)
+"""
+    at_once = "import torch\nimport torch.utils.data as texts\nfrom torch import nn\n"
+    later = "from pkg.engine.later import nn, texts, torch\n"
+    root = [("main", "f")]
+    found = [
+        package(tmp_path / name, main=f"{imports}{body}", engine__later=LATER).stamp_of(root)
+        for name, imports in {"a": at_once, "b": later, "c": later.replace("pkg", "")}.items()
+    ]
+    assert found[0] == found[1] == found[2]
+    assert list(found[0]["definitions"]) == ["main.f"]
+    other = LATER.replace("from torch import nn", "from cupy import nn")
+    assert (
+        digest(tmp_path / "d", root, main=f"{later}{body}", engine__later=other)
+        != (found[0]["digest"])
+    )
+
+
 def test_two_definitions_of_one_name_are_not_taken_for_each_other(tmp_path):
     """A sum over texts in which names stand for definitions would not see the exchange."""
     source = "from pkg import left, right\n\ndef f(x):\n    return left.step(x) - right.step(x)\n"
@@ -323,7 +355,7 @@ def test_the_code_of_the_tables_is_reached():
     }
     limits = INSTALLED.stamp(efficiency.machine_limits)["definitions"]
     modules = {where.rpartition(".")[0] for where in limits}
-    assert modules == {"efficiency", "runtime", "engine.checks"}
+    assert modules == {"efficiency", "runtime", "engine.checks", "engine.precisions"}
     assert "engine.records.write_table" not in reached, "how a table is kept does not count"
 
 

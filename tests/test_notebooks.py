@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 from smoke_groups import SHARED_TABLES, folder_name, scope
 
-from pruning_utils import results, runtime
+from pruning_utils import engine, results, runtime
 from pruning_utils.engine import records
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "pruning_utils"
 # Verdicts are no table that is computed, but what a notebook says of its tables.
 TABLES = sorted(
     path
@@ -144,6 +145,43 @@ def test_the_idea_that_a_notebook_shows_is_something_that_a_reader_can_call():
 
 # --- runs -----------------------------------------------------------------------------------------
 
+# What takes seconds to import, and only computes.
+COMPUTING = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "lm_eval")
+# Modules that are imported when something is computed with them.
+IMPORTED_LATER = {f"pruning_utils.engine.{name}" for name in (*engine.LATER, "trainer")}
+
+
+def without_imports(folder: Path) -> str:
+    """A PYTHONPATH on which importing what computes fails, in a way that no library takes for a
+    package that is not installed."""
+    folder.mkdir()
+    for name in COMPUTING:
+        (folder / f"{name}.py").write_text(f"raise AssertionError('{name} is imported')\n")
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+def test_what_computes_is_imported_only_to_compute(tmp_path):
+    """Every module of the package, and all that a notebook imports, before anything runs."""
+    modules = {
+        "pruning_utils." + path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py" and "tasks" not in path.parts
+    }
+    assert modules > IMPORTED_LATER
+    imports = [f"import {module}" for module in sorted(modules - IMPORTED_LATER)]
+    for book in BOOKS.values():
+        cells = [cell.source for cell in book.cells if cell.cell_type == "code"]
+        imports += [
+            ast.unparse(node)
+            for node in ast.walk(ast.parse("\n".join(cells)))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+    path = without_imports(tmp_path / "refusing")
+    run("-c", "\n".join(imports), PYTHONPATH=path)
+    for module in sorted(IMPORTED_LATER):
+        with pytest.raises(AssertionError, match="is imported"):
+            run("-c", f"import {module}", PYTHONPATH=path)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
@@ -161,11 +199,20 @@ def test_smoke_notebook_gives_the_recorded_numbers(name, tmp_path_factory):
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
 def test_figures_redraw_from_committed_results_without_a_model(name, tmp_path):
     """With an empty cache and no embedded weights to be had, nothing but the tables can be the
-    source."""
+    source. Neither the kernel nor the driver imports what computes."""
     before = {path: path.read_bytes() for path in FIGURES if path.name.startswith(name)}
     assert before
-    run("scripts/run_notebooks.py", "--figures", "--only", name, PRUNING_UTILS_CACHE=str(tmp_path))
-    assert not any(tmp_path.iterdir()), "no model was unpacked"
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    run(
+        "scripts/run_notebooks.py",
+        "--figures",
+        "--only",
+        name,
+        PRUNING_UTILS_CACHE=str(cache),
+        PYTHONPATH=without_imports(tmp_path / "refusing"),
+    )
+    assert not any(cache.iterdir()), "no model was unpacked"
     assert {path.name for path in before if path.read_bytes() != before[path]} == set(), (
         "redrawn to the byte"
     )

@@ -25,10 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pruning_utils"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "tasks" not in path.parts)
 
-# Imports run one way along the steps of the work. Every module may use `runtime` and the bars; no
-# step builds on how results are kept (`results` and what lies under it), on how they are drawn, or
-# on a study.
+# Imports run one way along the steps of the work. Every module may use `runtime`, the bars and what
+# is imported later; no step builds on how results are kept (`results` and what lies under it), on
+# how they are drawn, or on a study.
 ORDER = (
+    "engine.later",
+    "engine.precisions",
     "runtime",
     "engine.checks",
     "engine.bars",

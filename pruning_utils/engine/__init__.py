@@ -15,6 +15,21 @@
 :mod:`~pruning_utils.engine.variances` combines variances and corrects for many tests,
 :mod:`~pruning_utils.engine.verdict_rows` holds the words and columns of verdicts,
 :mod:`~pruning_utils.engine.checks` refuses numbers out of range,
+:mod:`~pruning_utils.engine.later` imports torch when it is first used,
+:mod:`~pruning_utils.engine.precisions` names the types of numbers that models compute with,
 :mod:`~pruning_utils.engine.hub` finds out whether a hub answers, and
 :mod:`~pruning_utils.engine.bars` chooses the progress bars.
 """
+
+from importlib import import_module
+from types import ModuleType
+
+# Modules that need torch while they are imported, and are therefore imported when first used.
+LATER = ("precisions", "head_losses")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A module of :data:`LATER`, not imported yet."""
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.later").Later(f"{__name__}.{name}")

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
+
+from pruning_utils.engine.later import Tensor, torch
 
 
 def whole_number(
@@ -119,7 +120,7 @@ def real_numbers(name: str, values: object) -> np.ndarray:
         ValueError: If they are no real numbers, or of ragged shape.
     """
     try:
-        if isinstance(values, torch.Tensor) and not values.is_complex():
+        if isinstance(values, Tensor) and not values.is_complex():
             return values.detach().to("cpu", torch.float64).numpy()
         array: np.ma.MaskedArray = np.ma.asarray(values)
         if array.dtype.kind in "biufO":

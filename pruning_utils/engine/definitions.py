@@ -12,7 +12,8 @@ it runs. Such code is refused with a ValueError: a module of the package used as
 statements at the top of a module that are no definitions. A method comes with its whole class. A
 local name that is also the name of a definition counts as naming it: more is digested than needed,
 never less. Code outside the package (a notebook's own lambda) is not digested, only the definitions
-that it names.
+that it names. What :mod:`~pruning_utils.engine.later` imports when it is first used counts as
+imported at once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ STAMP_VERSION = 1
 UNSTAMPED = "unstamped"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 UNSEEN_CALLS = {"globals", "eval", "exec", "__import__", "importlib.import_module", "sys.modules"}
+# The names that other modules import from this one count as imported from where it has them.
+LATER = "engine.later"
 # Characters of a definition's own digest, which only serves to name what has changed.
 SHOWN_CHARACTERS = 8
 
@@ -278,6 +281,9 @@ class Package:
             known_as = alias.asname or alias.name
             if origin is None:
                 module.outside[known_as] = f"{node.module}.{alias.name}"
+                continue
+            if origin == LATER and alias.name in self._module(LATER).outside:
+                module.outside[known_as] = self._module(LATER).outside[alias.name]
                 continue
             if alias.name == "*":
                 raise ValueError(

@@ -10,7 +10,7 @@ import copy
 import re
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from pruning_utils.engine.later import nn
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.later import torch
 
 Result = TypeVar("Result")
 # What allocators raise: those of PyTorch a RuntimeError, Python and NumPy a MemoryError.

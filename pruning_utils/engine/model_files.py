@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pruning_utils.engine.checks import whole_number
+from pruning_utils.engine.later import torch
 from pruning_utils.engine.memory import is_lack_of_memory
 
 if TYPE_CHECKING:  # importing it takes seconds

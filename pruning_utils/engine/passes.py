@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pruning_utils import models, runtime
 from pruning_utils.engine import wrappers
+from pruning_utils.engine.later import nn, torch
 
 # float32 logits that are alive at a time: 128 MiB.
 LOGITS_AT_ONCE = 2**25
@@ -242,7 +240,7 @@ def arguments_alone(model: nn.Module, input_ids: torch.Tensor) -> list[list]:
 
     def keep(layer: nn.Module, given: tuple, named: dict) -> None:
         """Called before the forward of each layer."""
-        found.append(tree_leaves((given[1:], named)))
+        found.append(torch.utils._pytree.tree_leaves((given[1:], named)))
 
     with contextlib.ExitStack() as undo, evaluation_mode(model), torch.no_grad():
         for layer in models.decoder_layers(model):
@@ -267,7 +265,7 @@ def arguments_of_rows(arguments: tuple, rows: slice, n_rows: int, alone: list | 
     Raises:
         Unclear: If ``alone`` is None and an argument may have to be cut.
     """
-    leaves, structure = tree_flatten(arguments)
+    leaves, structure = torch.utils._pytree.tree_flatten(arguments)
     for place, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
             continue
@@ -279,7 +277,7 @@ def arguments_of_rows(arguments: tuple, rows: slice, n_rows: int, alone: list | 
         each = len(alone[place])
         if len(leaf) == n_rows * each:
             leaves[place] = leaf[rows.start * each : rows.stop * each]
-    return tree_unflatten(leaves, structure)
+    return torch.utils._pytree.tree_unflatten(leaves, structure)
 
 
 class SharedLayers:

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
 from pruning_utils import models
 from pruning_utils.engine import memory, passes
 from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

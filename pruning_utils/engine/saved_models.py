@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
 from pruning_utils.embedded import quiet_loading
 from pruning_utils.engine import passes
+from pruning_utils.engine.later import torch
 from pruning_utils.engine.memory import is_lack_of_memory
 
 if TYPE_CHECKING:  # importing it takes seconds

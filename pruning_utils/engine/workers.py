@@ -17,9 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from typing import Any
 
-import torch
-
 from pruning_utils import runtime
+from pruning_utils.engine.later import torch
 
 VARIABLE = "PRUNING_UTILS_WORKERS"
 MOST = 64

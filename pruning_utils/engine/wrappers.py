@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from pruning_utils.engine.later import nn
 
 
 def refuse_wrapped(model: object) -> None:

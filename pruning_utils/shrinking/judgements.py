@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
 
 from pruning_utils import data, efficiency, evaluation, evidence, models
 from pruning_utils.engine.checks import number, whole_number
+from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking.orders import Limits, Measured
 from pruning_utils.studies import depth
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
 from pruning_utils import efficiency, evaluation, importance, models, selection, similarity
 from pruning_utils.engine import passes
 from pruning_utils.engine.checks import number, whole_number
+from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking.orders import CHEAP_RULES, LOWEST_LOSS, RULES, Goal
 from pruning_utils.studies import whole_path
 from pruning_utils.studies.study import without_layers

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
 
 from pruning_utils import (
     __version__,
@@ -39,6 +37,7 @@ from pruning_utils import (
 )
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import number
+from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking import judgements, plans, reports
 from pruning_utils.shrinking.orders import METHODS, NO_HEALING, RULES, Order
 from pruning_utils.shrinking.plans import Candidate

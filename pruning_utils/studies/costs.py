@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import nn
 
 from pruning_utils import data, efficiency, evaluation, healing, models, runtime, surgery
+from pruning_utils.engine.later import nn, torch
 from pruning_utils.studies.recipes import Recipe, Stage
 from pruning_utils.studies.shapes import shaped
 from pruning_utils.studies.study import PRECISIONS, fresh_processes, point_table

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from pruning_utils import data, importance, models, selection, similarity
+from pruning_utils.engine.later import torch
 from pruning_utils.studies import study
 
 if TYPE_CHECKING:

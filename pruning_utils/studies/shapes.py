@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from pruning_utils import efficiency, models, surgery, width
+from pruning_utils.engine.later import nn
 from pruning_utils.studies.recipes import layer_numbers, layer_text
 from pruning_utils.studies.study import narrowed
 

@@ -21,9 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from pruning_utils import (
     data,
@@ -41,6 +38,7 @@ from pruning_utils import (
     width,
 )
 from pruning_utils.engine import passes, records
+from pruning_utils.engine.later import nn, safetensors_torch, torch
 from pruning_utils.studies.recipes import Cut, Point, Stage, layer_text
 
 if TYPE_CHECKING:
@@ -614,7 +612,8 @@ def healed_once(
             healed = copy.deepcopy(model)
             if settings["method"] == "last_layers" and settings.get("untie", True):
                 models.untie_head(healed)
-            healed.load_state_dict(load_file(weights), strict=False)  # tied weights are there once
+            # Tied weights are there once.
+            healed.load_state_dict(safetensors_torch.load_file(weights), strict=False)
             return healed, pd.read_csv(losses)
         found = healing.heal(
             model,
@@ -631,7 +630,9 @@ def healed_once(
             # Last, so that what is there is whole.
             with runtime.atomic_path(weights) as temporary:
                 kept = found.model.named_parameters()
-                save_file({name: weight.contiguous() for name, weight in kept}, temporary)
+                safetensors_torch.save_file(
+                    {name: weight.contiguous() for name, weight in kept}, temporary
+                )
             shutil.rmtree(training)
         return found.model, found.history
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import nn
 
 from pruning_utils import (
     data,
@@ -23,6 +21,7 @@ from pruning_utils import (
     surgery,
 )
 from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
