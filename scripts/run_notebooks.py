@@ -208,7 +208,10 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
     if signals:
         on_signals(leave)
     options = parsed(words)
-    # These take seconds to import; a wrong option is refused before.
+    # Where it finds this package, jsonschema builds a grammar of internationalised addresses for
+    # more than a second, whatever it is imported for. The schema of notebooks has none to check.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    # These take a second more to import; a wrong option is refused before.
     import jobs
     import modes
     import running

@@ -267,6 +267,24 @@ def test_only_the_notebooks_own_values_replace_the_committed_one(project):
     assert places["smoke"] == project / "results" / "smoke" / beside
 
 
+REFUSED = """
+import sys
+sys.path.insert(0, "scripts")
+import run_notebooks
+assert run_notebooks.main(["--only", "none"]) == 2
+assert "jsonschema" in sys.modules
+print(sorted({"torch", "transformers", "lark"} & {*sys.modules}))
+"""
+
+
+def test_a_refusal_waits_for_nothing_that_takes_seconds_to_import():
+    """lark is what jsonschema would build a grammar with."""
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n" and "no notebook none" in done.stderr
+
+
 # --- values inside mappings -----------------------------------------------------------------------
 
 NESTED = f"""{PARAMETERS}
