@@ -9,7 +9,7 @@ The package has three floors, and a house of its own beside them:
 * :mod:`~pruning_utils.shrinking` makes a smaller model of one's own: the command ``pruning-utils``.
 
 The map below names, for each notebook, its question, its modules of the studies and its steps of
-the core. All of them load with ``models`` and ``data``. Notebooks 02 to 12 share ``studies.study``,
+the core. All of them load with ``models`` and ``data``. Notebooks 02 to 13 share ``studies.study``,
 which cuts, trains and measures a model, and ``studies.recipes``, which says how.
 
 00  What breaks when eight of thirty layers go, and what does healing bring back?
@@ -43,6 +43,8 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 12  What does the recommended model give, all in all?
     scores, sets, costs, rates: similarity, importance, selection, surgery, healing, evaluation,
     efficiency, release
+13  Is a smaller model of your own still fit for use?
+    depth: similarity, importance, selection, surgery, healing, evaluation, efficiency
 """
 
 import os

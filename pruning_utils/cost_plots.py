@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pruning_utils.depth_plots import _look
-from pruning_utils.plots import NAMES, WIDE, need_columns, new_figure
+from pruning_utils.plots import NAMES, WIDE, colour_of, need_columns, new_figure
 
 # --- levels beside differences, times, and sizes --------------------------------------------------
 
@@ -360,4 +360,25 @@ def sizes_and_losses(table: pd.DataFrame, *, xlabel: str) -> Figure:
     axes[0].set(ylabel="loss (nats per token)")
     handles = depth_handles | marks
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=2)
+    return figure
+
+
+def shares_of_limits(shares: pd.DataFrame) -> Figure:
+    """What a smaller model loses of each measure, as a share of its limit.
+
+    Args:
+        shares: Columns ``measure``, ``judgement``, ``value``, ``low`` and ``high``, where 1 is the
+            limit; as of :func:`shrinking.judgements.shares`.
+    """
+    need_columns(shares, "measure", "judgement", "value", "low", "high")
+    figure, (axis,) = new_figure(WIDE, 0.7 + 0.3 * len(shares))
+    places = -np.arange(len(shares))
+    colour = colour_of("healed")
+    axis.hlines(places, shares["low"], shares["high"], color=colour, linewidth=1.2)
+    axis.plot(shares["value"], places, "o", color=colour, markersize=4)
+    axis.axvline(1, color="0", linewidth=0.9)
+    axis.axvline(0, color="0.6", linewidth=0.7)
+    names = [f"{row.measure}: {row.judgement}" for row in shares.itertuples()]
+    axis.set(xlabel="share of the limit", yticks=places, yticklabels=names)
+    axis.set_ylim(places.min() - 0.6, 0.6)
     return figure

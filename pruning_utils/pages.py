@@ -24,7 +24,7 @@ SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
 INJECTED = "# Parameters"
 
 
-def begin(seed: int = 0) -> None:
+def begin(seed: int = 0, *, any_model: bool = False) -> None:
     """Begin a notebook: :func:`runtime.setup`, and a look at what the notebook was given.
 
     Torch is set up as soon as this package first uses it, for a notebook may only read tables.
@@ -34,6 +34,7 @@ def begin(seed: int = 0) -> None:
 
     Args:
         seed: As for :func:`runtime.setup`.
+        any_model: Whether the notebook's sentences are computed, and so speak of any model.
 
     Raises:
         ValueError: If papermill injected a parameter that the notebook does not have: it would be
@@ -46,7 +47,7 @@ def begin(seed: int = 0) -> None:
         return
     shell = find_shell()
     note = looked_at(shell.user_ns.get("In", []), shell.user_ns)
-    if note:
+    if note and not any_model:
         shell.display_pub.publish(note._repr_mimebundle_())
 
 

@@ -1,5 +1,6 @@
 """How a notebook begins: what it was given, and the code that it shows."""
 
+import builtins
 import inspect
 import textwrap
 
@@ -51,6 +52,20 @@ def test_another_model_or_profile_is_said(given, said):
 
 def test_another_name_of_the_model_is_the_same_model():
     assert pages.looked_at(["", PARAMETERS], VALUES | {"model": "smollm2-135m"}) is None
+
+
+def test_computed_sentences_speak_of_any_model(monkeypatch):
+    said = []
+
+    class Shell:
+        user_ns = VALUES | {"model": "mine", "In": ["", PARAMETERS]}
+        display_pub = type("Display", (), {"publish": staticmethod(said.append)})
+
+    monkeypatch.setattr(builtins, "get_ipython", Shell, raising=False)
+    pages.begin(any_model=True)
+    assert said == []
+    pages.begin()
+    assert "This run has model `mine`" in str(said)
 
 
 def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):

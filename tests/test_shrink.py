@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,10 +16,20 @@ import torch
 from tiny_model import N_LAYERS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pruning_utils import data, efficiency, evaluation, healing, models, runtime, similarity
+from pruning_utils import (
+    cost_plots,
+    data,
+    efficiency,
+    evaluation,
+    healing,
+    models,
+    runtime,
+    similarity,
+)
 from pruning_utils.shrinking import command, judgements, orders, plans, reports, whole
 from pruning_utils.shrinking.orders import LOWEST_LOSS, Goal, Limits, Measured, Order
 from pruning_utils.shrinking.plans import TokenTimes
+from pruning_utils.studies import whole_path
 from pruning_utils.studies.study import without_layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,11 +133,12 @@ def test_times_are_a_line_over_the_layers(loaded, monkeypatch):
 # --- the judgement --------------------------------------------------------------------------------
 
 
-def found(losses, right, times=(10.0, 10.0)) -> dict:
+def found(losses, right, times=(10.0, 10.0), repeated=(0.0, 0.5, 0.25)) -> dict:
     """What a model was measured to have."""
     rows = [judgements._row("loss", "xsum", item, value) for item, value in enumerate(losses)]
     for task, answers in right.items():
         rows += [judgements._row("right", task, item, one) for item, one in enumerate(answers)]
+    rows += [judgements._row("repetition", "xsum", item, one) for item, one in enumerate(repeated)]
     rows += [judgements._row("ms per token", "", run, value) for run, value in enumerate(times)]
     return {"rows": rows}
 
@@ -143,14 +155,34 @@ def test_a_smaller_model_is_judged_by_its_whole_interval():
     assert answers["judgement"] == "fit" and answers["limit"] == -0.1
     assert table.loc["ms per token", "change"] == -4.5
     assert table.loc["ms per token", "judgement"] == ""
+    repetition = table.loc["repetition (share of 4-grams)"]
+    assert repetition["unpruned"] == 0.25 and repetition["judgement"] == "fit"
     strict = judgements.judged(before, smaller, Limits(loss=0.01, accuracy=0.1, ms_per_token=5.5))
-    assert strict["judgement"].tolist() == ["cannot be told", "fit", "cannot be told"]
-    worse = found([9.0, 10.0, 11.1], {"a": [0, 0, 0, 0], "b": [1, 0]})
+    assert strict["judgement"].tolist() == ["cannot be told", "fit", "fit", "cannot be told"]
+    answers = {"a": [0, 0, 0, 0], "b": [1, 0]}
+    worse = found([9.0, 10.0, 11.1], answers, repeated=(0.9, 0.9, 0.9))
     judged = judgements.judged(before, worse, Limits(loss=0.5, accuracy=0.1, ms_per_token=1.0))
-    assert judged["judgement"].tolist() == ["not fit", "not fit", "not fit"]
+    assert judged["judgement"].tolist() == ["not fit"] * 2 + ["cannot be told", "not fit"]
+    assert judged["low"][2] == pytest.approx(0.65 - 0.25 * 4.303 / 3**0.5, abs=1e-3)
     assert judgements.overall(["fit", "cannot be told", ""]) == "cannot be told"
     assert judgements.overall(["fit", "not fit", "cannot be told"]) == "not fit"
     assert judgements.overall(["fit", ""]) == "fit"
+
+
+def test_shares_are_of_the_limit_whichever_side_it_is_on():
+    before = found([3.0, 4.0], {"a": [1, 1, 1, 0]}, (4.0, 6.0))
+    smaller = found([3.2, 4.3], {"a": [0, 1, 1, 0]}, (2.0, 3.0))
+    limits = Limits(loss=0.5, accuracy=0.1, ms_per_token=5.0)
+    table = judgements.judged(before, smaller, limits)
+    shares = judgements.shares(table).set_index("measure")
+    assert shares["value"].tolist() == pytest.approx([0.5, 2.5, 0.0, 0.5])
+    assert (shares["low"] <= shares["value"]).all() and (shares["value"] <= shares["high"]).all()
+    unlimited = judgements.shares(judgements.judged(before, smaller, Limits()))
+    assert judgements.TIME not in unlimited["measure"].tolist()
+    drawn = cost_plots.shares_of_limits(judgements.shares(table))
+    (axis,) = drawn.axes
+    assert [label.get_text() for label in axis.get_yticklabels()][0].startswith("loss (nats")
+    assert axis.lines[0].get_xdata().tolist() == pytest.approx(shares["value"].tolist())
 
 
 @pytest.mark.parametrize(
@@ -158,12 +190,49 @@ def test_a_smaller_model_is_judged_by_its_whole_interval():
     [
         (Limits(loss=0.0), "the limit of the loss must be above 0, got 0.0"),
         (Limits(accuracy=1.0), r"the limit of the accuracy must be in \(0, 1\), got 1.0"),
+        (Limits(repetition=0.0), r"the limit of the repetition must be in \(0, 1\), got 0.0"),
         (Limits(loss=float("nan")), "the limit of the loss must be above 0, got nan"),
     ],
 )
 def test_limits_out_of_range_are_refused(limits, message):
     with pytest.raises(ValueError, match=message):
         judgements.check_limits(limits)
+
+
+def test_repetition_is_counted_in_what_follows(loaded):
+    assert judgements.repeated_share([1, 2, 3, 4, 5]) == 0
+    # 1 2 1 2 is there three times among five.
+    assert judgements.repeated_share([1, 2] * 4) == pytest.approx(3 / 5)
+    model, tokenizer = loaded
+    prompts = data.document_windows(tokenizer, 3, 8)
+    alone = []
+    for prompt in prompts:
+        tokens = prompt.tolist()
+        for _ in range(6):
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens])).logits[0, -1]
+            logits[model.generation_config.eos_token_id] = -torch.inf  # the length is forced
+            tokens.append(int(logits.argmax()))
+        alone.append(judgements.repeated_share(tokens[8:]))
+    assert judgements.repetitions(model, prompts, n_tokens=6) == alone
+    with pytest.raises(ValueError, match="n_tokens must be .* got 3"):
+        judgements.repetitions(model, prompts, n_tokens=3)
+
+
+def test_what_measuring_takes_is_arithmetic(loaded, monkeypatch):
+    _, tokenizer = loaded
+    monkeypatch.setattr(whole_path, "question_tokens", lambda *given: 1000)
+    given = {"seq_len": 100, "token_seconds": 0.001, "step_seconds": 0.002}
+    asked = Measured(documents=20, tasks=("piqa", "boolq"), questions=5)
+    read = 20 * 100 + 2 * 1000 + 20 * 32
+    alone = 32 + 16 * 6
+    # Two batches; sixteen tokens read take longer than one alone.
+    expected = 0.001 * read + 2 * 48 * 16 * 0.001 + 0.002 * alone
+    assert judgements.foretell(tokenizer, asked, **given) == pytest.approx(expected)
+    slow = {**given, "step_seconds": 1.0}
+    assert judgements.foretell(tokenizer, asked, **slow) == pytest.approx(
+        0.001 * read + 2 * 48 + alone
+    )
 
 
 def test_an_answer_follows_the_chat_template(loaded):
@@ -202,6 +271,9 @@ def test_a_model_is_made_that_plain_transformers_loads(tiny, tmp_path, monkeypat
     assert f"# tiny-llama without 2 of its {N_LAYERS} layers" in card and "nan" not in card
     assert tiny not in card + page, "no path of this machine"
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
+    record = json.loads((out / "shrink.json").read_text())
+    assert record["plan"] == plan and set(record["results"]) == {"unpruned", "smaller"}
+    assert tiny not in json.dumps(record["plan"])
     kept = pd.read_csv(out / "judgement.csv", keep_default_na=False)
     assert kept["judgement"].tolist() == made["judgement"]["judgement"].tolist()
     assert made["word"] in (judgements.FIT, judgements.NOT_FIT, judgements.UNTOLD)
@@ -255,6 +327,25 @@ def test_a_stopped_run_goes_on(tiny, tmp_path, here, monkeypatch):
     assert "Trained: not at all." in (out / "README.md").read_text()
 
 
+def test_tables_of_a_model_are_those_of_its_folder(tiny, tmp_path, here):
+    asked = order(tiny, method="none", goal=Goal(keep=0.8))
+    plan = whole.made_table("plan", asked, tmp_path)
+    assert plan["model"].tolist() == ["unpruned", "smaller", "runner-up"]
+    assert plan["parameters"].iloc[0] > plan["parameters"].iloc[1]
+    assert len(plan["layers"].iloc[1].split()) == 1 and plan["layers"].iloc[0] == ""
+    assert len(whole.made_table("history", asked, tmp_path)) == 0
+    measured = whole.made_table("measured", asked, tmp_path)
+    assert measured.groupby(["model", "measure"]).size().eq(4).all()
+    assert set(measured["measure"]) == {"loss", "right", "repetition"}
+    times = whole.made_table("times", asked, tmp_path)
+    assert times.groupby("model").size().tolist() == [5, 5]
+    assert here == ["plan", "make", "measure", "measure"], "made once"
+    whole.made_table("plan", order(tiny, method="none"), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2, "another order has a folder of its own"
+    with pytest.raises(ValueError, match="table must be one of plan, .* got 'x'"):
+        whole.made_table("x", asked, tmp_path)
+
+
 def test_a_model_that_loads_as_another_is_not_given_out(tiny, tmp_path, here, monkeypatch):
     measure = judgements.measure
 
@@ -276,6 +367,7 @@ def test_a_model_that_loads_as_another_is_not_given_out(tiny, tmp_path, here, mo
         ({"rule": "best"}, "rule must be one of lowest loss, closest block"),
         ({"method": "sft"}, "method must be one of none, lora, qlora"),
         ({"minutes": 0}, "minutes must be above 0, got 0"),
+        ({"steps": 0}, "steps must be .*got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be above 0, got -1.0"),
         ({"measured": Measured(documents=1)}, "documents must be"),
         ({"measured": Measured(tasks=("quiz",))}, "quiz"),
@@ -354,6 +446,8 @@ def test_a_plan_is_printed_and_nothing_is_made(tiny, tmp_path, capsys, monkeypat
     printed = capsys.readouterr().out
     assert "2 of 5 layers go" in printed and "layers 3-4, by the rule 'reverse order'" in printed
     assert "fit means: loss at most 0.5 nats per token higher, accuracy at most 0.05" in printed
+    assert "repetition at most 0.2 higher" in printed
+    assert re.search(r"measuring both models: about [\d.]+ minutes here", printed)
     assert "48 documents of xsum, and 100 questions each of arc_easy, hellaswag" in printed
     assert not list(tmp_path.iterdir())
 
@@ -415,8 +509,20 @@ def test_the_command_is_installed():
 def test_every_option_reaches_the_order(tiny):
     words = ["shrink", tiny, "--out", "a", "--keep", "60%", "--max-parameters", "1M"]
     words += ["--max-bytes", "2M", "--max-ms-per-token", "3", "--rule", "perplexity"]
-    words += ["--recipe", "qlora", "--minutes", "4", "--learning-rate", "5e-4", "--seed", "6"]
+    words += [
+        "--recipe",
+        "qlora",
+        "--minutes",
+        "4",
+        "--steps",
+        "8",
+        "--learning-rate",
+        "5e-4",
+        "--seed",
+        "6",
+    ]
     words += ["--healing-text", "nq-open", "--loss-limit", "0.7", "--accuracy-limit", "0.08"]
+    words += ["--repetition-limit", "0.3"]
     words += ["--documents", "9", "--questions", "10", "--tasks", "piqa", "boolq"]
     words += ["--revision", "main", "--dtype", "float16", "--device", "cpu"]
     assert command.order_of(command.parser().parse_args(words)) == Order(
@@ -425,9 +531,10 @@ def test_every_option_reaches_the_order(tiny):
         rule="perplexity",
         method="qlora",
         minutes=4.0,
+        steps=8,
         learning_rate=5e-4,
         healing_text="nq-open",
-        limits=Limits(0.7, 0.08, 3.0),
+        limits=Limits(0.7, 0.08, 0.3, 3.0),
         measured=Measured(documents=9, questions=10, tasks=("piqa", "boolq")),
         revision="main",
         dtype="float16",

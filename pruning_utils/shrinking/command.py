@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--minutes", metavar="M", type=float, default=10.0, help="of healing (default: 10)"
     )
     how.add_argument(
+        "--steps", metavar="N", type=int, help="of healing, instead of as many as the minutes allow"
+    )
+    how.add_argument(
         "--learning-rate", metavar="RATE", type=float, default=1e-3, help="(default: 1e-3)"
     )
     how.add_argument(
@@ -57,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     for option, unit, default, said in (
         ("--loss-limit", "NATS", limits.loss, "nats per token that the loss may rise by"),
         ("--accuracy-limit", "SHARE", limits.accuracy, "that the mean accuracy may fall by"),
+        ("--repetition-limit", "SHARE", limits.repetition, "that repetition may rise by"),
     ):
         said = f"{said} (default: {default})"
         fit.add_argument(option, metavar=unit, type=float, default=default, help=said)
@@ -103,9 +107,12 @@ def order_of(given: argparse.Namespace) -> orders.Order:
         rule=given.rule,
         method=given.recipe,
         minutes=given.minutes,
+        steps=given.steps,
         learning_rate=given.learning_rate,
         healing_text=given.healing_text,
-        limits=orders.Limits(given.loss_limit, given.accuracy_limit, given.max_ms_per_token),
+        limits=orders.Limits(
+            given.loss_limit, given.accuracy_limit, given.repetition_limit, given.max_ms_per_token
+        ),
         measured=orders.Measured(
             documents=given.documents, questions=given.questions, tasks=tuple(given.tasks)
         ),

@@ -11,16 +11,22 @@ import numpy as np
 import pandas as pd
 
 from pruning_utils import data, efficiency, evaluation, evidence, models
+from pruning_utils.engine import memory, passes
+from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import number, whole_number
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking.orders import Limits, Measured
-from pruning_utils.studies import depth
+from pruning_utils.studies import depth, whole_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIT, NOT_FIT, UNTOLD = "fit", "not fit", evidence.UNTOLD
-LOSS, RIGHT, TIME = "loss", "right", "ms per token"
+LOSS, RIGHT, REPEATED, TIME = "loss", "right", "repetition", "ms per token"
+N_GRAM = 4  # tokens
+CONTINUED = 32  # tokens of a document's beginning, or half of it where that is less
+N_CONTINUED = 48  # tokens that follow
+AT_ONCE = 16  # documents that are continued in one batch
 PROMPT = "Which animals live in the sea?"
 N_GENERATED = 32  # tokens after it
 TIMED = {"batch_size": 1, "prompt_tokens": 32, "new_tokens": 16, "repeats": 5}
@@ -29,7 +35,8 @@ TIMED = {"batch_size": 1, "prompt_tokens": 32, "new_tokens": 16, "repeats": 5}
 def check_limits(limits: Limits) -> None:
     """ValueError for a limit that is out of range."""
     number("the limit of the loss", limits.loss, "above 0", lambda nats: 0 < nats < 1e6)
-    number("the limit of the accuracy", limits.accuracy, "in (0, 1)", lambda share: 0 < share < 1)
+    for name, share in (("accuracy", limits.accuracy), ("repetition", limits.repetition)):
+        number(f"the limit of the {name}", share, "in (0, 1)", lambda given: 0 < given < 1)
 
 
 def check_measured(measured: Measured) -> None:
@@ -38,6 +45,36 @@ def check_measured(measured: Measured) -> None:
     whole_number("seq_len", measured.seq_len, 3)
     whole_number("questions", measured.questions, 2)
     evaluation.load_tasks(list(measured.tasks), limit=measured.questions)
+
+
+def foretell(
+    tokenizer: PreTrainedTokenizerBase,
+    measured: Measured,
+    *,
+    seq_len: int,
+    token_seconds: float,
+    step_seconds: float,
+) -> float:
+    """Seconds that :func:`measure` takes once the model is loaded.
+
+    Args:
+        tokenizer: Of the model.
+        measured: What it is measured on.
+        seq_len: Tokens of a document.
+        token_seconds: Of a token that is read among many.
+        step_seconds: Of a token that is generated alone.
+    """
+    questions = sum(
+        whole_path.question_tokens(tokenizer, task, measured.questions) for task in measured.tasks
+    )
+    beginnings = measured.documents * min(CONTINUED, seq_len // 2)
+    read = token_seconds * (measured.documents * seq_len + questions + beginnings)
+    # A step of a full batch takes as long as one token alone, or as its tokens read.
+    rows = min(AT_ONCE, measured.documents)
+    batches = -(-measured.documents // AT_ONCE)
+    continuing = batches * N_CONTINUED * max(step_seconds, rows * token_seconds)
+    alone = N_GENERATED + TIMED["new_tokens"] * (1 + TIMED["repeats"])
+    return read + continuing + alone * step_seconds
 
 
 def measure(
@@ -59,8 +96,9 @@ def measure(
 
     Returns:
         ``rows`` (dicts with ``measure``, ``dataset``, ``item`` and ``value``: :data:`LOSS` of each
-        document, :data:`RIGHT` of each question, :data:`TIME` of each run), ``parameters``,
-        ``bytes`` and ``sample``, what it says to :data:`PROMPT`.
+        document, :data:`RIGHT` of each question, :data:`REPEATED` of each continued document,
+        :data:`TIME` of each run), ``parameters``, ``bytes`` and ``sample``, what it says to
+        :data:`PROMPT`.
     """
     model, tokenizer = models.load_model(name, revision=revision, dtype=dtype, device=device)
     seq_len = min(measured.seq_len, models.context_length(model.config))
@@ -74,6 +112,8 @@ def measure(
         found.itertuples(), depth.right_answers(found).tolist(), strict=True
     ):
         rows.append(_row(RIGHT, question.dataset, question.item, right))
+    for item, share in enumerate(repetitions(model, windows[:, : min(CONTINUED, seq_len // 2)])):
+        rows.append(_row(REPEATED, measured.text, item, share))
     speed = efficiency.generation_speed(model, **TIMED)
     for run, seconds in enumerate(speed["per_token_seconds"]):
         rows.append(_row(TIME, "", run, 1000 * seconds))
@@ -88,6 +128,52 @@ def measure(
 
 def _row(name: str, dataset: str, item: object, value: float) -> dict:
     return {"measure": name, "dataset": dataset, "item": int(str(item)), "value": float(value)}
+
+
+def repetitions(
+    model: nn.Module, prompts: torch.Tensor, *, n_tokens: int = N_CONTINUED
+) -> list[float]:
+    """How far a model repeats itself where it continues texts, greedily, by a forced length.
+
+    A broken model falls into loops, and a low loss on texts of others does not show it.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        prompts: Token ids ``(N, T)``, without padding.
+        n_tokens: That follow each prompt, at least 4.
+
+    Returns:
+        For each prompt, the share of the 4-grams of what follows that stood there before, in [0, 1]
+        (``seq-rep-4`` of Welleck et al., arXiv:1908.04319, Sec. 5).
+    """
+    whole_number("n_tokens", n_tokens, N_GRAM)
+    prompts = prompts.to(passes.input_device(model))
+
+    def continued(rows: slice) -> torch.Tensor:
+        given = prompts[rows]
+        output = model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=n_tokens,
+            min_new_tokens=n_tokens,
+            do_sample=False,
+            pad_token_id=0,  # no row ends before another
+        )
+        return output[:, given.shape[1] :].cpu()
+
+    with torch.no_grad(), tqdm(total=len(prompts), desc="continuing", leave=False) as progress:
+        parts = memory.BatchSize(AT_ONCE).run(continued, len(prompts), progress)
+    return [repeated_share(row) for row in torch.cat(parts).tolist()]
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """Share of the 4-grams of a text that stood in it before, in [0, 1).
+
+    Args:
+        tokens: Ids, at least 4.
+    """
+    grams = [tuple(tokens[start : start + N_GRAM]) for start in range(len(tokens) - N_GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams)
 
 
 def answer(
@@ -147,6 +233,7 @@ def judged(whole: dict, smaller: dict, limits: Limits) -> pd.DataFrame:
     for name, label, limit, sign in (
         (LOSS, "loss (nats per token)", limits.loss, 1),
         (RIGHT, "accuracy (mean of the tasks)", limits.accuracy, -1),
+        (REPEATED, "repetition (share of 4-grams)", limits.repetition, 1),
     ):
         changed = evidence.paired(after[name], before[name], on=keys, value="value")
         found = evidence.two_factor_interval(changed, strata=after[name]["dataset"])
@@ -167,6 +254,26 @@ def judged(whole: dict, smaller: dict, limits: Limits) -> pd.DataFrame:
         | {"high": time.high - slow.mean(), "limit": limit, "judgement": word}
     )
     return pd.DataFrame(rows)
+
+
+def shares(judgement: pd.DataFrame) -> pd.DataFrame:
+    """What is lost of each measure that has a limit, as a share of the limit.
+
+    Args:
+        judgement: Of :func:`judged`.
+
+    Returns:
+        Columns ``measure``, ``judgement``, ``value``, ``low`` and ``high``: 1 is the limit.
+    """
+    shown = judgement[judgement["judgement"] != ""].reset_index(drop=True)
+    # A time has a limit for itself, the others for their change.
+    added = shown["unpruned"].where(shown["measure"] == TIME, 0)
+    ends = shown[["change", "low", "high"]].add(added, axis=0).div(shown["limit"], axis=0)
+    # Of a limit below 0 the ends change places.
+    sorted_ends = np.sort(ends[["low", "high"]].to_numpy(), axis=1)
+    return shown[["measure", "judgement"]].assign(
+        value=ends["change"], low=sorted_ends[:, 0], high=sorted_ends[:, 1]
+    )
 
 
 def _mean_of_datasets(rows: pd.DataFrame) -> float:
@@ -192,6 +299,7 @@ def limits_text(limits: Limits) -> str:
     said = {
         "loss": "loss at most {:g} nats per token higher",
         "accuracy": "accuracy at most {:g} lower",
+        "repetition": "repetition at most {:g} higher",
         "ms_per_token": "at most {:g} ms per token",
     }
     return ", ".join(said[name].format(value) for name, value in given.items())

@@ -45,11 +45,14 @@ class Limits:
     Attributes:
         loss: Most nats per token that the loss may rise by, above 0.
         accuracy: Most that the mean accuracy of the tasks may fall by, in (0, 1).
+        repetition: Most that the share of repeated n-grams in continued documents may rise by, in
+            (0, 1).
         ms_per_token: Longest time of a generated token, in milliseconds; None: any.
     """
 
     loss: float = 0.5
     accuracy: float = 0.05
+    repetition: float = 0.2
     ms_per_token: float | None = None
 
 
@@ -59,7 +62,7 @@ class Measured:
 
     Attributes:
         text: An evaluation text with documents, see :func:`data.document_windows`.
-        documents: Number of its documents, at least 2.
+        documents: Number of its documents, at least 2; each is read, and its beginning continued.
         seq_len: Tokens of each, at least 3; less where the model's context is shorter.
         tasks: Names of :data:`evaluation.TASKS`, without shots.
         questions: Of each task, at least 2.
@@ -82,6 +85,7 @@ class Order:
         rule: Among :data:`RULES`.
         method: Of healing, among :data:`METHODS`.
         minutes: That healing may take, above 0; the number of steps follows from a probe.
+        steps: Of healing, whatever it takes; None: as many as the minutes allow.
         learning_rate: Peak rate of healing, above 0. 1e-3 suits models of some hundred million
             parameters; the papers take 3e-4 for 7 billion.
         healing_text: As ``source`` of :func:`data.healing_windows` or, for chats,
@@ -99,6 +103,7 @@ class Order:
     rule: str = LOWEST_LOSS
     method: str = "lora"
     minutes: float = 10.0
+    steps: int | None = None
     learning_rate: float = 1e-3
     healing_text: str | None = None
     limits: Limits = Limits()

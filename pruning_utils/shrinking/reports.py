@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pruning_utils import depth_plots, plots
+from pruning_utils import cost_plots, depth_plots
 from pruning_utils.shrinking import judgements
 
 STYLE = """
@@ -49,7 +49,7 @@ def report(
         sets[f"runner-up, by {plan['runner_up']['rule']}"] = plan["runner_up"]["layers"]
     figures = [
         (
-            shares_of_limits(judgement),
+            cost_plots.shares_of_limits(judgements.shares(judgement)),
             "What the smaller model loses, as a share of its limit, with 95 % intervals. A measure "
             "is fit where its whole interval lies left of 1.",
         ),
@@ -80,35 +80,6 @@ def report(
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n{body}\n</html>\n"
     )
-
-
-def shares_of_limits(judgement: pd.DataFrame) -> Figure:
-    """What is lost of each measure that has a limit, as a share of it.
-
-    Args:
-        judgement: Of :func:`judgements.judged`.
-    """
-    shown = judgement[judgement["judgement"] != ""].reset_index(drop=True)
-    # A time has a limit for itself, the others for their change.
-    added = shown["unpruned"].where(shown["measure"] == judgements.TIME, 0)
-    ends = shown[["change", "low", "high"]].add(added, axis=0).div(shown["limit"], axis=0)
-    figure, (axis,) = plots.new_figure(plots.WIDE, 0.7 + 0.3 * len(shown))
-    places = -shown.index.to_numpy()
-    colour = plots.colour_of("healed")
-    axis.hlines(places, ends["low"], ends["high"], color=colour, linewidth=1.2)
-    axis.plot(ends["change"], places, "o", color=colour, markersize=4)
-    axis.axvline(1, color="0", linewidth=0.9)
-    axis.axvline(0, color="0.6", linewidth=0.7)
-    axis.set(
-        xlabel="share of the limit",
-        yticks=places,
-        yticklabels=[
-            f"{row.measure}: {row.judgement}"
-            for row in shown[["measure", "judgement"]].itertuples()
-        ],
-        ylim=(places.min() - 0.6, 0.6),
-    )
-    return figure
 
 
 def _table(judgement: pd.DataFrame) -> str:

@@ -35,8 +35,9 @@ from pruning_utils import (
     runtime,
     surgery,
 )
+from pruning_utils.engine import records
 from pruning_utils.engine.bars import tqdm
-from pruning_utils.engine.checks import number
+from pruning_utils.engine.checks import number, whole_number
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking import judgements, plans, reports
 from pruning_utils.shrinking.orders import METHODS, NO_HEALING, RULES, Order
@@ -51,6 +52,8 @@ N_VALIDATION = 4  # windows that healing is watched on
 BATCH_SIZE = 4
 MOST_STEPS = 1000  # each on text that was not seen before
 N_COMPARED = 4  # windows that the saved model must give the same losses on
+RECORD = "shrink.json"  # in the folder of the model: order, plan, and all that was measured
+TABLES = ("plan", "history", "measured", "times")
 
 
 def check_order(order: Order) -> None:
@@ -61,14 +64,21 @@ def check_order(order: Order) -> None:
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     number("minutes", order.minutes, "above 0", lambda minutes: 0 < minutes < 1e6)
+    if order.steps is not None:
+        whole_number("steps", order.steps, 1, MOST_STEPS)
     number("learning_rate", order.learning_rate, "above 0", lambda rate: 0 < rate < 1e3)
     judgements.check_measured(order.measured)
 
 
-def record_of(order: Order) -> dict:
+def settings_of(order: Order) -> dict:
     """The order as plain values, with the weights that the model's name stands for."""
     asked = asdict(order) | {"model": models.identity(order.model, order.revision)}
-    return json.loads(json.dumps(asked | {"pruning_utils": __version__}))
+    return json.loads(json.dumps(asked))
+
+
+def record_of(order: Order) -> dict:
+    """The same, and who made it."""
+    return settings_of(order) | {"pruning_utils": __version__}
 
 
 def planned(order: Order) -> dict:
@@ -89,8 +99,9 @@ def shrink(order: Order, out: str | os.PathLike) -> dict:
 
     Args:
         order: What is asked for.
-        out: A new or empty folder: the model with its card, ``report.html`` with its figures, and
-            ``judgement.csv``. What is finished before lies beside it, in ``<out>.work``.
+        out: A new or empty folder: the model with its card, ``report.html`` with its figures,
+            ``judgement.csv``, and :data:`RECORD` with all that was measured. What is finished
+            before lies beside it, in ``<out>.work``.
 
     Returns:
         ``plan`` (:func:`plan_of`), ``judgement`` (a table of :func:`judgements.judged`) and
@@ -103,6 +114,11 @@ def shrink(order: Order, out: str | os.PathLike) -> dict:
         RuntimeError: If another process makes the same folder, or the saved model is not the one in
             memory.
     """
+    return _produced(order, out, _publish)
+
+
+def _produced(order: Order, out: str | os.PathLike, publish: Callable[..., None]) -> dict:
+    """What :func:`shrink` does; ``publish`` writes what stands beside the weights."""
     check_order(order)
     target = _free_folder(out)
     # Loaded once for plan and cut, if at all, and let go before others load it to measure.
@@ -124,13 +140,68 @@ def shrink(order: Order, out: str | os.PathLike) -> dict:
         _refuse_another(made, results["smaller"])
         judgement = judgements.judged(results["unpruned"], results["smaller"], order.limits)
         word = judgements.overall(judgement["judgement"].tolist())
-        _publish(order, plan, made, results, judgement, work.folder / "model")
+        publish(order, plan, made, results, judgement, work.folder / "model")
         if target.exists():
             target.rmdir()
         os.replace(work.folder / "model", target)
     shutil.rmtree(work.folder)
     _say(f"{target}: {word} ({judgements.limits_text(order.limits)})")
     return {"plan": plan, "judgement": judgement, "word": word}
+
+
+def made_table(table: str, order: Order, root: str | os.PathLike) -> pd.DataFrame:
+    """A table of the smaller model that an order asks for, which is made first if need be.
+
+    Args:
+        table: Among :data:`TABLES`.
+        order: What is asked for.
+        root: Where the folders of such models lie, one for each order.
+
+    Returns:
+        ``plan``: the unpruned model, the smaller one and the runner-up, in ``model``, with the
+        ``rule``, the ``layers`` that go (0-based, with spaces between), the unhealed ``loss`` in
+        nats per token, and of the first two ``parameters`` and ``bytes``. ``history``: ``tokens``,
+        ``split`` and ``loss`` while healing. ``measured``: ``model``, ``measure``, ``dataset``,
+        ``item`` and ``value``. ``times``: ``model``, ``run`` and ``per_token_seconds``.
+
+    Raises:
+        ValueError: For another table, and as for :func:`shrink`.
+    """
+    if table not in TABLES:
+        raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
+    asked = records.digest(records.canonical(settings_of(order)))
+    folder = Path(root) / f"{Path(order.model).name}-{asked[:12]}"
+    if not (folder / RECORD).exists():
+        # What draws, as a report does, no number depends on.
+        _produced(order, folder, _write_record)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if table == "plan":
+        return _plan_rows(record["plan"])
+    if table == "history":
+        return pd.DataFrame(record["history"], columns=["tokens", "split", "loss"])
+    rows = pd.concat(
+        pd.DataFrame(found["rows"]).assign(model=name) for name, found in record["results"].items()
+    )
+    is_time = rows["measure"] == judgements.TIME
+    if table == "measured":
+        return rows.loc[~is_time, ["model", "measure", "dataset", "item", "value"]]
+    times = rows[is_time].rename(columns={"item": "run"})
+    return times.assign(per_token_seconds=times["value"] / 1000)[
+        ["model", "run", "per_token_seconds"]
+    ]
+
+
+def _plan_rows(plan: dict) -> pd.DataFrame:
+    unpruned = {"rule": "none", "layers": [], "loss": plan["unpruned_loss"]}
+    models_of = {"unpruned": unpruned, "smaller": plan, "runner-up": plan["runner_up"]}
+    rows = []
+    for place, (name, found) in enumerate(models_of.items()):
+        if found:
+            layers = " ".join(map(str, found["layers"]))
+            row = {"model": name, "rule": found["rule"], "layers": layers, "loss": found["loss"]}
+            sizes = (plan["parameters"][place], plan["bytes"][place]) if place < 2 else ()
+            rows.append(row | dict(zip(("parameters", "bytes"), sizes, strict=False)))
+    return pd.DataFrame(rows)
 
 
 def name_of(model: str) -> str:
@@ -232,7 +303,7 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         token, unhealed, on the text that the layers are chosen on), ``runner_up`` (``rule``,
         ``layers``, ``loss``; None where there is none), ``parameters`` and ``bytes`` before and
         after, ``ms_per_token`` before and after, ``steps`` and the ``healing_seconds`` that they
-        and the watching of them will take.
+        and the watching of them will take, and ``measuring_seconds`` of both models.
     """
     seq_len = min(order.measured.seq_len, models.context_length(model.config))
     _say("planning: one scan, and the loss without each set of layers")
@@ -243,6 +314,18 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
     pruned = without_layers(model, choice.chosen.layers)
     n_layers = len(models.decoder_layers(model))
     steps, seconds = _steps(order, pruned, tokenizer, seq_len)
+    read = _token_seconds(model, _validation_windows(tokenizer, seq_len))
+    milliseconds = [times.at(n_layers), times.at(n_layers - n_dropped)]
+    measuring = [
+        judgements.foretell(
+            tokenizer,
+            order.measured,
+            seq_len=seq_len,
+            token_seconds=read * left / n_layers,
+            step_seconds=step / 1000,
+        )
+        for left, step in zip((n_layers, n_layers - n_dropped), milliseconds, strict=True)
+    ]
     sizes = [efficiency.stored_parameters(one) for one in (model, pruned)]
     return {
         "n_layers": n_layers,
@@ -251,11 +334,19 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         "runner_up": _plain(choice.runner_up) if choice.runner_up else None,
         "parameters": [size["total"] for size in sizes],
         "bytes": [size["bytes"] for size in sizes],
-        "ms_per_token": [times.at(n_layers), times.at(n_layers - n_dropped)],
+        "ms_per_token": milliseconds,
         "seq_len": seq_len,
         "steps": steps,
         "healing_seconds": seconds,
+        "measuring_seconds": measuring,
     }
+
+
+def _token_seconds(model: nn.Module, windows: torch.Tensor) -> float:
+    """Seconds of a token that is read among many."""
+    started = time.perf_counter()
+    evaluation.token_losses(model, windows)
+    return (time.perf_counter() - started) / windows.numel()
 
 
 def _plain(candidate: Candidate) -> dict:
@@ -283,7 +374,7 @@ def _steps(
     started = time.perf_counter()
     evaluation.token_losses(pruned, watched)
     watch = time.perf_counter() - started
-    steps = min(steps_within(60 * order.minutes, seconds, watch), MOST_STEPS)
+    steps = order.steps or min(steps_within(60 * order.minutes, seconds, watch), MOST_STEPS)
     if steps < 1:
         raise ValueError(
             f"minutes must be at least {(2 * watch + seconds) / 60:.2g} for one step of healing "
@@ -363,7 +454,8 @@ def plan_text(order: Order, plan: dict) -> str:
     lines += [
         f"  fit means: {judgements.limits_text(order.limits)}",
         f"  measured on {read.documents} documents of {read.text}, and {read.questions} questions "
-        f"each of {', '.join(read.tasks)}",
+        f"each of {', '.join(read.tasks)}, and by continuing the documents",
+        f"  measuring both models: about {sum(plan['measuring_seconds']) / 60:.1f} minutes here",
     ]
     return "\n".join(lines)
 
@@ -433,7 +525,8 @@ def _refuse_another(made: dict, loaded: dict) -> None:
 def _publish(
     order: Order, plan: dict, made: dict, results: dict, judgement: pd.DataFrame, folder: Path
 ) -> None:
-    """Write card, report and table into the folder of the model."""
+    """Write card, report, table and record into the folder of the model."""
+    _write_record(order, plan, made, results, judgement, folder)
     healed = f"{order.method}, {plan['steps']} steps of {BATCH_SIZE * plan['seq_len']:,} tokens"
     card = release.model_card(
         base=name_of(order.model),
@@ -461,3 +554,12 @@ def _publish(
     ):
         with runtime.atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def _write_record(
+    order: Order, plan: dict, made: dict, results: dict, judgement: pd.DataFrame, folder: Path
+) -> None:
+    """Write all that was measured into the folder of the model."""
+    record = {"order": record_of(order), "plan": plan, "history": made["history"]}
+    with runtime.atomic_path(folder / RECORD) as temporary:
+        temporary.write_text(json.dumps({**record, "results": results}, indent=1), encoding="utf-8")
