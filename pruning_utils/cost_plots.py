@@ -381,4 +381,5 @@ def shares_of_limits(shares: pd.DataFrame) -> Figure:
     names = [f"{row.measure}: {row.judgement}" for row in shares.itertuples()]
     axis.set(xlabel="share of the limit", yticks=places, yticklabels=names)
     axis.set_ylim(places.min() - 0.6, 0.6)
+    axis.set_xlim(min(shares["low"].min(), 0) - 0.05, max(shares["high"].max(), 1) + 0.05)
     return figure
