@@ -9,7 +9,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 STARTED := $(VENV)/.installing
 SECOND := requirements-second-model.txt
-PINS := $(filter-out $(SECOND),$(wildcard requirements*))
+BOOK := requirements-book.txt
+PINS := $(filter-out $(SECOND) $(BOOK),$(wildcard requirements*))
 INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 RUN := $(PY) scripts/run_notebooks.py
 
@@ -27,7 +28,7 @@ PYTEST = PYTHONHASHSEED=0 $(PY) -m pytest -n $(CORES) --dist loadgroup --duratio
 LABCONFIG := $(VENV)/etc/jupyter/labconfig
 
 .DEFAULT_GOAL := help
-.PHONY: help setup second-model quickstart test check reproduce figures regress lab lock clean
+.PHONY: help setup second-model quickstart test check reproduce figures regress book lab lock clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET"
@@ -68,6 +69,17 @@ regress: $(STAMP) ## compare summary numbers (minutes at smoke, hours at PROFILE
 	@echo "regress: RECORD=1 records them, KEEP=1 keeps what was computed; a stopped run goes on"
 	@$(RUN) $(jobs) --regress --profile '$(PROFILE)' $(call flag,RECORD,--record) $(keep)
 
+# A link that leads nowhere ends the build, and the site that was there stays.
+book: $(STAMP) ## build the site of notebooks and docstrings, into site/ (a minute)
+	@echo "book: installing Sphinx and what it needs (once)"
+	@$(INSTALL) --no-deps --require-hashes -r $(BOOK)
+	@echo "book: building the site; no notebook is run"
+	@rm -rf build/book scripts/book/api
+	@$(PY) -m sphinx --quiet --fail-on-warning --builder html --conf-dir scripts/book \
+	    --doctree-dir build/book/doctrees . build/book/html
+	@rm -rf site && mv build/book/html site
+	@echo "book: done; open site/index.html in a browser"
+
 lab: $(STAMP) ## open the notebooks in JupyterLab, without its autosave (ARGS passes options)
 	@mkdir -p $(LABCONFIG)
 	@echo '{"@jupyterlab/docmanager-extension:plugin": {"autosave": false}}' \
@@ -76,14 +88,19 @@ lab: $(STAMP) ## open the notebooks in JupyterLab, without its autosave (ARGS pa
 	@$(PY) -m jupyterlab notebooks $(ARGS)
 
 # Versions that the lock has stay, unless pyproject.toml refuses them or ARGS='-P NAME' lets one go.
-lock: $(STAMP) ## write requirements.lock anew from pyproject.toml (needs uv; versions stay)
+lock: $(STAMP) ## write requirements.lock, -book.txt from pyproject.toml (needs uv; versions stay)
 	@$(PY) -c "import uv" 2>/dev/null || $(INSTALL) uv
 	@$(PY) -m uv pip compile --quiet pyproject.toml --constraints requirements-torch.txt \
 	    --output-file requirements.lock --custom-compile-command "make lock" $(ARGS)
+	@$(PY) -m uv pip compile --quiet --no-config --group book --universal --python-version 3.11 \
+	    --generate-hashes --annotation-style line --constraints requirements.lock \
+	    --constraints requirements-torch.txt \
+	    --output-file $(BOOK) --custom-compile-command "make lock" $(ARGS)
 
-clean: ## remove .venv, quickstart/ and caches (computed results stay)
-	@echo "clean: removing .venv, quickstart/ and caches"
-	@rm -rf $(VENV) quickstart build pruning_utils.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean: ## remove .venv, quickstart/, site/ and caches (computed results stay)
+	@echo "clean: removing .venv, quickstart/, site/ and caches"
+	@rm -rf $(VENV) quickstart site scripts/book/api build pruning_utils.egg-info
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is the start marker, renamed when all is installed: a killed install leaves the marker

@@ -116,8 +116,9 @@ CORE = (
 )
 MAX_CORE_STATEMENTS = 1650
 
-# Used where it is installed; it brings a torch of its own, so that nothing here may ask for it.
-OPTIONAL = {"vllm", "distributed"}
+# Used where they are installed: vllm brings a torch of its own, so that nothing here may ask for
+# it, playwright comes with `make book`, and distributed is for clusters.
+OPTIONAL = {"vllm", "distributed", "playwright"}
 
 # Written so that no pattern matches its own text.
 MACHINE_PATH = re.compile(r"(?<![\w.~+/])/(?:(?:work|root|opt)/|(?:home|Users|tmp)/\w)")
@@ -182,14 +183,19 @@ def requirement_lines(name: str) -> list[str]:
     return text.replace("\\\n", " ").strip().splitlines()
 
 
-def locked() -> dict[str, str]:
-    """Versions that are installed here, by normalised name: the lock's, and that of torch."""
-    found = pins(requirement_lines("requirements-torch.txt"))
-    for line in requirement_lines("requirements.lock"):
+def pins_of(name: str) -> dict[str, str]:
+    """Versions for this machine, by normalised name, of a file that `make lock` writes."""
+    found = {}
+    for line in requirement_lines(name):
         requirement, _, marker = line.partition(" --hash=")[0].partition(" ; ")
         if not marker or Marker(marker.strip()).evaluate():
             found |= pins([requirement.strip()])
     return found
+
+
+def locked() -> dict[str, str]:
+    """Versions that are installed here, by normalised name: the lock's, and that of torch."""
+    return pins(requirement_lines("requirements-torch.txt")) | pins_of("requirements.lock")
 
 
 # What only the CUDA build of torch needs.
@@ -220,13 +226,32 @@ def test_lock_is_complete():
                 assert canonicalize_name(needed.name) in versions, f"{name} needs {text}"
 
 
-def test_lock_has_hashes_of_all_but_torch():
-    lines = requirement_lines("requirements.lock")
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-book.txt"])
+def test_lock_has_hashes_of_all_but_torch(name):
+    lines = requirement_lines(name)
     for line in lines:
         assert re.search(r"( +--hash=sha256:[0-9a-f]{64})+ *$", line), line
     names = {line.partition("==")[0] for line in lines}
     assert "torch" not in names, "its builds differ; requirements-torch.txt has its version"
     assert not [name for name in names if CUDA.fullmatch(name)]
+
+
+def test_the_site_is_built_with_its_own_pins_and_with_none_that_differ():
+    """`make book` adds to what is installed, and changes nothing of it."""
+    versions, added = locked(), pins_of("requirements-book.txt")
+    for requirement in map(Requirement, project()["dependency-groups"]["book"]):
+        assert added[requirement.name] in requirement.specifier
+        assert requirement.name not in versions, "installed by all other targets too"
+    shared = versions.keys() & added.keys()
+    assert {name: versions[name] for name in shared} == {name: added[name] for name in shared}
+
+
+def test_groups_give_reasons():
+    """Beside each requirement of `make book`, as environment.yml does for all others."""
+    lines = (ROOT / "pyproject.toml").read_text().partition("[dependency-groups]")[2].splitlines()
+    group = lines[lines.index("book = [") + 1 : lines.index("]")]
+    assert len(group) == len(project()["dependency-groups"]["book"])
+    assert not [line for line in group if not re.search(r"\",  # .{15,}", line)]
 
 
 def test_installed_versions_are_the_locked_ones():
@@ -769,6 +794,7 @@ def test_make_alone_lists_the_targets(tmp_path):
         "reproduce",
         "figures",
         "regress",
+        "book",
         "lab",
         "lock",
         "clean",
@@ -797,23 +823,25 @@ def test_make_installs_once(tmp_path):
 
 
 @needs_make
-def test_make_adds_the_second_model_only_when_asked(tmp_path):
+@pytest.mark.parametrize("target", ["second-model", "book"])
+def test_make_adds_more_only_when_asked(tmp_path, target):
     (tmp_path / ".venv").mkdir()
     stamp = tmp_path / ".venv" / ".installed"
     run_make(tmp_path)  # copies the files
     stamp.touch()
-    pins = tmp_path / "requirements-second-model.txt"
+    pins = tmp_path / f"requirements-{target}.txt"
     os.utime(stamp, (later := pins.stat().st_mtime + 60, later))
+    os.utime(pins, (later + 60, later + 60))  # newer than the stamp, and yet no reason to set up
     installs = [
         line
-        for line in run_make(tmp_path, "--dry-run", "second-model").stdout.splitlines()
-        if line.startswith(".venv/bin/python")
+        for line in run_make(tmp_path, "--dry-run", target).stdout.splitlines()
+        if line.startswith(".venv/bin/python -m pip")
     ]
     assert [line.split()[5:] for line in installs] == [
         ["--disable-pip-version-check", "--no-deps", "--require-hashes", "-r", pins.name]
     ]
-    for target in ("setup", "test", "quickstart"):
-        assert pins.name not in run_make(tmp_path, "--dry-run", target).stdout
+    for other in ("setup", "test", "quickstart"):
+        assert pins.name not in run_make(tmp_path, "--dry-run", other).stdout
 
 
 @needs_make

@@ -94,7 +94,11 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """The recipe of a text: stages joined by `` + ``, "" for no training; errors as there."""
+        """The recipe of a text: stages joined by ``" + "``, ``""`` for no training.
+
+        Raises:
+            ValueError: As :meth:`Stage.parse` does.
+        """
         return cls(tuple(Stage.parse(stage) for stage in text.split(" + ")) if text else ())
 
     def text(self) -> str:
