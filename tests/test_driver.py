@@ -1589,7 +1589,8 @@ def test_the_workflow_tests_once_goes_on_records_and_keeps_what_was_made():
     commands = {
         name: [step["run"] for step in found if "run" in step] for name, found in steps.items()
     }
-    assert commands["smoke"] == ["make test"], "the smoke notebooks are part of it"
+    site = "make book && make test ARGS=tests/test_book.py"
+    assert commands["smoke"] == ["make test", site], "the smoke notebooks are part of the first"
     uploads = {
         name: [step for step in found if "upload-artifact" in step.get("uses", "")]
         for name, found in steps.items()

@@ -344,6 +344,13 @@ def test_package_data_covers_every_file():
     assert not missed, "files that an installed package would lack"
 
 
+def test_a_container_holds_no_more_than_a_checkout():
+    """What git ignores, its build ignores too; there a bare name means the top level alone."""
+    ignored = [line for line in (ROOT / ".gitignore").read_text().splitlines() if line[0] != "#"]
+    left_out = (ROOT / "scripts" / "Containerfile.dockerignore").read_text().splitlines()
+    assert {line.strip("/") for line in ignored} <= {line.removeprefix("**/") for line in left_out}
+
+
 # --- imports --------------------------------------------------------------------------------------
 
 
