@@ -156,8 +156,10 @@ def window():
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
         pytest.skip("no browser is installed")
-    if not (SITE / "index.html").is_file():
-        pytest.skip("no site is built: make book")
+    front = SITE / "index.html"
+    sources = [*PAGES, *NOTEBOOKS, *(ROOT / "pruning_utils").rglob("*.py")]
+    if not front.is_file() or front.stat().st_mtime < max(map(os.path.getmtime, sources)):
+        pytest.skip("no site is built of these pages: make book")
     driver = pytest.importorskip("playwright.sync_api", reason="make book installs it")
     # Its sandbox refuses to work for root, as whom some containers run.
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
