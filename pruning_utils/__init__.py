@@ -1,11 +1,12 @@
 """Layer pruning of large language models: measure, choose, remove, heal, evaluate.
 
-The package has three floors, and a house of its own beside them:
+The package has three floors, and two houses of their own beside them:
 
 * The core has one module a step of the work; ``dir(pruning_utils)`` lists it, and each is imported
   when it is first used.
 * :mod:`~pruning_utils.studies` composes the steps into what the notebooks compute.
 * :mod:`~pruning_utils.engine` computes, keeps and checks results; no notebook imports it.
+* :mod:`~pruning_utils.planning` says what each step takes, from a configuration alone.
 * :mod:`~pruning_utils.shrinking` makes a smaller model of one's own: the command ``pruning-utils``.
 
 The map below names, for each notebook, its question, its modules of the studies and its steps of

@@ -9,6 +9,8 @@ numbers differ; 2: something is asked for that is not there; 130: a signal has s
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import os
 import signal
 import sys
@@ -47,6 +49,17 @@ def whole_number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0 on the command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return number
 
 
 def parsed(words: list[str] | None) -> argparse.Namespace:
@@ -107,6 +120,26 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="redraw the figures from committed results (a few minutes)",
     )
+    mode.add_argument(
+        "--plan",
+        action="store_true",
+        help="print GPU hours and peak memory of each notebook, by arithmetic on the models' "
+        "configurations (minutes), and refuse what does not fit; nothing is loaded or run",
+    )
+    parser.add_argument(
+        "--price", type=positive, metavar="DOLLARS", help="with --plan: of an hour, for the bill"
+    )
+    parser.add_argument(
+        "--memory",
+        type=positive,
+        metavar="GB",
+        help="with --plan: 1e9 bytes that a process may take (default: 80)",
+    )
+    parser.add_argument(
+        "--machine",
+        choices=("a100", "here"),
+        help="with --plan: the rates stated for an A100 80 GB (default), or probed here",
+    )
     parser.add_argument(
         "--record", action="store_true", help="with --regress: record the numbers of this run"
     )
@@ -136,13 +169,18 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         "keep": "regress",
         "accept": "reproduce",
         "tolerance": "reproduce",
+        "price": "plan",
+        "memory": "plan",
+        "machine": "plan",
     }
     for name, needs in needed.items():
         if getattr(options, name) not in (None, False) and not getattr(options, needs):
             parser.error(f"--{name} goes with --{needs}")
-    if options.output and (options.regress or options.reproduce or options.figures):
+    apart = options.regress or options.reproduce or options.figures or options.plan
+    if options.output and apart:
         parser.error(
-            "--output goes with none of --regress, --reproduce and --figures: each has a place"
+            "--output goes with none of --regress, --reproduce, --figures and --plan: each has a "
+            "place, or makes no file"
         )
     return options
 
@@ -259,7 +297,8 @@ def output_folder(options: argparse.Namespace) -> Path | None:
 
     if options.output:
         return options.output.resolve()
-    if options.profile != modes.TEMPORARY or options.figures or computes_apart(options):
+    makes_none = options.figures or options.plan
+    if options.profile != modes.TEMPORARY or makes_none or computes_apart(options):
         return None
     return modes.temporary_output()
 
@@ -279,6 +318,14 @@ def carried_out(
 
     recompute: bool = options.recompute
     at_once: int = options.jobs
+    if options.plan:
+        # It would say that it finds no kernels of a hub.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        import bill
+
+        asked = {"machine": options.machine or "a100", "memory": options.memory or 80.0}
+        bill.show(chosen, project, price=options.price, **asked)
+        return True
     if options.regress:
         return modes.regress(
             chosen,

@@ -133,7 +133,10 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError("--out must name a new folder, or --plan be given")
         order = order_of(given)
         if given.plan:
-            print(whole.plan_text(order, whole.planned(order)))
+            plan = whole.planned(order)
+            print(whole.plan_text(order, plan))
+            if plan["healing_bytes"]:
+                print(f"  healing takes {plan['healing_bytes'] / 1e9:.2f} GB of memory at most")
             return 0
         print(whole.shrink(order, given.out)["judgement"].to_string(index=False))
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:

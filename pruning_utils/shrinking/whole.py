@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import shutil
 import sys
@@ -47,6 +48,7 @@ from pruning_utils.studies.study import fresh_processes, without_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 N_CHOSEN_ON = 8  # windows of calibration text that the layers are chosen on
 N_VALIDATION = 4  # windows that healing is watched on
 BATCH_SIZE = 4
@@ -82,13 +84,36 @@ def record_of(order: Order) -> dict:
 
 
 def planned(order: Order) -> dict:
-    """The plan alone, see :func:`plan_of`; nothing is made.
+    """The plan alone; nothing is made.
+
+    Returns:
+        As :func:`plan_of`, with ``healing_bytes``: the memory that healing takes at most beside the
+        libraries. It is None where nothing is healed, or where no code of this architecture runs
+        without numbers.
 
     Raises:
         ValueError: As for :func:`shrink`.
     """
     check_order(order)
-    return plan_of(order, *_loaded(order))
+    model, tokenizer = _loaded(order)
+    plan = plan_of(order, model, tokenizer)
+    return plan | {"healing_bytes": _healing_bytes(order, model, plan)}
+
+
+def _healing_bytes(order: Order, model: nn.Module, plan: dict) -> int | None:
+    from pruning_utils.planning import stages  # importing it takes seconds
+
+    if not plan["steps"]:
+        return None
+    n_dropped, seq_len = len(plan["layers"]), plan["seq_len"]
+    try:
+        needs = stages.heal(
+            model.config, model.dtype, seq_len=seq_len, n_dropped=n_dropped, **_recipe(order, 1)
+        )
+    except Exception as error:  # the code of the architectures asks for values in many ways
+        logger.info("the memory of healing %s is not known: %s", type(model).__name__, error)
+        return None
+    return max(need.peak for need in needs)
 
 
 def shrink(order: Order, out: str | os.PathLike) -> dict:

@@ -1,0 +1,321 @@
+"""Memory and arithmetic before the work: against real tensors, real processes and real records."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pruning_utils import efficiency, evaluation, healing, models, surgery
+from pruning_utils.engine import records
+from pruning_utils.planning import machines, rehearsal, stages
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bill  # noqa: E402
+import jobs  # noqa: E402
+import question_tokens  # noqa: E402
+import run_notebooks  # noqa: E402
+import work  # noqa: E402
+
+F32 = torch.float32
+METHODS = ("lora", "qlora", "dora", "last_layers", "full")
+
+
+def small(n_layers: int = 6, **given) -> LlamaConfig:
+    """A configuration whose sizes all differ."""
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 384}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return LlamaConfig(**{**sizes, **heads, "num_hidden_layers": n_layers, **given})
+
+
+def real(config: LlamaConfig) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+# --- a rehearsal is what happens ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_those_of_the_model(tied):
+    config = small(tie_word_embeddings=tied)
+    stored = efficiency.stored_parameters(real(config))
+    assert stages.weight_bytes(config, F32) == 4 * stored["total"]
+    assert stages.weight_bytes(config, torch.bfloat16) == 2 * stored["total"]
+    a_layer = stored["layers"] // 6
+    assert stages.weight_bytes(config, F32, n_dropped=4) == 4 * (stored["total"] - 4 * a_layer)
+
+
+def test_nf4_weights_take_what_bitsandbytes_stores():
+    config = small()
+    stored = efficiency.weight_bytes(models.quantized_copy(real(config)))
+    n_linear = 6 * 7
+    # weight_bytes leaves out the two tables of values of each weight, and its offset.
+    tables = 4 * (rehearsal.NF4_VALUES + rehearsal.SCALE_VALUES + 1) * n_linear
+    found = stages.scan(config, F32, seq_len=8, batch_size=2, quantize="nf4")
+    assert found.parts[stages.WEIGHTS] == stored + tables
+
+
+def test_operations_are_those_that_are_counted_on_the_model():
+    config = small()
+    counted = efficiency.forward_flops(real(config), batch_size=3, n_tokens=16)
+    last_token = 3 * 2 * config.hidden_size * config.vocab_size
+    found = stages.losses(config, F32, seq_len=16, batch_size=3)
+    assert found.flops == counted - last_token
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_without_numbers_takes_what_a_real_step_takes(method):
+    """The same code on real tensors, which are counted as they come and go."""
+    config = small(n_layers=3)
+    settings = {"method": method, "batch_size": 2, "dropout": 0.1, "last_k": 2}
+    planned, _, _ = stages.heal(config, F32, seq_len=32, **settings)
+    model = real(config)
+    trained = healing.trainable_copy(model, healing.check_settings(model, settings))
+    tally = rehearsal.Tally(config.vocab_size)
+    with tally:
+        with tally.making(stages.COPY):
+            for tensor in (*trained.parameters(), *trained.buffers()):
+                tally._add(tensor)
+                for part in vars(getattr(tensor, "quant_state", None) or object).values():
+                    if isinstance(part, torch.Tensor):
+                        tally._add(part)
+        passing, _ = stages._step(trained, tally, 2, 32, in_bfloat16=False)
+    made = (stages.ACTIVATIONS, stages.LOGITS, stages.GRADIENTS)
+    found = sum(passing.parts.get(part, 0) for part in made)
+    expected = sum(planned.parts.get(part, 0) for part in made)
+    # Autograd adds a gradient in place where nothing else holds it; here something always does.
+    assert found <= expected <= 1.06 * found and passing.flops == planned.flops
+
+
+def test_parts_are_what_they_are_called():
+    config = small()
+    passing, stepping, ending = stages.heal(
+        config, F32, seq_len=16, n_dropped=2, method="full", batch_size=1024
+    )
+    trained = stages.weight_bytes(config, F32, n_dropped=2)
+    for need in (passing, stepping):
+        assert need.parts[stages.WEIGHTS] >= stages.weight_bytes(config, F32)
+        assert need.parts[stages.TRAINED] == trained
+        # Two moments, and a count of steps for each tensor.
+        assert 0 <= need.parts[stages.OPTIMISER] - 2 * trained <= 4 * 100
+    # Of 1,024 windows 512 pass at once, so that gradients stand from the first micro-batch on.
+    assert passing.parts[stages.GRADIENTS] == trained
+    assert stages.GRADIENTS not in ending.parts
+    once, _, _ = stages.heal(config, F32, seq_len=16, n_dropped=2, method="full", batch_size=512)
+    assert passing.flops == 2 * once.flops
+
+
+def test_checkpointing_takes_less_memory_and_more_arithmetic():
+    given = {"seq_len": 64, "method": "lora", "batch_size": 4}
+    kept, _, _ = stages.heal(small(), F32, checkpointing=False, **given)
+    again, _, _ = stages.heal(small(), F32, checkpointing=True, **given)
+    assert again.parts[stages.ACTIVATIONS] < kept.parts[stages.ACTIVATIONS] / 2
+    assert again.flops > kept.flops
+
+
+def test_the_cache_holds_keys_and_values_of_all_tokens():
+    config = small()
+    first, last = stages.generation(config, F32, batch_size=2, prompt_tokens=10, new_tokens=4)
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert first.parts[stages.CACHE] == 2 * 10 * a_token
+    assert last.parts[stages.CACHE] == 2 * (10 + 4 - 1) * a_token
+    shared = stages.questions(config, F32, n_tokens=12, n_shared=20, batch_size=3)
+    assert shared.parts[stages.CACHE] >= (20 + 3 * (20 + 11)) * a_token
+    alone = stages.questions(config, F32, n_tokens=12, batch_size=3)
+    assert shared.peak > alone.peak and stages.CACHE not in alone.parts
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [("lora", True), ("qlora", False), ("last_layers", True), ("full", False)],
+)
+def test_all_layers_follow_from_a_few(method, checkpointing):
+    config = small(n_layers=7)
+    given = {"seq_len": 16, "method": method, "batch_size": 2, "checkpointing": checkpointing}
+    few, more, every = (stages.heal(config, F32, n_dropped=7 - kept, **given) for kept in (4, 5, 7))
+    for one, two, whole in zip(few, more, every, strict=True):
+        found = stages.with_layers(one, two, 3)
+        assert found.peak == pytest.approx(whole.peak, rel=0.01) and found.flops == whole.flops
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(ValueError, match="n_dropped must be a whole number from 0 to 5, got 6"):
+        stages.losses(small(), F32, seq_len=8, n_dropped=6)
+    with pytest.raises(ValueError, match="method must be one of"):
+        stages.heal(small(), F32, seq_len=8, method="best", batch_size=1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_a_process_holds_what_was_planned(tmp_path, monkeypatch):
+    """On a small model here; benchmarks/planning.py compares six methods and four shapes."""
+    measuring = runpy.run_path(str(ROOT / "benchmarks" / "planning.py"))
+    monkeypatch.setenv(measuring["THRESHOLD"], str(2**16))
+    config = small(4, hidden_size=512, intermediate_size=1536, vocab_size=1024)
+    _, tokenizer = models.load_model()
+    surgery.save(real(config), tokenizer, tmp_path / "model")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import planning
+
+    for method in ("taylor", "lora"):
+        plan = planning.predicted(config, method, (16, 128, 1))
+        held = planning.measured(str(tmp_path / "model"), method, (16, 128, 1))
+        assert plan == pytest.approx(held, rel=0.1), method
+
+
+# --- what notebooks do ----------------------------------------------------------------------------
+
+JOBS = {job.name: job for job in jobs.plan(ROOT, "cpu", [], {}, False)}
+LAYERS = {"smollm2-135m": 30, "gemma-3-270m": 18, "embedded": 30}
+
+
+def recorded(notebook: str) -> list[tuple[work.Table, dict, bool]]:
+    """The tables that a notebook asks for and that are committed: what is said of them here, their
+    record, and whether it was made with today's parameters."""
+    folder = ROOT / "results" / "cpu" / notebook
+    listed = json.loads((folder / "run.json").read_text())
+    is_by_model = "models_at_hand" in JOBS[notebook].path.read_text(encoding="utf-8")
+    found = []
+    for model in [name for name in LAYERS if (name != "embedded") == is_by_model]:
+        for table in work.tables_of(notebook, JOBS[notebook].values, LAYERS[model]):
+            name = "-".join(filter(None, (model, table.name)))
+            if name in listed:
+                is_new = not records.awaiting(folder / f"{name}.csv")
+                found.append((table, listed[name], is_new))
+    return found
+
+
+@pytest.mark.parametrize("notebook", JOBS)
+def test_tables_have_the_points_that_were_recorded(notebook):
+    tables = recorded(notebook)
+    assert tables
+    for table, record, _ in tables:
+        n_points = len(record.get("points", table.points))
+        if table.is_most:
+            assert 0 < n_points <= len(table.points), table.name
+        else:
+            assert n_points == len(table.points), table.name
+
+
+@pytest.mark.parametrize("notebook", JOBS)
+def test_tables_are_measured_as_was_recorded(notebook):
+    for table, record, is_new in recorded(notebook):
+        asked = record["parameters"]
+        if table.kind != "study" or not is_new or "seq_len" not in asked:
+            continue
+        for key in {"texts", "tasks", "limit", "seq_len", "dtype"} & asked.keys():
+            assert getattr(table, key) == asked[key], (table.name, key)
+        trained = asked.get("healing_settings")
+        if trained and any(point.recipe for point in table.points):
+            kept = {key: value for key, value in trained.items() if key != "learning_rate"}
+            assert {key: table.healing[key] for key in kept} == kept, table.name
+
+
+def test_tokens_of_questions_are_those_of_the_tasks():
+    listed = pd.read_csv(ROOT / "reference" / question_tokens.FILE).set_index("task")
+    assert list(listed.index) == list(evaluation.TASKS)
+    _, tokenizer = models.load_model()
+    with evaluation._quiet_libraries():
+        found = question_tokens.counted("openbookqa", tokenizer)
+    assert found == {"task": "openbookqa", **listed.loc["openbookqa"].to_dict()}
+
+
+# --- the bill -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What is rehearsed, by name, in the place of rehearsals: a byte and 1e12 operations each."""
+    asked = []
+
+    def instead(stage: str):
+        def found(config, dtype, **given):
+            asked.append((stage, given))
+            need = stages.Need({stages.WEIGHTS: 10**9}, 10**12)
+            return (need, need, need) if stage == "heal" else need
+
+        return found
+
+    for stage in ("scan", "taylor", "perplexity_without_layer", "losses", "questions", "heal"):
+        monkeypatch.setattr(stages, stage, instead(stage))
+    monkeypatch.setattr(
+        stages, "generation", lambda *_, **given: 2 * (stages.Need({stages.CACHE: 10**11}, 1),)
+    )
+    return asked
+
+
+def bill_of(profile: str, *only: str) -> list[bill.Line]:
+    made = bill.Bill(ROOT / "reference", machines.A100)
+    found = []
+    for job in jobs.plan(ROOT, profile, list(only), {}, False):
+        found += made.lines(job)
+    return found
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "a100"])
+def test_every_notebook_of_every_profile_has_a_line(profile, counted):
+    lines = bill_of(profile)
+    assert {line.notebook for line in lines} == set(JOBS)
+    assert all(line.seconds > 0 for line in lines)
+    said = bill.text_of(lines, price=3.0)
+    total = sum(line.seconds for line in lines) / 3600
+    assert said.splitlines()[-1].split()[-1] == f"{3 * total:.2f}"
+    assert "dollars" not in bill.text_of(lines, price=None)
+
+
+def test_a_model_that_was_trained_is_not_trained_again(counted):
+    both = bill_of("cpu", "06")
+    made = bill.Bill(ROOT / "reference", machines.A100)
+    job = next(iter(jobs.plan(ROOT, "cpu", ["06"], {}, False)))
+    first, again = made.lines(job)[0], made.lines(job)[0]
+    assert both[0].seconds == first.seconds > again.seconds > 0
+
+
+def test_what_does_not_fit_is_refused_with_the_setting(counted, capsys):
+    assert run_notebooks.main(["--profile", "cpu", "--only", "07", "--plan"]) == 2
+    printed = capsys.readouterr()
+    assert "07_depth_against_width" in printed.out and "GPU hours" in printed.out
+    assert "on embedded needs 100.0 GB of 80" in printed.err
+    assert "change scored_on.batch_sizes or scored_on.prompts" in printed.err
+    asked = ["--profile", "cpu", "--only", "07", "--plan", "--memory", "101", "--price", "2.5"]
+    assert run_notebooks.main(asked) == 0
+    assert "dollars" in capsys.readouterr().out
+
+
+def test_options_of_the_plan_need_it(capsys):
+    for words in (["--price", "2"], ["--plan", "--price", "0"], ["--plan", "--regress"]):
+        with pytest.raises(SystemExit):
+            run_notebooks.main(words)
+    assert "--price goes with --plan" in capsys.readouterr().err
+
+
+def test_a_model_of_unknown_sizes_is_refused():
+    with pytest.raises(jobs.Refused, match=r"no configuration of some/model: download .*Llama-2"):
+        bill.configuration("some/model", ROOT / "reference")
+
+
+@pytest.mark.parametrize("profile", ["a100"])
+def test_sizes_of_the_papers_models_are_those_that_they_publish(profile):
+    """Parameters in billions as their authors and reference/ state them."""
+    published = {
+        "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+        "lmsys/vicuna-7b-v1.3": 6_738_415_616,
+        "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+        "Qwen/Qwen1.5-7B": 7_721_324_544,
+    }
+    for name, count in published.items():
+        config, _ = bill.configuration(name, ROOT / "reference")
+        assert stages.n_parameters(config) == count, name
+    named = {job.values["model"] for job in jobs.plan(ROOT, profile, [], {}, False)}
+    assert named <= set(pd.read_csv(ROOT / "reference" / bill.CONFIGURATIONS)["model"])
+
+
+def test_time_is_bound_by_arithmetic_or_by_reading():
+    assert machines.A100.seconds(0.4 * 312e12, torch.bfloat16) == pytest.approx(1)
+    assert machines.A100.seconds(1.0, torch.bfloat16, n_read=4.0e12) == pytest.approx(2)
