@@ -194,7 +194,7 @@ class Costs:
         """What each training of a point takes, and what the model is known by."""
         stages_of = recipes.Recipe.parse(point.recipe).stages
         rounds = point.n_dropped // point.per_round if point.per_round else 1
-        seen = (point.cut, point.n_dropped, point.per_round, point.seed, table.source)
+        seen: tuple = (point.cut, point.n_dropped, point.per_round, point.seed, table.source)
         for number, stage in enumerate(stages_of):
             settings = {**table.healing, **stage.settings}
             seen = (*seen, str(sorted(settings.items(), key=lambda item: item[0])))
@@ -300,7 +300,9 @@ class Costs:
             yield Cost(self.measuring(table, point), stages.Need({}, 0), "", "")
         yield from self.memory_of(table)
 
-    def scanning(self, table: work.Table, dtype: torch.dtype, n: int, quantize: str | None = None):
+    def scanning(
+        self, table: work.Table, dtype: torch.dtype, n: int, quantize: str | None = None
+    ) -> Cost:
         """The distances of all blocks on n windows."""
         sizes = {"seq_len": table.seq_len, "batch_size": min(BATCH, n)}
         (need,) = self.needs("scan", dtype, **sizes, quantize=quantize)
@@ -321,7 +323,7 @@ class Costs:
         yield from self.sample(table)
         most = importance.TOKENS_AT_ONCE[self.machine.kind]
         size = max(1, most // ((self.n_layers + 1) * table.seq_len))
-        given = {"seq_len": table.seq_len, "on": self.machine.kind}
+        given: dict[str, Any] = {"seq_len": table.seq_len, "on": self.machine.kind}
         # Here the operations grow with the square of the layers.
         (need,) = self.rehearsed("perplexity_without_layer", dtype, self.n_layers, given)
         seconds = self.machine.seconds(sum(table.points) / size * need.flops, dtype)
@@ -330,7 +332,7 @@ class Costs:
     def sample(self, table: work.Table) -> Iterator[Cost]:
         """Taylor's scores and block influence, for each draw of text."""
         dtype, most = self.dtype(table.dtype), max(table.points)
-        given = {"seq_len": table.seq_len, "on": self.machine.kind}
+        given: dict[str, Any] = {"seq_len": table.seq_len, "on": self.machine.kind}
         (need,) = self.needs("taylor", dtype, n_samples=most, **given)
         flops = need.flops * sum(table.points) / most
         at = f"Taylor on {most} windows of {table.seq_len} tokens"

@@ -19,7 +19,7 @@ N_SHOTS = 5  # that the length of a shot is measured on
 FILE = "question_tokens.csv"
 
 
-def counted(task: str, tokenizer: object) -> dict[str, int | float | str]:
+def counted(task: str, tokenizer: Any) -> dict[str, int | float | str]:
     """A row of the table, by the first 400 questions of a task, equally many of each subject.
 
     Returns:
@@ -55,7 +55,7 @@ def counted(task: str, tokenizer: object) -> dict[str, int | float | str]:
     }
 
 
-def shot_tokens(task: str, tokenizer: object) -> int:
+def shot_tokens(task: str, tokenizer: Any) -> int:
     """Tokens of a shot, of the subject whose shots are longest; 0 where a task takes none."""
     try:
         subjects = evaluation.load_tasks([task], num_fewshot=N_SHOTS)[task]["tasks"]
@@ -75,7 +75,7 @@ def solved(asked: Any, question: dict) -> str:
     return f"{prompt} {answer}" if isinstance(prompt, str) else answer
 
 
-def lengths(tokenizer: object, texts: list[str]) -> np.ndarray:
+def lengths(tokenizer: Any, texts: list[str]) -> np.ndarray:
     """Tokens of each text, without special ones."""
     return np.array([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
 

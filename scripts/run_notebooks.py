@@ -323,8 +323,13 @@ def carried_out(
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         import bill
 
-        asked = {"machine": options.machine or "a100", "memory": options.memory or 80.0}
-        bill.show(chosen, project, price=options.price, **asked)
+        bill.show(
+            chosen,
+            project,
+            machine=options.machine or "a100",
+            memory=options.memory or 80.0,
+            price=options.price,
+        )
         return True
     if options.regress:
         return modes.regress(

@@ -319,11 +319,8 @@ def depth_or_width(values: Values, n_layers: int) -> list[Table]:
     own = of_scores(values)
     rates = healing["rates"]
     best = middle("lora", rates, healing["steps"])
-    quality = [
-        Point(*one, recipe, seed)
-        for one in judged
-        for recipe, seed in [("", values["seed"]), *((best, draw) for draw in values["seeds"])]
-    ]
+    trained = [("", values["seed"]), *((best, draw) for draw in values["seeds"])]
+    quality = [Point(*one, recipe, seed) for one in judged for recipe, seed in trained]
     once = {"warmups": 0, "repeats": 1, "new_tokens": speed["new_tokens"]}
     return [
         Table("sizes", "other", tuple(sizes)),
@@ -416,7 +413,9 @@ def how_to_heal(values: Values, n_layers: int) -> list[Table]:
     grids, timed, steps = healing["rates"], healing["timed"], healing["steps"]
     like = {"reverse order": ["DoRA"], "taylor": ["QLoRA"]}
     winners = {rule: dict.fromkeys([*grid, *like.get(rule, [])]) for rule, grid in grids.items()}
-    at = {rule: (rule, values["depths"][0]) if rule != "unpruned" else ("", 0) for rule in grids}
+    at: dict[str, tuple[str, int]] = {rule: (rule, values["depths"][0]) for rule in grids}
+    if "unpruned" in grids:
+        at["unpruned"] = ("", 0)
     own = of_scores(values, without_keys=("rates", "timed", "one_rate"))
 
     def best(rule: str, way: str) -> str:
