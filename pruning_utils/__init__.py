@@ -42,8 +42,8 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 11  Do rounds, more samples or another text help?
     scores, sets, rates, swaps: similarity, importance, selection, surgery, healing, evaluation
 12  What does the recommended model give, all in all?
-    scores, sets, costs, rates: similarity, importance, selection, surgery, healing, evaluation,
-    efficiency, release
+    scores, sets, depth, costs, rates: similarity, importance, selection, surgery, healing,
+    evaluation, efficiency, release
 13  Is a smaller model of your own still fit for use?
     depth: similarity, importance, selection, surgery, healing, evaluation, efficiency
 """

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pruning_utils import selection
+from pruning_utils.shrinking import orders, whole
 from pruning_utils.studies import depth, recipes
 
 # What looks at all embedded models at hand, where no other is named.
@@ -569,6 +571,48 @@ def recommended_model(values: Values, n_layers: int) -> list[Table]:
     ]
 
 
+def own_model(values: Values, n_layers: int) -> list[Table]:
+    scored, healing, goal = values["scored_on"], values["healing"], values["goal"]
+    # What another goal needs is known from the weights alone. More layers gone take less.
+    gone = selection.count_for_fraction(n_layers, 1 - goal["keep"]) if goal["keep"] else 1
+    recipe = ""
+    if healing["method"] != orders.NO_HEALING:
+        steps = healing["steps"] or whole.MOST_STEPS
+        recipe = recipes.recipe_at(healing["method"], healing["learning_rate"], steps)
+    text_name = first(scored["texts"])
+    own = Table(
+        "",
+        "study",
+        (),
+        seq_len=scored["seq_len"],
+        healing={"batch_size": whole.BATCH_SIZE, "dropout": 0.0, "warmup_steps": 0},
+        source=values["text"]["healing_source"],
+        dtype=values["dtype"],
+    )
+    chosen_on = {"n_samples": whole.N_CHOSEN_ON}
+    tried = tuple(Point(rule, gone) for rule in orders.CHEAP_RULES)
+    return [
+        Table(
+            "scan",
+            "scan",
+            ((text_name, values["dtype"]),),
+            seq_len=scored["seq_len"],
+            dtype=values["dtype"],
+            settings=chosen_on,
+        ),
+        replace(own, name="candidates", points=tried, texts={text_name: whole.N_CHOSEN_ON}),
+        replace(
+            own,
+            name="measured",
+            points=(Point(), Point(goal["rule"], gone, recipe, values["seed"])),
+            texts=scored["texts"],
+            tasks=scored["tasks"],
+            limit=scored["n_questions"],
+            is_most=not healing["steps"],
+        ),
+    ]
+
+
 NOTEBOOKS: dict[str, Callable[[Values, int], list[Table]]] = {
     "00_quickstart": quickstart,
     "01_layer_similarity": layer_similarity,
@@ -583,6 +627,7 @@ NOTEBOOKS: dict[str, Callable[[Values, int], list[Table]]] = {
     "10_how_to_heal": how_to_heal,
     "11_one_shot_or_iterative": rounds_or_once,
     "12_the_recommended_model": recommended_model,
+    "13_your_own_model": own_model,
 }
 
 
