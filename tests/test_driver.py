@@ -515,6 +515,8 @@ def test_the_notebooks_mappings_are_settings_or_have_keys_that_the_user_chooses(
     mappings = {name for values in defaults for name, _ in parameters.mappings_in(values)}
     assert set(parameters.CHOSEN_KEYS) <= mappings
     assert {name for name in mappings if not parameters.has_chosen_keys(name)} == {
+        "fit",
+        "goal",
         "healing",
         "healing.timed",
         "quantised",
@@ -1304,7 +1306,7 @@ def test_those_begin_first_that_most_others_wait_for(project):
     names = [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
     every = [jobs.Job(Path(name), "cpu", {}, {}) for name in names]
     first = [job.name[:2] for job in jobs.ready(every, [])]
-    assert first == ["02", "00", "01"]
+    assert first == ["02", "00", "01", "13"]
     assert jobs.chain_behind("02_depth_and_question_answering") == [
         "09_seven_metrics",
         "10_how_to_heal",

@@ -147,8 +147,9 @@ def test_the_idea_that_a_notebook_shows_is_something_that_a_reader_can_call():
 
 # What takes seconds to import, and only computes.
 COMPUTING = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "lm_eval")
-# Modules that are imported when something is computed with them.
+# Modules that are imported when something is computed, or planned, with them.
 IMPORTED_LATER = {f"pruning_utils.engine.{name}" for name in (*engine.LATER, "trainer")}
+IMPORTED_LATER |= {f"pruning_utils.planning.{name}" for name in ("machines", "rehearsal", "stages")}
 
 
 def without_imports(folder: Path) -> str:
