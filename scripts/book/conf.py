@@ -47,7 +47,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 
 # Docstrings and signatures do without them, and importing them takes seconds. scipy and seaborn ask
 # whether torch is there, and stumble over what stands in for it.
-autodoc_mock_imports = ["torch", "transformers", "scipy", "seaborn"]
+autodoc_mock_imports = ["bitsandbytes", "torch", "transformers", "scipy", "seaborn"]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 88
