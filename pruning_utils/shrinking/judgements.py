@@ -150,6 +150,7 @@ def repetitions(
     prompts = prompts.to(passes.input_device(model))
 
     def continued(rows: slice) -> torch.Tensor:
+        """What follows some of the prompts."""
         given = prompts[rows]
         output = model.generate(
             input_ids=given,
