@@ -143,6 +143,7 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no scheduler answers at tcp://127.0.0.1:9"):
         results.sweep(POINTS, dict, path=tmp_path / "a.csv", parameters=SEED)
     with distributed.LocalCluster(n_workers=0, dashboard_address=":0") as empty:
+        monkeypatch.setattr(workers, "PATIENCE", 5.0)  # a busy scheduler answers within it
         monkeypatch.setenv(workers.VARIABLE, empty.scheduler_address)
         with pytest.raises(RuntimeError, match="no worker has joined the scheduler at tcp://"):
             results.sweep(POINTS, dict, path=tmp_path / "a.csv", parameters=SEED)
