@@ -452,6 +452,18 @@ def test_a_plan_is_printed_and_nothing_is_made(tiny, tmp_path, capsys, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plan_says_what_memory_healing_takes(tiny, capsys, monkeypatch):
+    asked = order(tiny, minutes=2.0, steps=2)
+    plan = whole.planned(asked)
+    # Both models, and of what is trained gradients and activations, lie in memory at the peak.
+    assert plan["healing_bytes"] > sum(plan["bytes"])
+    assert whole.planned(order(tiny, method="none"))["healing_bytes"] is None
+    monkeypatch.setattr(whole, "planned", lambda order: plan)
+    assert command.main(["shrink", tiny, "--keep", "60%", "--plan", "--dtype", "float32"]) == 0
+    said = f"healing takes {plan['healing_bytes'] / 1e9:.2f} GB of memory at most"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
