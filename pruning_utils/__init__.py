@@ -28,8 +28,8 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 06  Which layers matter, and does it matter how one asks?
     scores, sets, depth, rates: importance, selection, surgery, healing, evaluation
 07  Are fewer layers faster than narrower ones?
-    scores, sets, shapes, costs, rates: importance, selection, surgery, width, healing, evaluation,
-    efficiency
+    scores, sets, shapes, depth, costs, rates: importance, selection, surgery, width, healing,
+    evaluation, efficiency
 08  Adapters or all weights: what brings a pruned model back?
     scores, sets, depth, costs, rates: importance, selection, surgery, healing, evaluation,
     efficiency

@@ -28,7 +28,10 @@ AFTER = {
     },
     "05_robustness": {"04_simple_against_similarity": TRAINS},
     "06_block_importance": {"02_depth_and_question_answering": READS},
-    "07_depth_against_width": {"06_block_importance": READS},
+    "07_depth_against_width": {
+        "02_depth_and_question_answering": READS,
+        "06_block_importance": READS,
+    },
     "08_lora_against_continued_pretraining": {
         "02_depth_and_question_answering": READS,
         "06_block_importance": READS,

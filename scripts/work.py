@@ -331,7 +331,7 @@ def depth_or_width(values: Values, n_layers: int) -> list[Table]:
         replace(
             bare(own), name="rates", points=trials((*one, "lora", rates) for one in judged)(healing)
         ),
-        replace(own, name="quality", points=tuple(quality)),
+        replace(own, name="quality", points=(Point(), *quality)),
     ]
 
 
