@@ -19,6 +19,8 @@ warnings.resetwarnings()  # all are shown again
 warnings.simplefilter("ignore", DeprecationWarning)  # but those that Python itself hides
 from test_healing import Tokenizer, bits, llama, windows
 
+from pruning_utils.engine import trainer  # noqa: F401  is imported here, not by each child
+
 
 def child(method, output_dir, result, pause=0.0):
     if pid := os.fork():

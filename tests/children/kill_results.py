@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import torch  # noqa: F401  the runs that are forked ask it for their memory, and would import it each
 
 from pruning_utils import results
 from pruning_utils.engine import records

@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from pruning_utils import data, evaluation, results, runtime
+from pruning_utils.engine import trainer  # noqa: F401  what heals is imported here, not by each child
 
 runtime.setup()
 from tiny_model import DENSE, INFORMED, SETTINGS, SIMPLE
