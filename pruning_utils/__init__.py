@@ -79,6 +79,7 @@ MODULES = (
     "round_plots",
     "width",
     "release",
+    "offload",
     "embedded",
     "instructions",
     "pages",

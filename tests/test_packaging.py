@@ -42,6 +42,7 @@ ORDER = (
     "engine.held_configurations",
     "embedded",
     "models",
+    "offload",
     "engine.beginnings",
     "engine.kept_texts",
     "engine.passes",

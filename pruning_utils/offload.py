@@ -1,0 +1,90 @@
+"""Load a model that is larger than the memory at hand, to measure it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import weakref
+from typing import TYPE_CHECKING
+
+from pruning_utils import models, runtime
+from pruning_utils.embedded import quiet_loading
+from pruning_utils.engine import hub, model_files
+from pruning_utils.engine.checks import whole_number
+from pruning_utils.engine.later import torch
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    name: str | os.PathLike,
+    memory: int,
+    *,
+    revision: str | None = None,
+    dtype: str = runtime.AUTO,
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model that is larger than the memory at hand, to measure it.
+
+    Layers that do not fit stay in the model's own files. Each forward pass reads them from there,
+    one after the other, by accelerate's hooks. So micro-batches should be as large as they can be.
+    Similarity, losses, answers and ``importance.perplexity_without_layer`` take such a model; what
+    needs the weights themselves, as healing and saving do, refuses it.
+
+    Args:
+        name: As for :func:`models.load_model`, with ``revision``, ``dtype`` and ``device``.
+        memory: Bytes of weights that stay on the device, at least 1. The largest layer, or the
+            embedding, comes on top while it runs.
+        revision: See above.
+        dtype: See above. Another one than that of the files is converted whenever a layer is read.
+        device: See above.
+
+    Returns:
+        ``(model, tokenizer)``, as :func:`models.load_model`.
+
+    Raises:
+        ValueError: As :func:`models.load_model`, and if ``memory`` is no such number.
+    """
+    from transformers import AutoTokenizer
+
+    most = whole_number("memory", memory, 1)
+    place = runtime.choose_device(device)
+    precision = runtime.resolve_dtype(dtype, place)
+    source = models._resolve(name, revision)
+    options = {"revision": revision, "trust_remote_code": False}
+    on_disk = contextlib.nullcontext() if os.path.isdir(source) else hub.asked_or_cached()
+    # Only weights that transformers builds anew from those of the files are written to it.
+    folder = tempfile.mkdtemp(prefix="pruning_utils_")
+    try:
+        with quiet_loading(), model_files.named_errors(source, revision), on_disk:
+            model_files.refuse_adapter(source, options)
+            config = model_files.configuration(source, options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model_files.refuse_other_files(source, options)
+            places: dict[str | int, int] = {"cpu": most}
+            if place.type != "cpu":
+                places = {place.index or 0: most, "cpu": 0}
+            model, report = model_files.auto_class(config).from_pretrained(
+                source,
+                use_safetensors=True,
+                dtype=precision,
+                device_map="auto",
+                max_memory=places,
+                offload_folder=folder,
+                output_loading_info=True,
+                **options,
+            )
+            model_files.refuse_other_weights(report)
+            model_files.refuse_picture_needed(model)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    if (tokenizer.pad_token_id or 0) >= model.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = None
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.model_max_length = min(tokenizer.model_max_length, models.context_length(config))
+    return model.eval(), tokenizer
