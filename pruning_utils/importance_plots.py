@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 from pruning_utils.depth_plots import _look
 from pruning_utils.plots import WIDE, need_columns, new_figure
@@ -22,7 +24,7 @@ MEASURES = {
 }
 ARROW = r"$\uparrow$"  # stands for a level beyond the upper edge
 # Line style of each level that is no choice.
-LEVELS = {"unpruned": "-", "guess": ":", "ln V": "--"}
+LEVELS = {"unpruned": "-", "guess": ":", "floor": ":", "ln V": "--"}
 CRITERIA = {
     "magnitude": "Magnitude",
     "magnitude+": "Magnitude+",
@@ -151,6 +153,7 @@ def _draw_series(axis: Axes, rows: pd.DataFrame, factor: float, top: float, hand
     choices = list(dict.fromkeys(rows["choice"]))
     names = list(dict.fromkeys(rows["series"]))
     step = 0.07 if rows["high"].notna().any() else 0.0
+    arrows: Counter[int] = Counter()
     for number, name in enumerate(names):
         points = rows[rows["series"] == name]
         colour, marker = _look(name.split(", ")[0])
@@ -172,11 +175,17 @@ def _draw_series(axis: Axes, rows: pd.DataFrame, factor: float, top: float, hand
             capsize=0,
         )
         for place, beyond in zip(places[~is_inside], value[~is_inside], strict=True):
-            axis.plot(place, top, marker=ARROW, color=colour, markersize=6, clip_on=False)
+            # Another series may have an arrow at this choice: this one stands below it.
+            down = 9 * arrows[round(place)]
+            arrows[round(place)] += 1
+            figure: Any = axis.get_figure()
+            at = offset_copy(axis.transData, figure, y=-down, units="points")
+            (arrow,) = axis.plot(place, top, marker=ARROW, color=colour, markersize=6)
+            arrow.set(transform=at, clip_on=False)
             axis.annotate(
                 f"{beyond:.1f}",
                 (place, top),
-                xytext=(-4, -3),
+                xytext=(-4, -3 - down),
                 textcoords="offset points",
                 ha="right",
                 va="center",

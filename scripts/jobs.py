@@ -26,7 +26,10 @@ AFTER = {
         "02_depth_and_question_answering": READS,
         "03_depth_and_next_token_loss": READS,
     },
-    "05_robustness": {"04_simple_against_similarity": TRAINS},
+    "05_robustness": {
+        "02_depth_and_question_answering": READS,
+        "04_simple_against_similarity": READS,
+    },
     "06_block_importance": {"02_depth_and_question_answering": READS},
     "07_depth_against_width": {
         "02_depth_and_question_answering": READS,

@@ -248,7 +248,6 @@ def robustness(values: Values, n_layers: int) -> list[Table]:
         for gone in shots["depths"]
         for count, _ in shots["counts"]
     ]
-    every = unhealed([0, *values["depths"]], depth.RULES)
     own = [ranked(seed, rank, rates[0]) for rank in ranks for seed in seeds]
     others = [
         ranked(seed, rank, healing["learning_rate"])
@@ -258,11 +257,6 @@ def robustness(values: Values, n_layers: int) -> list[Table]:
     trials = [ranked(TRIAL_SEED, rank, rate) for rank in ranks for rate in rates]
     bare = replace(whole, texts={}, tasks={}, limit=None)
     return [
-        replace(
-            whole,
-            name="seeds",
-            points=every + healed(healing, values["depths"], depth.RULES, seeds),
-        ),
         replace(bare, name="rates", points=tuple(trials)),
         replace(whole, name="ranks", points=tuple(others)),
         replace(

@@ -521,6 +521,7 @@ def test_the_notebooks_mappings_are_settings_or_have_keys_that_the_user_chooses(
         "healing.timed",
         "quantised",
         "scored_on",
+        "scored_on.floors",
         "scored_on.speed",
         "scored_on.timed",
         "shots",

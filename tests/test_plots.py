@@ -365,6 +365,16 @@ def test_levels_beyond_a_uniform_guess_or_far_out_are_arrows_at_the_edge(levels)
     assert importance_plots._upper_edge(pd.Series([1.0]), none) == np.inf
 
 
+def test_arrows_at_one_choice_stand_below_each_other(levels):
+    far = levels[levels["panel"] == "loss on a"]
+    far = far.assign(choice=8, value=[12.0, 13.0], low=[11.0, 12.0], high=[13.0, 14.0])
+    figure = importance_plots.level_panels(far, baselines=BASELINES, columns=1)
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    first, second = (text.get_window_extent() for text in axis.texts)
+    assert second.y1 < first.y0 or second.x0 > first.x1, "no label covers another"
+
+
 def test_differences_stand_below_levels_in_their_own_units(levels):
     table = evidence.paired_verdicts(
         {"a": np.array([0.1, 0.2, 0.3]), "b": np.array([-0.1, 0.1])}, margin=0.02
