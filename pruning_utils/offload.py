@@ -34,6 +34,9 @@ def load_model(
     Similarity, losses, answers and ``importance.perplexity_without_layer`` take such a model; what
     needs the weights themselves, as healing and saving do, refuses it.
 
+    Weights that transformers builds from several of a file, such as stacked experts, are written
+    to the folder for temporary files, which needs room for them. They go with the model.
+
     Args:
         name: As for :func:`models.load_model`, with ``revision``, ``dtype`` and ``device``.
         memory: Bytes of weights that stay on the device, at least 1. The largest layer, or the
@@ -56,7 +59,6 @@ def load_model(
     source = models._resolve(name, revision)
     options = {"revision": revision, "trust_remote_code": False}
     on_disk = contextlib.nullcontext() if os.path.isdir(source) else hub.asked_or_cached()
-    # Only weights that transformers builds anew from those of the files are written to it.
     folder = tempfile.mkdtemp(prefix="pruning_utils_")
     try:
         with quiet_loading(), model_files.named_errors(source, revision), on_disk:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from every_architecture import build
 from test_healing import heal
 from test_models import edit_config, save_tokenizer, tokens, wide
 
@@ -95,6 +96,20 @@ def test_healing_needs_the_weights_themselves(small):
 def test_other_amounts_of_memory_are_refused_before_anything_is_read(memory, tmp_path):
     with pytest.raises(ValueError, match="memory must be a whole number"):
         offload.load_model(tmp_path / "nothing", memory)
+
+
+def test_experts_that_are_merged_as_they_load_are_written_and_read(tmp_path, monkeypatch):
+    """transformers stacks Mixtral's experts, which are apart in its files."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    folder = tmp_path / "mixtral"
+    build("mixtral").save_pretrained(folder)
+    save_tokenizer(folder)
+    plain, _ = models.load_model(folder, dtype="float32", device="cpu")
+    model, _ = offload.load_model(folder, 1, dtype="float32", device="cpu")
+    assert list((tmp_path / "temporary").rglob("*experts*.safetensors"))
+    ids = tokens()
+    assert torch.equal(evaluation.token_losses(model, ids), evaluation.token_losses(plain, ids))
 
 
 def test_no_folder_is_left_behind(small, tmp_path, monkeypatch):
