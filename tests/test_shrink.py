@@ -361,6 +361,14 @@ def test_a_model_that_loads_as_another_is_not_given_out(tiny, tmp_path, here, mo
     assert not (tmp_path / "small").exists()
 
 
+def test_fewer_documents_than_were_compared_in_memory_are_enough():
+    rows = [{"measure": judgements.LOSS, "value": value} for value in (3.0, 4.0)]
+    rows += [{"measure": judgements.RIGHT, "value": 1.0}]
+    whole._refuse_another({"losses": [3.0, 4.0, 5.0, 6.0]}, {"rows": rows})
+    with pytest.raises(RuntimeError, match=r"losses \[3.0, 4.0\], and \[3.0, 4.1\] before"):
+        whole._refuse_another({"losses": [3.0, 4.1, 5.0, 6.0]}, {"rows": rows})
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
