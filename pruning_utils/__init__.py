@@ -40,7 +40,8 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
     scores, sets, costs, rates: similarity, importance, selection, surgery, healing, evaluation,
     efficiency
 11  Do rounds, more samples or another text help?
-    scores, sets, rates, swaps: similarity, importance, selection, surgery, healing, evaluation
+    scores, sets, rates, swaps: similarity, importance, selection, surgery, healing, evaluation,
+    efficiency
 12  What does the recommended model give, all in all?
     scores, sets, depth, costs, rates: similarity, importance, selection, surgery, healing,
     evaluation, efficiency, release
@@ -80,6 +81,7 @@ MODULES = (
     "width",
     "release",
     "offload",
+    "sharded",
     "embedded",
     "instructions",
     "pages",

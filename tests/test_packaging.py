@@ -55,6 +55,7 @@ ORDER = (
     "surgery",
     "engine.trainer",
     "healing",
+    "sharded",
     "engine.prefixes",
     "evaluation",
     "importance",

@@ -1,0 +1,155 @@
+"""Healing by several processes, each with a share of the weights: as in one process."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tiny_model import save_tiny_model
+
+from pruning_utils import healing, models, sharded
+
+CHILDREN = Path(__file__).resolve().parent / "children"
+sys.path.insert(0, str(CHILDREN))
+
+from heal_sharded import WATCHED, WINDOWS  # noqa: E402
+
+SETTINGS = {
+    "method": "lora",
+    "rank": 2,
+    "steps": 6,
+    "batch_size": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "dropout": 0.0,
+}
+LAUNCH = (
+    "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_machines 1 --num_processes 2 "
+    "--mixed_precision no --dynamo_backend no --main_process_port 0"
+).split()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def loaded(tiny) -> tuple:
+    return models.load_model(tiny, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def team(tmp_path):
+    """A group of this process alone, which does all that several do."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tiny, loaded, tmp_path):
+    asked = [
+        SETTINGS,
+        SETTINGS | {"method": "full"},
+        SETTINGS | {"method": "last_layers", "last_k": 1},
+        SETTINGS | {"batch_size": 3},
+    ]
+    child = [str(CHILDREN / "heal_sharded.py"), tiny, str(tmp_path), json.dumps(asked)]
+    command = [sys.executable, *LAUNCH, *child]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused = (tmp_path / "3.txt").read_text()
+    assert refused == "batch_size must be a multiple of the 2 processes, got 3"
+    for number, settings in enumerate(asked[:3]):
+        alone = healing.heal(*loaded, WINDOWS, eval_ids=WATCHED, **settings)
+        assert alone.history["loss"].nunique() > 6, "the losses move"
+        # Means over the processes are rounded otherwise.
+        history = pd.read_csv(tmp_path / f"{number}.csv")
+        pd.testing.assert_frame_equal(history, alone.history, atol=1e-4, rtol=0)
+        weights = torch.load(tmp_path / f"{number}.pt")
+        expected = alone.model.state_dict()
+        assert weights.keys() == expected.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=0)
+
+
+def test_a_training_goes_on_where_it_was_saved(loaded, team, tmp_path):
+    """With dropout, which draws the same after a stop as it would have without."""
+    folder = tmp_path / "run"
+    settings = SETTINGS | {"dropout": 0.1, "output_dir": folder}
+
+    def trained() -> tuple[pd.DataFrame, dict]:
+        healed = sharded.heal(*loaded, WINDOWS, eval_ids=WATCHED, **settings)
+        return healed.history, healed.model.state_dict()
+
+    whole, weights = trained()
+    saved = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert saved == ["checkpoint-5", "checkpoint-6"], "the last two of four"
+    shutil.rmtree(folder / "checkpoint-6")
+    steps = []
+    own = sharded.Training.one_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sharded.Training,
+            "one_step",
+            lambda self, step: steps.append(step) or own(self, step),
+        )
+        resumed, resumed_weights = trained()
+        assert steps == [6] and resumed.equals(whole)
+        # One that was cut short is none, and the one before it is gone on from.
+        (folder / "checkpoint-6" / "history.json").unlink()
+        again, _ = trained()
+        assert steps == [6, 6] and again.equals(whole)
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+    # A folder of the plain function's is another training's.
+    with pytest.raises(ValueError, match="engine 'fsdp2' there, None asked"):
+        healing.heal(*loaded, WINDOWS, eval_ids=WATCHED, **settings)
+
+
+def test_one_process_is_told_to_use_the_plain_function(loaded):
+    with pytest.raises(ValueError, match=r"accelerate launch starts; in one process healing\.heal"):
+        sharded.heal(*loaded, WINDOWS, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"method": "qlora"}, "method must be one of lora, dora, last_layers, full, got 'qlora'"),
+        ({"method": "lora2"}, "method must be one of"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"learning_rate": 1e30}, "the (loss|gradients' norm) is (nan|inf) at step [23] of 6"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(loaded, team, changed, message):
+    with pytest.raises(ValueError, match=message):
+        sharded.heal(*loaded, WINDOWS, **(SETTINGS | changed))
+
+
+def test_a_bfloat16_model_is_trained_in_its_precision(tiny, team):
+    model, tokenizer = models.load_model(tiny, dtype="bfloat16", device="cpu")
+    alone = healing.heal(model, tokenizer, WINDOWS, **SETTINGS)
+    healed = sharded.heal(model, tokenizer, WINDOWS, **SETTINGS)
+    # A part of the head at a time, or all of it at once: the products are rounded to 8 bits.
+    pd.testing.assert_frame_equal(healed.history, alone.history, atol=0.05, rtol=0)
+    assert {weight.dtype for weight in healed.model.parameters()} == {
+        weight.dtype for weight in alone.model.parameters()
+    }
+
+
+def test_the_command_saves_a_model_that_loads(tiny, team, tmp_path, capsys):
+    out = tmp_path / "healed"
+    words = [tiny, "--out", str(out), *"--steps 2 --batch-size 2 --seq-len 16 --rank 2".split()]
+    assert sharded.main([*words, "--dtype", "float64"]) == 1
+    assert "sharded: dtype must be" in capsys.readouterr().err and not out.exists()
+    assert sharded.main([*words, "--dtype", "float32"]) == 0
+    assert f"saved in {out}; its last loss is" in capsys.readouterr().out
+    before, after = (models.load_model(path)[0].state_dict() for path in (tiny, out))
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    assert changed and all("proj" in name for name in changed)
