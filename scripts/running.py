@@ -136,6 +136,9 @@ class Run:
                 while self.waiting or self.running:
                     for job in self._free():
                         self._begin(job, pool)
+                    # One that was finished before has left its place to another.
+                    if self._free():
+                        continue
                     ended, _ = wait(self.running, return_when=FIRST_COMPLETED)
                     for future in ended:
                         self._end(future)

@@ -785,6 +785,29 @@ def test_regress_records_and_compares(project, quick, capfd):
     assert faults == [("stairs", "missing"), ("steps", "new")]
 
 
+def test_what_was_finished_before_keeps_no_other_notebook_waiting(project, monkeypatch, capfd):
+    """The third notebook begins while the second one runs: the second waits for it."""
+    write_notebook(project / "notebooks" / "02_third.ipynb", "import os")
+    begun = threading.Event()
+
+    def execute(job, *given):
+        if job.name == "01_second":
+            assert begun.wait(60), "the third notebook has not begun"
+        if job.name == "02_third":
+            begun.set()
+        return executed(job)
+
+    monkeypatch.setattr(running, "execute", execute)
+    words = ("--regress", "--record", "--keep", "--profile", "smoke", "-j", "2")
+    (project / "notebooks" / "02_third.ipynb").rename(project / "third")
+    (project / "notebooks" / "01_second.ipynb").rename(project / "second")
+    assert drive(project, *words) == 0
+    (project / "third").rename(project / "notebooks" / "02_third.ipynb")
+    (project / "second").rename(project / "notebooks" / "01_second.ipynb")
+    assert drive(project, *words) == 0
+    assert "00_first ... finished before" in capfd.readouterr().out
+
+
 def test_regress_needs_a_summary_in_every_notebook(project, monkeypatch, capfd):
     monkeypatch.setattr(
         running, "execute", lambda job, *given: notebook_files.read_notebook(job.path)
