@@ -28,7 +28,8 @@ PYTEST = PYTHONHASHSEED=0 $(PY) -m pytest -n $(CORES) --dist loadgroup --duratio
 LABCONFIG := $(VENV)/etc/jupyter/labconfig
 
 .DEFAULT_GOAL := help
-.PHONY: help setup second-model quickstart test check reproduce figures regress book lab lock clean
+.PHONY: help setup second-model quickstart test check reproduce figures regress rehearse bench book
+.PHONY: lab lock clean
 
 help: ## list the targets
 	@echo "Usage: make TARGET"
@@ -68,6 +69,16 @@ regress: $(STAMP) ## compare summary numbers (minutes at smoke, hours at PROFILE
 	@echo "regress: summary numbers at profile $(PROFILE), against the recorded ones"
 	@echo "regress: RECORD=1 records them, KEEP=1 keeps what was computed; a stopped run goes on"
 	@$(RUN) $(jobs) --regress --profile '$(PROFILE)' $(call flag,RECORD,--record) $(keep)
+
+rehearse: $(STAMP) ## run profile a100 on small stand-ins of its models (minutes; RECORD=1, JOBS=N)
+	@echo "rehearse: every notebook at profile a100, on random models with the layers of the real ones, but narrow"
+	@echo "rehearse: a stopped rehearsal goes on; RECORD=1 records the numbers, KEEP=1 keeps all"
+	@$(RUN) --jobs '$(or $(JOBS),$(CORES))' --rehearse --profile a100 \
+	    $(call flag,RECORD,--record) $(keep)
+
+bench: $(STAMP) ## measure our ways beside naive ones, into benchmarks/RESULTS.md (ten minutes)
+	@echo "bench: leave the machine alone meanwhile"
+	@$(PY) benchmarks/report.py
 
 # A link that leads nowhere ends the build, and the site that was there stays.
 book: $(STAMP) ## build the site of notebooks and docstrings, into site/ (a minute)

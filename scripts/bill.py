@@ -94,6 +94,15 @@ def configuration(name: str, reference: Path) -> tuple[PreTrainedConfig, str]:
             return found, "config.json in the hub's cache"
         except (OSError, ValueError):
             pass
+    return stated_configuration(name, reference), f"reference/{CONFIGURATIONS}"
+
+
+def stated_configuration(name: str, reference: Path) -> PreTrainedConfig:
+    """A model's configuration by its row in reference/model_configurations.csv.
+
+    Raises:
+        Refused: If it has none.
+    """
     table = pd.read_csv(reference / CONFIGURATIONS).set_index("model")
     if name not in table.index:
         raise Refused(
@@ -103,8 +112,7 @@ def configuration(name: str, reference: Path) -> tuple[PreTrainedConfig, str]:
     row = table.loc[name]
     words = ("model_type", "tied", "source")
     sizes = {key: int(row[key]) for key in row.index if key not in words}
-    config = AutoConfig.for_model(row["model_type"], **sizes, tie_word_embeddings=bool(row["tied"]))
-    return config, f"reference/{CONFIGURATIONS}"
+    return AutoConfig.for_model(row["model_type"], **sizes, tie_word_embeddings=bool(row["tied"]))
 
 
 # --- one model on one machine ---------------------------------------------------------------------

@@ -126,6 +126,13 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         help="print GPU hours and peak memory of each notebook, by arithmetic on the models' "
         "configurations (minutes), and refuse what does not fit; nothing is loaded or run",
     )
+    mode.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run a profile on small random models with the configurations of its own, and on "
+        "local texts in place of the hub's, with steps and counts divided (minutes); numbers are "
+        "compared with tests/summaries/rehearsal.csv, and a stopped rehearsal goes on",
+    )
     parser.add_argument(
         "--price", type=positive, metavar="DOLLARS", help="with --plan: of an hour, for the bill"
     )
@@ -141,10 +148,14 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         help="with --plan: the rates stated for an A100 80 GB (default), or probed here",
     )
     parser.add_argument(
-        "--record", action="store_true", help="with --regress: record the numbers of this run"
+        "--record",
+        action="store_true",
+        help="with --regress or --rehearse: record the numbers of this run",
     )
     parser.add_argument(
-        "--keep", action="store_true", help="with --regress: keep what was computed"
+        "--keep",
+        action="store_true",
+        help="with --regress or --rehearse: keep what was computed",
     )
     parser.add_argument(
         "--accept", action="store_true", help="with --reproduce: replace the committed results"
@@ -165,22 +176,23 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     needed = {
-        "record": "regress",
-        "keep": "regress",
-        "accept": "reproduce",
-        "tolerance": "reproduce",
-        "price": "plan",
-        "memory": "plan",
-        "machine": "plan",
+        "record": ("regress", "rehearse"),
+        "keep": ("regress", "rehearse"),
+        "accept": ("reproduce",),
+        "tolerance": ("reproduce",),
+        "price": ("plan",),
+        "memory": ("plan",),
+        "machine": ("plan",),
     }
-    for name, needs in needed.items():
-        if getattr(options, name) not in (None, False) and not getattr(options, needs):
-            parser.error(f"--{name} goes with --{needs}")
-    apart = options.regress or options.reproduce or options.figures or options.plan
-    if options.output and apart:
+    for name, modes in needed.items():
+        if getattr(options, name) in (None, False):
+            continue
+        if not any(getattr(options, needs) for needs in modes):
+            parser.error(f"--{name} goes with {' or '.join(f'--{needs}' for needs in modes)}")
+    if options.output and (computes_apart(options) or options.figures or options.plan):
         parser.error(
-            "--output goes with none of --regress, --reproduce, --figures and --plan: each has a "
-            "place, or makes no file"
+            "--output goes with none of --regress, --rehearse, --reproduce, --figures and --plan: "
+            "each has a place, or makes no file"
         )
     return options
 
@@ -225,7 +237,7 @@ def after_stop(options: argparse.Namespace, kept: Path) -> str:
     command = "the same command without --recompute" if options.recompute else "the same command"
     if options.figures:
         return "figures drawn so far stay, the same command redraws all"
-    if options.regress or options.reproduce:
+    if computes_apart(options):
         return f"{command} goes on where it was"
     there = f"finished tables and points are kept under {kept / 'results'}"
     if options.profile == "smoke" and not options.output:
@@ -288,7 +300,7 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
 
 def computes_apart(options: argparse.Namespace) -> bool:
     """Whether it is computed into a folder that nothing else reads."""
-    return options.regress or options.reproduce
+    return options.regress or options.rehearse or options.reproduce
 
 
 def output_folder(options: argparse.Namespace) -> Path | None:
@@ -318,9 +330,10 @@ def carried_out(
 
     recompute: bool = options.recompute
     at_once: int = options.jobs
-    if options.plan:
+    if options.plan or options.rehearse:
         # It would say that it finds no kernels of a hub.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if options.plan:
         import bill
 
         bill.show(
@@ -331,6 +344,18 @@ def carried_out(
             price=options.price,
         )
         return True
+    if options.rehearse:
+        import rehearsal
+
+        return rehearsal.rehearse(
+            chosen,
+            project,
+            others=not options.only,
+            record=options.record,
+            keep=options.keep,
+            recompute=recompute,
+            at_once=at_once,
+        )
     if options.regress:
         return modes.regress(
             chosen,

@@ -1,0 +1,233 @@
+"""The rehearsal: small models and texts stand in for those of a hub, and find what is wrong."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bill  # noqa: E402
+import jobs  # noqa: E402
+import rehearsal  # noqa: E402
+import small_hub  # noqa: E402
+
+from pruning_utils import data, evaluation, instructions, models  # noqa: E402
+
+REFERENCE = ROOT / "reference"
+LLAMA, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B-Instruct"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A hub's cache with every model that is known."""
+    folder = tmp_path_factory.mktemp("hub")
+    configured = {name: bill.stated_configuration(name, REFERENCE) for name in small_hub.FORMS}
+    small_hub.place(folder, configured)
+    return folder
+
+
+@pytest.fixture
+def hub(home, monkeypatch) -> None:
+    """The cache, as the libraries of this process see it."""
+    from huggingface_hub import constants
+
+    for module, name, value in (
+        (constants, "HF_HUB_CACHE", str(home / "hub")),
+        (constants, "HF_HUB_OFFLINE", True),
+        (datasets.config, "HF_DATASETS_CACHE", home / "datasets"),
+        (datasets.config, "HF_HUB_OFFLINE", True),
+    ):
+        monkeypatch.setattr(module, name, value)
+    data._hub_documents.cache_clear()
+    instructions._clean_pairs.cache_clear()
+    yield
+    data._hub_documents.cache_clear()
+    instructions._clean_pairs.cache_clear()
+
+
+@pytest.mark.parametrize("name", small_hub.FORMS)
+def test_a_small_model_is_the_real_one_but_for_its_width(name, hub):
+    model, tokenizer = models.load_model(name, dtype="float32")
+    real, config = bill.stated_configuration(name, REFERENCE), model.config
+    for field in (
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "model_type",
+    ):
+        assert getattr(config, field) == getattr(real, field), field
+    assert len(models.decoder_layers(model)) == real.num_hidden_layers
+    assert sum(weight.numel() for weight in model.parameters()) < 5e7
+    ids = tokenizer("Layers fell, one after the other.", return_tensors="pt")["input_ids"]
+    assert model(ids).logits.isfinite().all()
+    assert model.get_input_embeddings().weight.any(dim=1).all(), "no token is all zeros"
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "Layers fell, one after the other."
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "ends", "chats"),
+    [
+        (LLAMA, "<s>", "</s>", False),
+        ("mistralai/Mistral-7B-v0.1", "<s>", "</s>", False),
+        (LLAMA_3, "<|begin_of_text|>", "<|eot_id|>", True),
+        ("google/gemma-2-2b", "<bos>", "<eos>", False),
+        ("Qwen/Qwen1.5-7B", None, "<|endoftext|>", True),
+        ("microsoft/phi-2", None, "<|endoftext|>", False),
+    ],
+)
+def test_a_small_tokenizer_treats_texts_as_the_real_one(name, begins, ends, chats, hub):
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    prefix = data.text_prefix(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(prefix) == ([begins] if begins else [])
+    assert tokenizer.eos_token == ends and bool(tokenizer.chat_template) == chats
+    for text in ("naïve — 42\n\tß 漢", " two  blanks "):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids).strip() == text.strip()
+
+
+def test_rows_without_tokens_are_those_of_models_that_have_them(hub):
+    for name, form in small_hub.FORMS.items():
+        model = AutoModelForCausalLM.from_pretrained(name)
+        spare = model.config.vocab_size - len(AutoTokenizer.from_pretrained(name))
+        assert (spare > 0) == form.spare, name
+
+
+@pytest.mark.parametrize("source", data.HUB_CORPORA)
+def test_texts_of_a_hub_are_read_by_the_same_code(source, hub):
+    known = AutoTokenizer.from_pretrained(LLAMA)
+    windows = data.calibration_windows(known, 4, 32, source=source)
+    assert windows.shape == (4, 32)
+    assert len(set(data.documents(source, "calibration"))) > 20
+
+
+@pytest.mark.parametrize("source", instructions.HUB)
+def test_instructions_of_a_hub_are_read_by_the_same_code(source, hub):
+    known = AutoTokenizer.from_pretrained(LLAMA_3)
+    (first, *others) = instructions.instruction_texts(known, source)
+    assert "<|start_header_id|>assistant" in first and len(others) > 20
+
+
+def test_a_model_of_a_hub_answers(hub):
+    model, tokenizer = models.load_model("Qwen/Qwen1.5-7B", dtype="float32")
+    found = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=3).questions
+    assert len(found) == 3 and found["nll"].gt(0).all()
+
+
+def test_a_model_of_unknown_tokenizer_is_refused(tmp_path):
+    config = bill.stated_configuration(LLAMA, REFERENCE)
+    with pytest.raises(ValueError, match="no small tokenizer is known for a/b; there are: meta"):
+        small_hub.place(tmp_path, {"a/b": config})
+    assert not list(tmp_path.iterdir())
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def test_what_is_long_is_divided_and_what_could_fail_stays():
+    for job in jobs.plan(ROOT, "a100", [], {}, False):
+        found = rehearsal.rehearsed(job)
+        assert found.profile == "rehearsal" and found.values["profile"] == "smoke"
+        assert found.values["model"] == job.values["model"]
+        for name in ("depths", "shares", "shapes", "precisions"):
+            assert found.values.get(name) == job.values.get(name)
+        healing, before = found.values.get("healing", {}), job.values.get("healing", {})
+        assert healing.get("method") == before.get("method")
+        assert healing.get("steps", 0) <= 8
+        if isinstance(before.get("rates"), dict):
+            assert healing["rates"].keys() == before["rates"].keys()
+        tasks = [values.get("scored_on", {}).get("tasks") for values in (job.values, found.values)]
+        assert tasks[0] == tasks[1]
+
+
+def test_a_profile_that_asks_for_more_text_than_there_is_is_refused():
+    """As the a100 profile did: XSum has seven documents of 2,048 tokens."""
+    values = {"scored_on": {"texts": {"c4": 2000, "xsum": 100}}}
+    (job,) = jobs.plan(ROOT, "a100", ["03"], {}, False)
+    job.values["scored_on"] = {**job.values["scored_on"], **values["scored_on"]}
+    (fault,) = rehearsal.short_texts([job], REFERENCE)
+    assert fault.startswith("03_depth_and_next_token_loss: 100 documents of xsum with 2048 tokens")
+    with pytest.raises(jobs.Refused, match="of which there are 7"):
+        rehearsal.rehearse(
+            [job], ROOT, others=False, record=False, keep=False, recompute=False, at_once=1
+        )
+
+
+@pytest.mark.parametrize("profile", ["a100", "gpu", "cpu", "smoke"])
+def test_no_profile_asks_for_more_text_than_there_is(profile):
+    assert rehearsal.short_texts(jobs.plan(ROOT, profile, [], {}, False), REFERENCE) == []
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """What the driver needs of a checkout, with one notebook and no recorded numbers."""
+    folder = tmp_path / "checkout"
+    for name in ("profiles", "reference"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "notebooks").mkdir()
+    for path in (ROOT / "notebooks").glob("01_*.ipynb"):
+        shutil.copy(path, folder / "notebooks")
+    profile = folder / "profiles" / "a100.yaml"
+    sections = yaml.safe_load(profile.read_text())
+    of_it = {name: sections[name] for name in ("all", "01_layer_similarity")}
+    profile.write_text(yaml.safe_dump(of_it))
+    return folder
+
+
+def command(checkout: Path, *words: str) -> list[str]:
+    program = [sys.executable, str(ROOT / "scripts" / "run_notebooks.py"), "--profile", "a100"]
+    return [*program, "--rehearse", "--only", "01", "--project", str(checkout), *words]
+
+
+def saved_points(checkout: Path) -> list[Path]:
+    found = checkout.glob("regressed/*/results/smoke/01*/*.points/*.json")
+    return [path for path in found if path.stem != "parameters"]
+
+
+def children_of(number: int) -> list[int]:
+    """Processes that a process has started."""
+    asked = ["ps", "-A", "-o", "pid=,ppid="]
+    listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    pairs = [line.split() for line in listed.splitlines()]
+    return [int(own) for own, parent in pairs if int(parent) == number]
+
+
+@pytest.mark.slow
+def test_a_run_of_a100_goes_on_after_its_machine_was_lost_and_is_recorded(checkout):
+    """As in the workflow: the first run records, however many machines it takes; others compare."""
+    with (checkout / "first.log").open("w") as log:
+        first = subprocess.Popen(command(checkout, "--record"), stdout=log, stderr=log)
+        while not saved_points(checkout):
+            assert first.poll() is None, (checkout / "first.log").read_text()[-2000:]
+            time.sleep(0.01)
+        for number in (*children_of(first.pid), first.pid):
+            os.kill(number, signal.SIGKILL)
+        first.wait()
+    n_saved = len(saved_points(checkout))
+    recorded = checkout / "tests" / "summaries" / "rehearsal.csv"
+    assert n_saved in (1, 2) and not recorded.exists()
+    again = subprocess.run(
+        command(checkout, "--record"), capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f" {n_saved}/3 [00:00<" in again.stderr, "it begins with the points that were saved"
+    numbers = recorded.read_text()
+    assert "start of the closest block" in numbers
+    assert not list((checkout / "regressed").glob("*")), "nothing is left behind"
+    whole = subprocess.run(command(checkout), capture_output=True, text=True, check=False)
+    assert whole.returncode == 0 and re.search(r"(\d+) of \1 agree", whole.stdout), whole.stdout
