@@ -1,7 +1,7 @@
 """Ours against the naive way and against what arithmetic needs at least, all in one run.
 
     .venv/bin/python benchmarks/report.py              # make bench: about ten minutes, two cores
-    .venv/bin/python benchmarks/report.py --quick --out /tmp/bench    # a minute, numbers of no use
+    .venv/bin/python benchmarks/report.py --quick --out trial    # a minute, numbers of no use
 
 It writes results.csv, growth.csv and RESULTS.md. In each round every way runs once, in turn, so
 that a busy machine slows all of them alike; a first round warms up. The floor is the number of
@@ -277,7 +277,7 @@ class Bench:
         count, seq_len = self.sizes["windows"], self.sizes["seq_len"]
         cuts = {
             n: surgery.drop_layers(copy.deepcopy(self.model), range(n - 1, self.n_layers - 1))
-            for n in (self.n_layers // 4, self.n_layers // 2)
+            for n in (max(2, self.n_layers // 4), max(3, self.n_layers // 2))
         }
         cuts[self.n_layers] = self.model
         shrunk = [count // 4, count // 2, count] if not self.quick else [1, 2]
@@ -347,6 +347,14 @@ class Bench:
         self.grow()
 
 
+def rounded(rows: list[dict]) -> pd.DataFrame:
+    """A table of rows whose numbers have five digits."""
+    table = pd.DataFrame(rows)
+    for name in table.select_dtypes("float"):
+        table[name] = [float(f"{value:.5g}") for value in table[name]]
+    return table
+
+
 def page(rows: pd.DataFrame, growth: pd.DataFrame, machine: str) -> str:
     """The text of RESULTS.md."""
     lines = [
@@ -406,13 +414,13 @@ def main(words: list[str] | None = None) -> int:
     runtime.setup(0)
     bench = Bench(asked.model, quick=asked.quick)
     bench.whole()
-    rows, growth = pd.DataFrame(bench.rows), pd.DataFrame(bench.growth)
+    rows, growth = rounded(bench.rows), rounded(bench.growth)
     device = runtime.processor() if bench.model.device.type == "cpu" else runtime.device_name()
     machine = f"{device} with {torch.get_num_threads()} threads"
     asked.out.mkdir(parents=True, exist_ok=True)
     for name, table in (("results", rows), ("growth", growth)):
         with runtime.atomic_path(asked.out / f"{name}.csv") as target:
-            table.round(4).to_csv(target, index=False, lineterminator="\n")
+            table.to_csv(target, index=False, lineterminator="\n")
     with runtime.atomic_path(asked.out / "RESULTS.md") as target:
         target.write_text(page(rows, growth, machine), encoding="utf-8")
     print(f"written: {asked.out / 'RESULTS.md'}")

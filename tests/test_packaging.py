@@ -806,6 +806,8 @@ def test_make_alone_lists_the_targets(tmp_path):
         "reproduce",
         "figures",
         "regress",
+        "rehearse",
+        "bench",
         "book",
         "lab",
         "lock",

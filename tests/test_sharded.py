@@ -9,15 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from tiny_model import save_tiny_model
+from tiny_model import WATCHED, WINDOWS, save_tiny_model
 
 from pruning_utils import healing, models, sharded
 
 CHILDREN = Path(__file__).resolve().parent / "children"
-sys.path.insert(0, str(CHILDREN))
-
-from heal_sharded import WATCHED, WINDOWS  # noqa: E402
-
 SETTINGS = {
     "method": "lora",
     "rank": 2,

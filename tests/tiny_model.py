@@ -27,6 +27,9 @@ SETTINGS = {
     "tasks": {"piqa": 0, "boolq": 1},
     "healing_settings": HEALING,
 }
+# Token ids to train on, and to evaluate.
+WINDOWS = torch.arange(12 * 17).view(12, 17) * 7919 % 97
+WATCHED = torch.arange(5 * 17).view(5, 17) * 104729 % 97
 DENSE, INFORMED, SIMPLE = (
     {"rule": rule, "n_dropped": n_dropped, "healed": False, "seed": 0}
     for rule, n_dropped in (("none", 0), ("similarity", 2), ("deepest", 2))
