@@ -150,7 +150,9 @@ def test_the_first_screen_comes_in_order():
 
 def test_what_is_yet_to_come_is_said():
     recorded_profiles = {path.stem for path in (ROOT / "tests" / "summaries").glob("*.csv")}
-    assert recorded_profiles == {"cpu", "smoke"}, (
+    # Numbers of a rehearsal are those of small stand-ins.
+    run = {name for name in recorded_profiles if not name.startswith("rehearsal")}
+    assert run == {"cpu", "smoke"}, (
         "the README says what was computed at the gpu profile, and that nothing was at a100"
     )
     listed = ROOT / "results" / "awaiting.csv"
