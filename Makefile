@@ -71,7 +71,7 @@ regress: $(STAMP) ## compare summary numbers (minutes at smoke, hours at PROFILE
 	@$(RUN) $(jobs) --regress --profile '$(PROFILE)' $(call flag,RECORD,--record) $(keep)
 
 rehearse: $(STAMP) ## run profile a100 on small stand-ins of its models (minutes; RECORD=1, JOBS=N)
-	@echo "rehearse: every notebook at profile a100, on random models with the layers of the real ones, but narrow"
+	@echo "rehearse: every notebook at profile a100, on narrow random models"
 	@echo "rehearse: a stopped rehearsal goes on; RECORD=1 records the numbers, KEEP=1 keeps all"
 	@$(RUN) --jobs '$(or $(JOBS),$(CORES))' --rehearse --profile a100 \
 	    $(call flag,RECORD,--record) $(keep)
