@@ -2,7 +2,8 @@
 
 ``accelerate launch`` starts a process for each device, of one machine or several::
 
-    accelerate launch --num_processes 8 -m pruning_utils.sharded MODEL --out DIR --steps 5000
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 -m pruning_utils.sharded \\
+        MODEL --out DIR --text c4 --batch-size 16 --steps 5000
 
 Losses are those of :func:`healing.heal` in one process, for the same windows in the same order.
 """
