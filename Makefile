@@ -76,7 +76,7 @@ rehearse: $(STAMP) ## run profile a100 on small stand-ins of its models (minutes
 	@$(RUN) --jobs '$(or $(JOBS),$(CORES))' --rehearse --profile a100 \
 	    $(call flag,RECORD,--record) $(keep)
 
-bench: $(STAMP) ## measure our ways beside naive ones, into benchmarks/RESULTS.md (ten minutes)
+bench: $(STAMP) ## measure our ways beside naive ones, into benchmarks/RESULTS.md (20 minutes)
 	@echo "bench: leave the machine alone meanwhile"
 	@$(PY) benchmarks/report.py
 

@@ -1,6 +1,6 @@
 """Ours against the naive way and against what arithmetic needs at least, all in one run.
 
-    .venv/bin/python benchmarks/report.py              # make bench: about ten minutes, two cores
+    .venv/bin/python benchmarks/report.py              # make bench: about 20 minutes, two cores
     .venv/bin/python benchmarks/report.py --quick --out trial    # a minute, numbers of no use
 
 It writes results.csv, growth.csv and RESULTS.md. In each round every way runs once, in turn, so
