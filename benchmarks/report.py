@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -71,15 +70,9 @@ SIZES = {
 
 def timed(ways: Ways, rounds: int) -> pd.DataFrame:
     """Seconds of each way in each round, a row a round; one more before them is not counted."""
-    rows = []
-    for _ in range(rounds + 1):
-        row = {}
-        for name, run in ways.items():
-            started = time.perf_counter()
-            run()
-            row[name] = time.perf_counter() - started
-        rows.append(row)
-    return pd.DataFrame(rows[1:])
+    return pd.DataFrame(
+        similarity_ways.seconds({name: (run, 1) for name, run in ways.items()}, rounds)
+    )
 
 
 def compared(stage: str, seconds: pd.DataFrame, floor: float) -> dict:

@@ -200,6 +200,14 @@ def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
     return min(seconds)
 
 
+def is_rehearsal() -> bool:
+    """Whether random models stand in for real ones, so that no check of what a model knows holds.
+
+    ``make rehearse`` sets ``$PRUNING_UTILS_REHEARSAL`` for its notebooks.
+    """
+    return os.environ.get("PRUNING_UTILS_REHEARSAL") == "1"
+
+
 def processor() -> str:
     """The processor and its instructions that decide speed, such as ``AMD EPYC (AVX2)``."""
     flags = torch.cpu.get_capabilities()

@@ -235,7 +235,7 @@ class Training:
         """Mean loss of the windows to evaluate, of which each process takes a part.
 
         All processes make as many passes, as each pass gathers weights from all of them. One that
-        has no window left passes its last one again, which does not count.
+        has no window left passes the first one, which does not count.
         """
         ids = self.run.eval_ids
         own = torch.arange(self.team.process_index, len(ids), self.team.num_processes)

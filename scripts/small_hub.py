@@ -318,12 +318,13 @@ def place_instructions(cache: Path) -> None:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Environment variables by which the libraries read this hub's cache, and no other."""
+    """Environment variables by which this hub's cache is read, and no other: a rehearsal."""
     return {
         "HF_HOME": str(home),
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_DATASETS_CACHE": str(home / "datasets"),
         "HF_HUB_OFFLINE": "1",
+        "PRUNING_UTILS_REHEARSAL": "1",
         # Of what is found in a cache it would say so each time.
         "DATASETS_VERBOSITY": "error",
     }

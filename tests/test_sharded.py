@@ -12,6 +12,7 @@ import torch
 from tiny_model import WATCHED, WINDOWS, save_tiny_model
 
 from pruning_utils import healing, models, sharded
+from pruning_utils.engine import trainer
 
 CHILDREN = Path(__file__).resolve().parent / "children"
 SETTINGS = {
@@ -74,6 +75,14 @@ def test_two_processes_train_as_one_does(tiny, loaded, tmp_path):
         assert weights.keys() == expected.keys()
         for name, weight in expected.items():
             torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=0)
+
+
+def test_parts_of_a_batch_add_up(loaded, team, monkeypatch):
+    """Where a batch passes a window at a time, gradients are exchanged once, for all of it."""
+    alone = healing.heal(*loaded, WINDOWS, eval_ids=WATCHED, **SETTINGS)
+    monkeypatch.setattr(trainer, "MICRO_BATCH_TOKENS", WINDOWS.shape[1])
+    in_parts = sharded.heal(*loaded, WINDOWS, eval_ids=WATCHED, **SETTINGS)
+    pd.testing.assert_frame_equal(in_parts.history, alone.history, atol=1e-4, rtol=0)
 
 
 def test_a_training_goes_on_where_it_was_saved(loaded, team, tmp_path):
