@@ -37,8 +37,8 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
     scores, sets, depth, rates: similarity, importance, selection, surgery, healing, evaluation,
     efficiency
 10  Which way of healing is best, each at its own rate?
-    scores, sets, costs, rates: similarity, importance, selection, surgery, healing, evaluation,
-    efficiency
+    scores, sets, depth, costs, rates: similarity, importance, selection, surgery, healing,
+    evaluation, efficiency
 11  Do rounds, more samples or another text help?
     scores, sets, rates, swaps: similarity, importance, selection, surgery, healing, evaluation,
     efficiency

@@ -256,7 +256,8 @@ def rate_panels(table: pd.DataFrame) -> Figure:
     """Loss against the learning rate where it is near its lowest, a panel for each ``panel``.
 
     A panel shows losses to 2.5 times as far above its lowest as their median lies. What is above
-    stands at the upper edge with its number. The lowest point of a curve is filled.
+    stands at the upper edge: its number, or the lowest and the highest of several at one rate. The
+    lowest point of a curve is filled.
 
     Args:
         table: Columns ``panel``, ``series``, ``rate`` and ``loss`` (nats per token).
@@ -278,9 +279,9 @@ def rate_panels(table: pd.DataFrame) -> Figure:
             axis.plot(*line.loc[line["loss"].idxmin(), ["rate", "loss"]], **look)
         beyond = shown[shown["loss"] > lowest + reach]
         for rate, losses in beyond.groupby("rate")["loss"]:
-            values = "\n".join(f"{loss:.1f} \u2192" for loss in sorted(losses))
+            ends = dict.fromkeys(f"{loss:.1f}" for loss in (losses.min(), losses.max()))
             axis.annotate(
-                values,
+                f"{' to '.join(ends)} \u2192",
                 (rate, lowest + reach),
                 rotation=90,
                 ha="center",
@@ -288,6 +289,7 @@ def rate_panels(table: pd.DataFrame) -> Figure:
                 size=5.5,
                 color="0.3",
             )
+        axis.margins(x=0.1)
         axis.set(title=panel, xscale="log", ylim=(lowest - 0.08 * reach, lowest + reach))
     for place, axis in enumerate(axes):
         axis.set_visible(place < len(panels))

@@ -428,7 +428,8 @@ def how_to_heal(values: Values, n_layers: int) -> list[Table]:
         (rule, way) for rule in ("reverse order", "unpruned") for way in ("LoRA", "head + 3")
     ]
     asked = [(rule, way) for rule, way in claimed if way in winners.get(rule, ())]
-    answers = [Point(*at[rule], best(rule, way), seed) for rule, way in asked for seed in seeds]
+    answers = [Point(*at["reverse order"]), Point()]
+    answers += [Point(*at[rule], best(rule, way), seed) for rule, way in asked for seed in seeds]
     one = healing["one_rate"]
     alike = [
         Point(*at[rule], recipes.recipe_at(WAYS[way], one, steps), seed)
