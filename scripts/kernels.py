@@ -29,13 +29,19 @@ LOG = "kernel.txt"
 PATIENCE = 10
 # Seconds, for a machine that is busy.
 START_TIMEOUT = 300
-# The libraries that each notebook of the smoke profile imports in any case, and a promise to keep
-# them: each training begins with a full collection of garbage, which then leaves their million of
-# objects alone. It takes a fifth off a run of a few steps each.
-FROZEN = (
-    "list(map(__import__, ('torch', 'transformers.trainer', 'peft', 'lm_eval'))); "
-    "__import__('gc').freeze()"
-)
+# A kernel's ports were free when they were chosen, and may be taken when it comes to bind them.
+TAKEN = "Address already in use"
+# How often a kernel is started that finds its ports taken.
+STARTS = 3
+# Objects of libraries stay, and each training begins with a full collection of garbage: what is
+# there after a cell is left alone by the next ones.
+FEW_TO_COLLECT = """
+def few_to_collect(result, gc=__import__("gc")):
+    gc.collect()
+    gc.freeze()
+get_ipython().events.register("post_run_cell", few_to_collect)
+del few_to_collect
+"""
 
 
 class Kernels:
@@ -108,21 +114,30 @@ class StoppableEngine(Engine):
 
         ``first`` is what the kernel executes before all cells.
         """
-        client = PapermillNotebookClient(
-            nb_man,
-            kernel_name=kernel_name,
-            startup_timeout=START_TIMEOUT,
-            iopub_timeout=START_TIMEOUT,
-            timeout=None,
-            stderr_file=kernels.stderr,
-            extra_arguments=["--log-level=ERROR", f"--IPKernelApp.exec_lines={first}"],
-            resources={"metadata": {"path": str(folder)}},
-        )
-        kernels.clients.add(client)
-        try:
-            client.execute(env=kernels.environment, stderr=log)
-        finally:
-            kernels.clients.discard(client)
+        for start in range(1, STARTS + 1):
+            client = PapermillNotebookClient(
+                nb_man,
+                kernel_name=kernel_name,
+                startup_timeout=START_TIMEOUT,
+                iopub_timeout=START_TIMEOUT,
+                timeout=None,
+                stderr_file=kernels.stderr,
+                extra_arguments=["--log-level=ERROR", f"--IPKernelApp.exec_lines={first}"],
+                resources={"metadata": {"path": str(folder)}},
+            )
+            kernels.clients.add(client)
+            try:
+                client.execute(env=kernels.environment, stderr=log)
+                return
+            except RuntimeError:
+                said = Path(log.name).read_text(encoding="utf-8", errors="replace")
+                if kernels.stopped or start == STARTS or TAKEN not in said:
+                    raise
+                # What a later start says is its own.
+                log.seek(0)
+                log.truncate()
+            finally:
+                kernels.clients.discard(client)
 
 
 papermill_engines.register(ENGINE, StoppableEngine)
@@ -149,7 +164,7 @@ def execute(job: Job, project: Path, output: Path, kernels: Kernels) -> Notebook
                 kernels=kernels,
                 folder=job.path.parent,
                 log=log,
-                first=FROZEN if job.profile == "smoke" else "",
+                first=FEW_TO_COLLECT if job.profile == "smoke" else "",
             )
     except (PapermillExecutionError, RuntimeError, TimeoutError) as error:
         if kernels.stopped:

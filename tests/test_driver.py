@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import comparisons  # noqa: E402
 import jobs  # noqa: E402
+import kernels  # noqa: E402
 import modes  # noqa: E402
 import notebook_files  # noqa: E402
 import parameters  # noqa: E402
@@ -606,6 +608,28 @@ def test_other_values_leave_the_committed_notebooks(project, tmp_path, capfd):
     assert cell.source == '# Parameters\nprofile = "smoke"\nsteps = 2', (
         "says what was run, not how it was come by"
     )
+
+
+@pytest.mark.parametrize(("n_taken", "status"), [(1, 0), (kernels.STARTS, 1)])
+def test_a_kernel_whose_port_was_taken_is_started_again(
+    n_taken, status, project, tmp_path, monkeypatch, capfd
+):
+    taken = socket.create_server(("127.0.0.1", 0))
+    starts = []
+
+    class Client(kernels.PapermillNotebookClient):
+        def __init__(self, *given, extra_arguments, **named):
+            starts.append(extra_arguments)
+            if len(starts) <= n_taken:
+                extra_arguments = [*extra_arguments, f"--stdin={taken.getsockname()[1]}"]
+            super().__init__(*given, extra_arguments=extra_arguments, **named)
+
+    monkeypatch.setattr(kernels, "PapermillNotebookClient", Client)
+    options = ("--profile", "smoke", "--only", "00", "--output", str(tmp_path / "out"))
+    with taken:
+        assert drive(project, *options) == status
+    assert len(starts) == min(n_taken + 1, kernels.STARTS)
+    assert ("Kernel died before" in capfd.readouterr().err) == bool(status)
 
 
 def test_smoke_goes_to_a_temporary_folder(project, tmp_path, monkeypatch, capfd):
