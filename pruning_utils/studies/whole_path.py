@@ -88,6 +88,7 @@ def prune_and_heal(
     )
 
     def measured(stage: str, current: nn.Module) -> list[dict]:
+        """Rows of what a stage's model loses, answers, writes and holds."""
         return [
             *_loss_rows(stage, current, evaluation_ids),
             *_answer_rows(stage, current, tokenizer, task, limit),
