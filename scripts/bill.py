@@ -1,4 +1,4 @@
-"""The bill before the run: GPU hours, peak memory and dollars of each notebook at a profile.
+"""The bill before the run: GPU hours, memory, disk and dollars of each notebook at a profile.
 
 A table of :mod:`work` says what is computed; :mod:`pruning_utils.planning` says what that takes,
 from the model's configuration alone. Not counted is what a GPU waits for: loading, tokenising,
@@ -31,6 +31,7 @@ from pruning_utils.studies import recipes, study
 CONFIGURATIONS = "model_configurations.csv"
 QUESTIONS = "question_tokens.csv"
 BATCH = 8  # windows or questions in a pass of evaluation
+SAVES_AT_ONCE = 3  # a training keeps two, and deletes an older one once the next is there
 REHEARSED = 4  # layers of a model in a rehearsal, and one more in a second
 SHARED_BYTES = 4 * 2**30  # of passes.SharedLayers, at most
 GB = 1e9
@@ -45,12 +46,16 @@ class Cost(NamedTuple):
         need: Memory where it is most.
         at: What is done there.
         setting: What to change where that does not fit.
+        kept: Bytes that it leaves on the disk.
+        saved: Bytes on the disk that it takes on the way.
     """
 
     seconds: float
     need: stages.Need
     at: str
     setting: str
+    kept: float = 0.0
+    saved: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Line:
         configured: Where its configuration was read.
         seconds: Of the device.
         worst: The cost whose memory is most.
+        disk: Bytes of trained models at the end, and of the saves of the training that takes most.
     """
 
     notebook: str
@@ -70,6 +76,7 @@ class Line:
     configured: str
     seconds: float
     worst: Cost
+    disk: float
 
 
 # --- configurations -------------------------------------------------------------------------------
@@ -206,10 +213,16 @@ class Costs:
         for number, stage in enumerate(stages_of):
             settings = {**table.healing, **stage.settings}
             seen = (*seen, str(sorted(settings.items(), key=lambda item: item[0])))
+            before = 0.0  # on the disk, of the rounds before: all are kept until the last one
             for turn in range(1, rounds + 1):
                 gone = point.per_round * turn if point.per_round else point.n_dropped
-                steps = settings["steps"] // rounds
-                yield self.steps(table, settings, gone, steps), (*seen, number, turn)
+                cost = self.steps(table, settings, gone, settings["steps"] // rounds)
+                if rounds > 1:
+                    cost, before = (
+                        cost._replace(kept=0.0, saved=cost.saved + before),
+                        before + cost.kept,
+                    )
+                yield cost, (*seen, number, turn)
 
     def steps(self, table: work.Table, settings: dict, gone: int, n_steps: int) -> Cost:
         """What so many steps take, with the validation on the way."""
@@ -225,7 +238,28 @@ class Costs:
         watched = (1 + min(n_steps, healing.EVALUATIONS)) * study.N_VALIDATION * table.seq_len
         seconds += self.forward(watched, table.seq_len, dtype, kept)
         at = f"{settings['method']} without {gone} layers"
-        return Cost(seconds, need, at, "depths (more layers gone) or the method of healing")
+        change = "depths (more layers gone) or the method of healing"
+        on_disk = self.on_disk(settings, stepping, dtype, kept)
+        return Cost(seconds, need, at, change, *on_disk)
+
+    def on_disk(
+        self, settings: dict, stepping: stages.Need, dtype: torch.dtype, kept: int
+    ) -> tuple[float, float]:
+        """Bytes that a training leaves on the disk, and those of its saves at their most.
+
+        Adapters stay with their two last saves; of other methods what was trained does. A save has
+        the states of the optimiser, two numbers of four bytes for each that is trained.
+        """
+        states = stepping.parts.get(stages.OPTIMISER, 0)
+        n_trained = states // 8
+        if settings["method"] in healing.ADAPTERS:
+            a_save = 4 * n_trained + states
+            return 2.0 * a_save, float(SAVES_AT_ONCE * a_save)
+        a_save = self.weight_bytes(dtype, kept) + (4 - dtype.itemsize) * n_trained + states
+        is_tied = self.config.tie_word_embeddings
+        if is_tied and settings["method"] == "last_layers" and settings.get("untie", True):
+            a_save += self.text.vocab_size * self.text.hidden_size * dtype.itemsize
+        return float(dtype.itemsize * n_trained), float(SAVES_AT_ONCE * a_save)
 
     def weight_bytes(self, dtype: torch.dtype, kept: int) -> int:
         """Bytes of the weights with so many layers."""
@@ -233,7 +267,10 @@ class Costs:
         return (one + (kept - 1) * (two - one)) * dtype.itemsize
 
     def is_large(self, settings: dict, kept: int) -> bool:
-        """Whether activations of such a training are computed again, by its stored numbers."""
+        """Whether activations of such a training are computed again, by its stored numbers.
+
+        A GPU does so only where they do not fit, so that it may take more memory and less time.
+        """
         one, two = self.few_parameters
         a_layer = two - one
         share = 0.5 if settings["method"] == "qlora" else 1.0
@@ -304,7 +341,7 @@ class Costs:
             for cost, known in self.training(table, point) if point.recipe else ():
                 is_new = known not in self.trained
                 self.trained.add(known)
-                yield cost if is_new else cost._replace(seconds=0.0)
+                yield cost if is_new else cost._replace(seconds=0.0, kept=0.0, saved=0.0)
             yield Cost(self.measuring(table, point), stages.Need({}, 0), "", "")
         yield from self.memory_of(table)
 
@@ -382,7 +419,8 @@ class Costs:
         for _, gone, recipe in table.points:
             settings = {**table.healing, **recipes.Stage.parse(recipe).settings}
             settings.setdefault("learning_rate", 1.0)
-            yield self.steps(table, settings, gone, 5 + table.settings["steps"])
+            found = self.steps(table, settings, gone, 5 + table.settings["steps"])
+            yield found._replace(kept=0.0, saved=0.0)  # it has no folder
 
     def release(self, table: work.Table) -> Iterator[Cost]:
         """Windows that are timed."""
@@ -446,7 +484,8 @@ class Bill:
         every = [cost for table in tables for cost in getattr(costs, table.kind)(table)]
         worst = max(every, key=lambda cost: cost.need.peak)
         seconds = math.fsum(cost.seconds for cost in every)
-        return Line(job.name, name, source, seconds, worst)
+        disk = math.fsum(cost.kept for cost in every) + max(cost.saved for cost in every)
+        return Line(job.name, name, source, seconds, worst, disk)
 
 
 def text_of(lines: Iterable[Line], *, price: float | None) -> str:
@@ -459,12 +498,15 @@ def text_of(lines: Iterable[Line], *, price: float | None) -> str:
             "GPU hours": f"{line.seconds / HOUR:.1f}",
             "peak GB": f"{line.worst.need.peak / GB:.1f}",
             "where": line.worst.at,
+            "disk GB": f"{line.disk / GB:.1f}",
         }
         if price is not None:
             row["dollars"] = f"{price * line.seconds / HOUR:.2f}"
         rows.append(row)
     total = math.fsum(line.seconds for line in lines) / HOUR
-    last = {"notebook": "all", "model": "", "GPU hours": f"{total:.1f}", "peak GB": "", "where": ""}
+    last = dict.fromkeys(rows[0], "")
+    last |= {"notebook": "all", "GPU hours": f"{total:.1f}"}
+    last["disk GB"] = f"{math.fsum(line.disk for line in lines) / GB:.1f}"
     if price is not None:
         last["dollars"] = f"{price * total:.2f}"
     table = pd.DataFrame([*rows, last])
@@ -515,7 +557,8 @@ def show(
         found = lines[-1]
         print(
             f"  {found.model}: {found.seconds / HOUR:.1f} hours, "
-            f"{found.worst.need.peak / GB:.1f} GB at {found.worst.at}",
+            f"{found.worst.need.peak / GB:.1f} GB at {found.worst.at}, "
+            f"{found.disk / GB:.1f} GB on the disk",
             file=sys.stderr,
             flush=True,
         )

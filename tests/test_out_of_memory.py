@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -244,6 +245,43 @@ def test_a_step_on_fewer_windows_at_once_is_the_step_of_micro_batches(method, mo
     assert same(bits(found.model), bits(expected.model))
     assert found.history.equals(expected.history)
     assert notices() == ["a batch of 6 windows does not fit into memory; going on with 3"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "last_layers", "full"])
+def test_where_one_window_does_not_fit_activations_are_computed_again(method, monkeypatch, notices):
+    settings = {"method": method, "steps": 2, "batch_size": 4, "dropout": 0.1}
+    expected = heal(llama(), **settings)
+    calls, own = [], healing._mean_loss
+
+    def loss(model, ids):
+        calls.append((len(ids), model.is_activation_checkpointing))
+        if not model.is_activation_checkpointing or len(ids) > 4:
+            raise ON_CPU
+        return own(model, ids)
+
+    monkeypatch.setattr(healing, "_mean_loss", loss)
+    found = heal(llama(), **settings)
+    assert calls == [(4, False), (2, False), (1, False), (4, True), (4, True)]
+    assert same(bits(found.model), bits(expected.model))
+    assert found.history.equals(expected.history)
+    assert not found.model.is_activation_checkpointing
+    assert "activations of one window do not fit" in notices()[-1] and len(notices()) == 3
+
+
+@pytest.mark.parametrize("device, again", [("cpu", True), ("cuda", False)])
+def test_large_models_compute_activations_again_at_once_on_a_processor_alone(
+    device, again, monkeypatch
+):
+    monkeypatch.setattr(trainer, "LARGE", 0)
+    model = llama()
+    run = trainer.Run(None, healing.check_settings(model, {}), model, None, windows(), None)
+    asked: list[dict] = []
+    monkeypatch.setattr(
+        trainer, "TrainingArguments", lambda **given: asked.append(given) or Mock(n_gpu=1)
+    )
+    monkeypatch.setattr(type(model), "device", torch.device(device))
+    trainer._training_arguments(model, run)
+    assert asked[0]["activation_checkpointing"] is again
 
 
 def test_a_step_that_fails_in_the_middle_begins_again_with_nothing_left_of_it(monkeypatch, notices):

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pruning_utils import efficiency, evaluation, healing, models, surgery
 from pruning_utils.engine import records
 from pruning_utils.planning import machines, rehearsal, stages
-from pruning_utils.studies import depth
+from pruning_utils.studies import depth, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -255,7 +255,7 @@ def counted(monkeypatch):
     def instead(stage: str):
         def found(config, dtype, **given):
             asked.append((stage, given))
-            need = stages.Need({stages.WEIGHTS: 10**9}, 10**12)
+            need = stages.Need({stages.WEIGHTS: 10**9, stages.OPTIMISER: 10**6}, 10**12)
             return (need, need, need) if stage == "heal" else need
 
         return found
@@ -293,6 +293,40 @@ def test_a_model_that_was_trained_is_not_trained_again(counted):
     job = next(iter(jobs.plan(ROOT, "cpu", ["06"], {}, False)))
     first, again = made.lines(job)[0], made.lines(job)[0]
     assert both[0].seconds == first.seconds > again.seconds > 0
+    assert both[0].disk == first.disk > again.disk == 0
+
+
+@pytest.mark.parametrize("method", [*METHODS, "last_layers untie=false"])
+def test_room_on_the_disk_is_what_saves_take(method, tiny, tmp_path):
+    name, _, more = method.partition(" ")
+    (stage,) = recipes.Recipe.parse(f"{name} 0.001 3 {more}".strip()).stages
+    settings = {"rank": 32, "batch_size": 2, "warmup_steps": 0, **stage.settings}
+    config, (_, tokenizer) = small(), models.load_model(tiny)
+    ids = torch.randint(0, 384, (6, 16))
+    healing.heal(real(config), tokenizer, ids, output_dir=tmp_path, **settings)
+    files = [*tmp_path.glob("checkpoint-*/*.safetensors"), *tmp_path.glob("checkpoint-*/optim*")]
+    costs = bill.Costs(config, machines.A100, pd.DataFrame())
+    table = work.Table("", "study", (), seq_len=16, healing=settings, dtype="float32")
+    cost = costs.steps(table, settings, 0, 3)
+    measured = sum(path.stat().st_size for path in files)
+    assert len(files) == 4, "two saves of two files"
+    assert measured == pytest.approx(cost.saved * 2 / 3, rel=0.1)
+    if method in healing.ADAPTERS:
+        assert measured == pytest.approx(cost.kept, rel=0.1)
+
+
+def test_rounds_take_room_until_the_last_one(counted):
+    made = bill.Bill(ROOT / "reference", machines.A100)
+    costs, _ = made.of_model("smollm2-135m")
+    table = work.Table("", "study", (), seq_len=16, healing={"batch_size": 2}, dtype="float32")
+    trained = [
+        [cost for cost, _ in costs.training(table, work.Point("", 8, "lora 0.01 8", 0, None, n))]
+        for n in (8, 2)
+    ]
+    (once,), rounds = trained
+    assert once.kept > 0 and once.saved == 1.5 * once.kept
+    assert [cost.kept for cost in rounds] == [0] * 4
+    assert [cost.saved - once.saved for cost in rounds] == [turn * once.kept for turn in range(4)]
 
 
 def test_what_does_not_fit_is_refused_with_the_setting(counted, capsys):
@@ -300,6 +334,7 @@ def test_what_does_not_fit_is_refused_with_the_setting(counted, capsys):
     printed = capsys.readouterr()
     assert "07_depth_against_width" in printed.out and "GPU hours" in printed.out
     assert "on embedded needs 100.0 GB of 80" in printed.err
+    assert "disk GB" in printed.out and "GB on the disk" in printed.err
     assert "change scored_on.batch_sizes or scored_on.prompts" in printed.err
     asked = ["--profile", "cpu", "--only", "07", "--plan", "--memory", "101", "--price", "2.5"]
     assert run_notebooks.main(asked) == 0

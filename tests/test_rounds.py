@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from pruning_utils import (
     similarity,
     surgery,
 )
-from pruning_utils.studies.study import ROUND_RULES, removed_table
+from pruning_utils.studies.study import REMOVED, ROUND_RULES, Study, removed_table
 
 
 def point(rule="taylor", per_round=1, **given) -> dict:
@@ -31,6 +32,10 @@ def point(rule="taylor", per_round=1, **given) -> dict:
         "seed": 0,
         **given,
     }
+
+
+def no_steps(*given, **named):
+    pytest.fail("trained again")
 
 
 @pytest.mark.parametrize("rule", ROUND_RULES)
@@ -77,7 +82,7 @@ def test_one_round_is_removal_at_once_and_trained_once(tiny, tmp_path, monkeypat
         {"layer": N_LAYERS - 2, "round": 1},
         {"layer": N_LAYERS - 1, "round": 1},
     ]
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", no_steps)
     asked = {"layers": f"{N_LAYERS - 2} {N_LAYERS - 1}", "recipe": "lora 0.01 4", "seed": 0}
     plain = pd.DataFrame(study(tiny, tmp_path, [asked])(asked))
     assert once["nll"].tolist() == plain["nll"].tolist()
@@ -93,17 +98,39 @@ def test_removed_layers_have_a_table_of_their_own(tiny, tmp_path, monkeypatch):
 
 
 def test_a_killed_point_goes_on_with_the_rounds_that_are_trained(tiny, tmp_path, monkeypatch):
-    first = study(tiny, tmp_path, [point()])(point())
-    _, last = sorted(tmp_path.glob("iterative-*"), key=lambda folder: folder.stat().st_mtime)
+    first = study(tiny, tmp_path / "whole", [point()])(point())
+    killed = study(tiny, tmp_path / "killed", [point()])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(evaluation, "token_losses", Mock(side_effect=KeyboardInterrupt))
+        killed(point())
+    (last,) = tmp_path.glob("killed/rounds-*/trained/round-2")
     shutil.rmtree(last)
     steps, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(
         torch.optim.AdamW, "step", lambda *given, **named: (steps.append(0), step(*given, **named))
     )
-    pd.testing.assert_frame_equal(
-        pd.DataFrame(first), pd.DataFrame(study(tiny, tmp_path, [point()])(point()))
-    )
+    again = study(tiny, tmp_path / "killed", [point()])(point())
+    pd.testing.assert_frame_equal(pd.DataFrame(first), pd.DataFrame(again))
     assert len(steps) == 2, "the steps of one round of two"
+
+
+@pytest.mark.parametrize("recipe", ["lora 0.01 4", "last_layers 0.01 4 last_k=1"])
+def test_models_of_rounds_go_once_they_are_measured(recipe, tiny, tmp_path, monkeypatch):
+    asked = point(recipe=recipe)
+    killed = tmp_path.joinpath("ended", "round-1")
+    monkeypatch.setattr(Study, "_rounds_folder", lambda *_: tmp_path)
+    killed.mkdir(parents=True)  # as a process leaves it that was killed while it deleted
+    first = study(tiny, tmp_path, [asked])(asked)
+    assert [path.name for path in tmp_path.iterdir()] == [REMOVED]
+    monkeypatch.setattr(torch.optim.AdamW, "step", no_steps)
+    rows = study(tiny, tmp_path, [asked]).removed_at(asked)
+    assert [row["round"] for row in rows] == [1, 2]
+    monkeypatch.undo()
+    monkeypatch.setattr(Study, "_rounds_folder", lambda *_: tmp_path / "again")
+    apart = study(tiny, tmp_path, [asked])
+    assert apart.removed_at(asked) == rows, "also where nothing was measured before"
+    monkeypatch.setattr(torch.optim.AdamW, "step", no_steps)
+    pd.testing.assert_frame_equal(pd.DataFrame(first), pd.DataFrame(apart(asked)))
 
 
 @pytest.mark.parametrize(

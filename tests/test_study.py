@@ -4,6 +4,7 @@ one."""
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from tiny_model import HEALING, N_LAYERS
 from tiny_model import make_study as study
@@ -148,6 +149,19 @@ def test_equal_models_are_trained_once_and_only_what_is_needed_is_kept(tiny, tmp
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
     again = study(tiny, tmp_path, [asked])({**asked})
     pd.testing.assert_frame_equal(rows, pd.DataFrame(again))
+
+
+@pytest.mark.parametrize("untie", ["true", "false"])
+def test_of_last_layers_only_what_was_trained_is_kept(untie, tiny, tmp_path, monkeypatch):
+    asked = point("1 3", f"last_layers 0.01 2 last_k=1 untie={untie}")
+    rows = pd.DataFrame(study(tiny, tmp_path, [asked])(asked))
+    (kept,) = tmp_path.glob("*/model.safetensors")
+    names = set(safetensors.torch.load_file(kept))
+    last = f"model.layers.{N_LAYERS - 3}."
+    head = "lm_head.weight" if untie == "true" else "model.embed_tokens.weight"
+    assert head in names and {name for name in names if not name.startswith(last)} == {head}
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
+    pd.testing.assert_frame_equal(rows, pd.DataFrame(study(tiny, tmp_path, [asked])({**asked})))
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])

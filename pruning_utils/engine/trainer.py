@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -41,10 +42,11 @@ MICRO_BATCH_TOKENS = 8192
 STEP_TOKENS = 2**26
 # In an evaluation pass at least: with fewer, reading the weights takes longer than multiplying.
 EVALUATION_TOKENS = 1024
-# Parameters from which on activations are computed again instead of kept.
+# Parameters from which on activations are computed again from the beginning, on a processor.
 LARGE = 1e9
 SETTINGS = "settings.json"
 SEAL = "complete.json"
+logger = logging.getLogger(__name__)
 
 # From a model and token ids (B, T) to the mean loss in nats per predicted token.
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -209,17 +211,26 @@ def refuse_overflow(healed: nn.Module, model: nn.Module) -> None:
     before = dict(model.named_parameters())
     for name, weight in healed.named_parameters():
         known = before.get(name, torch.zeros(()))
-        if not bool(weight.isfinite().all()) and bool(known.isfinite().all()):
+        if not all_finite(weight) and all_finite(known):
             raise ValueError(
                 f"the trained {name} holds numbers beyond the range of {weight.dtype}; "
                 "learning_rate or alpha too high?"
             )
 
 
+def all_finite(weight: torch.Tensor) -> bool:
+    """Whether a tensor holds neither infinities nor NaN; either would make its sum one.
+
+    A sum takes a small part of the time of a look at each number, which follows only where the sum
+    of finite numbers is beyond the range of their type.
+    """
+    return bool(weight.sum().isfinite()) or bool(weight.isfinite().all())
+
+
 def _refuse_weights_not_finite(model: nn.Module) -> None:
     """Refuse what the last step has made, after which no loss is measured."""
     for name, weight in model.named_parameters():
-        if weight.requires_grad and not bool(weight.isfinite().all()):
+        if weight.requires_grad and not all_finite(weight):
             raise ValueError(
                 f"{name} is not finite after the last step; learning_rate or alpha too high?"
             )
@@ -242,8 +253,9 @@ class HealingTrainer(Trainer):
     """A Trainer whose loss is one mean over all tokens, and whose evaluations leave no trace.
 
     A step's windows come as one batch, which passes through the model a few at a time. Where they
-    do not fit into memory there are fewer, and the step begins again: with the gradients, and the
-    random numbers, that it began with.
+    do not fit into memory there are fewer; where one alone does not, activations are computed again
+    instead of kept. The step begins again: with the gradients, and the random numbers, that it
+    began with.
 
     Args:
         *given: As of Trainer.
@@ -261,6 +273,7 @@ class HealingTrainer(Trainer):
         self.mean_loss = loss
         self.in_bfloat16 = in_bfloat16
         batch_size = self.args.per_device_train_batch_size
+        self.at_once = at_once
         self.trained = memory.BatchSize(at_once, noun="windows", whole=batch_size)
         self.evaluated = memory.BatchSize(self.args.per_device_eval_batch_size, noun="windows")
 
@@ -274,9 +287,25 @@ class HealingTrainer(Trainer):
             try:
                 return sum(train_part(model, {"labels": part}) for part in parts)
             except memory.ERRORS as error:
-                self.trained.halve(len(parts[0]), error)
+                self._make_room(model, len(parts[0]), error)
             model.zero_grad()
             _set_random_states(drawn)
+
+    def _make_room(self, model: nn.Module, n_windows: int, error: BaseException) -> None:
+        """Take fewer windows at once, or keep no activations where one window was too many.
+
+        What it raises is what :meth:`memory.BatchSize.halve` does.
+        """
+        keeps = model.supports_gradient_checkpointing and not model.is_activation_checkpointing
+        if n_windows > 1 or not keeps or not memory.is_lack_of_memory(error):
+            self.trained.halve(n_windows, error)
+            return
+        model.activation_checkpointing_enable()
+        self.trained.size = self.at_once
+        logger.warning(
+            "the activations of one window do not fit into memory; computing them again on the way "
+            "back"
+        )
 
     def compute_loss(
         self,
@@ -382,6 +411,8 @@ def _training_arguments(model: nn.Module, run: Run) -> TrainingArguments:
     micro = micro_batch_size(batch_size, run.train_ids.shape[1])
     evaluated = run.train_ids if run.eval_ids is None else run.eval_ids
     is_large = sum(weight.numel() for weight in model.parameters()) > LARGE
+    # Elsewhere an error comes in time; a processor's system ends the process, or begins to swap.
+    is_scarce = is_large and model.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(run.folder or "."),
         max_steps=run.settings["steps"],
@@ -393,7 +424,7 @@ def _training_arguments(model: nn.Module, run: Run) -> TrainingArguments:
         lr_scheduler_type="cosine",
         max_grad_norm=1.0,
         weight_decay=0.0,
-        activation_checkpointing=is_large and model.supports_gradient_checkpointing,
+        activation_checkpointing=is_scarce and model.supports_gradient_checkpointing,
         use_cpu=model.device.type == "cpu",
         seed=run.settings["seed"],
         logging_steps=1,

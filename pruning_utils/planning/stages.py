@@ -289,8 +289,8 @@ def heal(
         seq_len: Tokens in a window.
         n_dropped: Layers that the model to heal lacks.
         merge: As of :func:`healing.heal`.
-        checkpointing: Whether activations are computed again instead of kept; None: as there, by
-            the number of parameters.
+        checkpointing: Whether activations are computed again instead of kept; None: as there on a
+            processor, by the number of parameters.
         settings: Further keywords of :func:`healing.heal`.
 
     Returns:

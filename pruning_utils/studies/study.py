@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 import multiprocessing
 import os
 import shutil
@@ -50,6 +51,7 @@ ROUND_RULES = ("reverse order", "taylor", "block influence")
 PRECISIONS = ("bfloat16", "int8", "nf4")  # of stored weights; the study's dtype computes with them
 COLUMNS = ("start", "dataset", "item", "correct", "correct_norm", "p_right", "nll")
 N_VALIDATION = 16  # windows that training is watched on
+REMOVED = "removed.json"  # which layers went in rounds
 # What chooses channels and heads, and the layers of a round, is scored on this much text.
 CALIBRATION = {"n_samples": 10, "seq_len": 128}
 # What decides which model a training leaves: what other code of these trained is not used again.
@@ -102,7 +104,8 @@ class Study:
     last ones (``reverse order``).
 
     Models that are not trained share the outputs of the layers in front of the cut. A model that is
-    trained alike for two points, or for two studies, is trained once.
+    trained alike for two points, or for two studies, is trained once. One that is trained in rounds
+    is kept until it is measured: each round makes another model, and together they fill a disk.
 
     Args:
         points: All points that will be asked, checked before the first is computed.
@@ -179,6 +182,8 @@ class Study:
             current = stored(current, self.tokenizer, asked.precision)
         with self._sharing(asked, current):
             rows += self._text_rows(current) + self._task_rows(current, asked)
+        if asked.cut.per_round:
+            self._forget_rounds(asked)
         start = self._start(asked.cut)
         return [_completed({"start": start, **row}) for row in rows]
 
@@ -187,7 +192,12 @@ class Study:
 
         Layers are 0-based as in the unpruned model, rounds count from 1.
         """
-        removed = self.model_of(Point.parse(point)).removed
+        asked = Point.parse(point)
+        known = self._rounds_folder(asked) / REMOVED
+        if known.is_file():
+            removed = json.loads(known.read_text())
+        else:
+            removed = self.model_of(asked).removed
         return [{"layer": layer, "round": turn} for layer, turn in removed]
 
     def model_of(self, point: Point) -> Trained:
@@ -438,29 +448,50 @@ class Study:
         settings |= {name: settings[name] // rounds for name in ("steps", "warmup_steps")}
         windows = self._training_windows(self.tokenizer, point.seed)
         size = settings["steps"] * settings["batch_size"]
-        made = self._made(self.network) | {
-            "calibration": [self.calibration_source, self.seed],
-            "settings": settings,
-        }
+        folder = self._rounds_folder(point)
         current = self.network
         left = [*range(len(models.decoder_layers(current)))]
         removed: list[tuple[int, int]] = []
         histories = []
-        for turn in range(rounds):
-            chosen = self._chosen(current, point.cut)
-            removed += [(left[layer], turn + 1) for layer in chosen]
-            left = [layer for place, layer in enumerate(left) if place not in chosen]
-            is_last = turn == rounds - 1
-            current, history = healed_once(
-                without_layers(current, chosen),
-                self.tokenizer,
-                windows[turn * size : (turn + 1) * size],
-                self._validation_windows() if is_last else None,
-                settings,
-                self._folder("iterative", {**made, "removed": removed, "validated": is_last}),
-            )
-            histories.append(history.assign(tokens=history["tokens"] + turn * size * self.seq_len))
+        with records.locked(folder):
+            for turn in range(rounds):
+                chosen = self._chosen(current, point.cut)
+                removed += [(left[layer], turn + 1) for layer in chosen]
+                left = [layer for place, layer in enumerate(left) if place not in chosen]
+                current, history = healed_once(
+                    without_layers(current, chosen),
+                    self.tokenizer,
+                    windows[turn * size : (turn + 1) * size],
+                    self._validation_windows() if turn == rounds - 1 else None,
+                    settings,
+                    folder / "trained" / f"round-{turn + 1}",
+                )
+                tokens = history["tokens"] + turn * size * self.seq_len
+                histories.append(history.assign(tokens=tokens))
+            with runtime.atomic_path(folder / REMOVED) as temporary:
+                temporary.write_text(json.dumps(removed))
         return Trained(current, pd.concat(histories), tuple(removed))
+
+    def _rounds_folder(self, point: Point) -> Path:
+        """Of the trainings of a point in rounds, and of what was removed in them."""
+        made = self._made(self.network) | {
+            "calibration": [self.calibration_source, self.seed],
+            "cut": [point.cut.rule, point.cut.n_dropped, point.cut.per_round],
+            "settings": self._settings(point.recipe.stages[0], point.seed),
+        }
+        return self._folder("rounds", made)
+
+    def _forget_rounds(self, point: Point) -> None:
+        """Delete the models of a point's rounds: all at once, for half of them is no run."""
+        folder = self._rounds_folder(point)
+        trained, ended = folder / "trained", folder / "ended"
+        if not folder.is_dir():
+            return  # all layers went in one round
+        with records.locked(folder):
+            shutil.rmtree(ended, ignore_errors=True)
+            if trained.is_dir():
+                trained.rename(ended)
+                shutil.rmtree(ended)
 
     def _chosen(self, model: nn.Module, cut: Cut) -> tuple[int, ...]:
         """The layers of one round, 0-based in the model as it is now; scores are in float32."""
@@ -593,8 +624,9 @@ def healed_once(
 ) -> tuple[nn.Module, pd.DataFrame]:
     """A trained model and its history, trained only where the folder does not hold them.
 
-    Adapters stay there as they are. Of other methods the end alone is kept, for what a training
-    step needs is six times as large. Two processes that ask for one model train it once.
+    Adapters stay there as they are. Of other methods the end alone is kept, and of it the weights
+    that training has changed or added: what a step needs is six times as large as they are. Two
+    processes that ask for one model train it once.
 
     Args:
         model: As cut.
@@ -612,7 +644,7 @@ def healed_once(
             healed = copy.deepcopy(model)
             if settings["method"] == "last_layers" and settings.get("untie", True):
                 models.untie_head(healed)
-            # Tied weights are there once.
+            # What is not there is as it was.
             healed.load_state_dict(safetensors_torch.load_file(weights), strict=False)
             return healed, pd.read_csv(losses)
         found = healing.heal(
@@ -629,12 +661,19 @@ def healed_once(
                 found.history.to_csv(temporary, index=False)
             # Last, so that what is there is whole.
             with runtime.atomic_path(weights) as temporary:
-                kept = found.model.named_parameters()
-                safetensors_torch.save_file(
-                    {name: weight.contiguous() for name, weight in kept}, temporary
-                )
+                safetensors_torch.save_file(changed_weights(found.model, model), temporary)
             shutil.rmtree(training)
         return found.model, found.history
+
+
+def changed_weights(healed: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights, by name, in which a trained model differs from the one that it was trained from."""
+    before = dict(model.named_parameters())
+    return {
+        name: weight.detach().contiguous()
+        for name, weight in healed.named_parameters()
+        if name not in before or not torch.equal(weight, before[name])
+    }
 
 
 def training_rows(history: pd.DataFrame) -> list[dict]:
