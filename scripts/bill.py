@@ -497,12 +497,11 @@ def text_of(lines: Iterable[Line], *, price: float | None) -> str:
             "model": line.model,
             "GPU hours": f"{line.seconds / HOUR:.1f}",
             "peak GB": f"{line.worst.need.peak / GB:.1f}",
-            "where": line.worst.at,
             "disk GB": f"{line.disk / GB:.1f}",
         }
         if price is not None:
             row["dollars"] = f"{price * line.seconds / HOUR:.2f}"
-        rows.append(row)
+        rows.append({**row, "most memory": line.worst.at})
     total = math.fsum(line.seconds for line in lines) / HOUR
     last = dict.fromkeys(rows[0], "")
     last |= {"notebook": "all", "GPU hours": f"{total:.1f}"}
