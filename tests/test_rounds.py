@@ -1,6 +1,8 @@
 """Iterative removal against its rounds one by one."""
 
 import copy
+import inspect
+import re
 import shutil
 from unittest.mock import Mock
 
@@ -20,7 +22,16 @@ from pruning_utils import (
     similarity,
     surgery,
 )
-from pruning_utils.studies.study import REMOVED, ROUND_RULES, Study, removed_table
+from pruning_utils.engine import definitions
+from pruning_utils.studies.study import (
+    HEALED_BY,
+    REMOVED,
+    ROUND_RULES,
+    Study,
+    narrowed,
+    removed_table,
+    without_layers,
+)
 
 
 def point(rule="taylor", per_round=1, **given) -> dict:
@@ -72,6 +83,16 @@ def test_rounds_equal_the_steps_one_by_one(rule, tiny, tmp_path):
     assert asked.removed_at(point(rule)) == [
         {"layer": layer, "round": turn} for layer, turn in gone
     ]
+
+
+def test_what_chooses_what_goes_decides_where_trained_models_are_kept():
+    """Else a changed criterion would go on with models that lack something else."""
+    kept_by = definitions.INSTALLED.stamp(*HEALED_BY)["definitions"]
+    sources = map(inspect.getsource, (Study._chosen, Study._layers, narrowed, without_layers))
+    modules = "importance|similarity|selection|data|width|surgery"
+    called = set(re.findall(rf"\b(?:{modules})\.\w+(?=\()", "".join(sources)))
+    expected = {"importance.taylor", "selection.least_important", "width.prune_width"}
+    assert expected < called <= kept_by.keys()
 
 
 def test_one_round_is_removal_at_once_and_trained_once(tiny, tmp_path, monkeypatch):
