@@ -217,11 +217,10 @@ class Costs:
             for turn in range(1, rounds + 1):
                 gone = point.per_round * turn if point.per_round else point.n_dropped
                 cost = self.steps(table, settings, gone, settings["steps"] // rounds)
+                kept = cost.kept
                 if rounds > 1:
-                    cost, before = (
-                        cost._replace(kept=0.0, saved=cost.saved + before),
-                        before + cost.kept,
-                    )
+                    cost = cost._replace(kept=0.0, saved=cost.saved + before)
+                    before += kept
                 yield cost, (*seen, number, turn)
 
     def steps(self, table: work.Table, settings: dict, gone: int, n_steps: int) -> Cost:

@@ -42,7 +42,8 @@ MICRO_BATCH_TOKENS = 8192
 STEP_TOKENS = 2**26
 # In an evaluation pass at least: with fewer, reading the weights takes longer than multiplying.
 EVALUATION_TOKENS = 1024
-# Parameters from which on activations are computed again from the beginning, on a processor.
+# Parameters from which on activations are computed again from the beginning: on a processor, and
+# where several devices hold one model.
 LARGE = 1e9
 SETTINGS = "settings.json"
 SEAL = "complete.json"
