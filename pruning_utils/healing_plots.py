@@ -16,7 +16,7 @@ from pruning_utils.plots import WIDE, need_columns, new_figure
 # --- levels beside differences, ranks, rates, trainings -------------------------------------------
 
 # Line style of each level that is no measurement of a row.
-REFERENCES = {"unpruned": "-", "guess": ":", "ln V": "--"}
+REFERENCES = {"unpruned": "-", "guess": ":", "floor": ":", "ln V": "--"}
 SECOND = "0.6"  # grey of what is not spoken of
 
 
@@ -38,8 +38,8 @@ def levels_beside_differences(
         differences: Columns ``panel``, ``name``, ``series``, ``difference``, ``low``, ``high``
             (thin bars), ``low_90`` and ``high_90`` (thick bars).
         labels: What the levels and the differences are, with their units.
-        references: Columns ``panel``, ``name`` (``unpruned``, ``guess`` or ``ln V``) and ``value``:
-            thin lines among the levels.
+        references: Columns ``panel``, ``name`` (of :data:`REFERENCES`) and ``value``: thin
+            lines among the levels.
         margin: Half the width of the grey band of equality; 0 for none.
         limits: Ends of the axis of levels; a level beyond stands at the edge with its number.
         difference_limits: The same of the differences.

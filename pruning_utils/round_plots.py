@@ -41,8 +41,8 @@ def interval_grid(
             where they are needed ``group`` (a heading over its names), ``series`` (what the mark
             stands for), ``low`` and ``high`` (thin bars), ``low_90`` and ``high_90`` (thick bars),
             ``runs`` (a list of values, drawn as ticks) and ``is_void``. NaN draws no bar.
-        references: Columns ``panel``, ``name`` (one of ``unpruned``, ``guess`` and ``ln V``) and
-            ``value``: thin lines, named in the legend.
+        references: Columns ``panel``, ``name`` (of :data:`REFERENCES`) and ``value``: thin
+            lines, named in the legend.
         margins: By panel, half the width of a grey band around 0, where a thin line stands too.
 
     Returns:
