@@ -78,6 +78,7 @@ MODULES = (
     "cost_plots",
     "healing_plots",
     "round_plots",
+    "verdict_plots",
     "width",
     "release",
     "offload",

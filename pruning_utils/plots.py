@@ -456,10 +456,24 @@ def save_figure(figure: Figure, name: str, *, tables: Sequence[str | Path], prof
     folder = (
         runtime.output_root(profile) / "figures" / ("" if profile in ("cpu", "smoke") else profile)
     )
+    return write_figure(figure, folder / name, origin=origin)
+
+
+def write_figure(figure: Figure, path: Path, *, origin: str) -> Path:
+    """Write a figure as PDF and PNG; the same figure gives the same bytes.
+
+    Args:
+        figure: Any figure.
+        path: Of both files, without their suffixes.
+        origin: What is written into them of where the numbers come from.
+
+    Returns:
+        Path of the PNG.
+    """
     for suffix, metadata in (
-        ("pdf", {"Title": name, "Subject": origin, "CreationDate": None}),
-        ("png", {"Title": name, "Source": origin, "Software": None}),
+        ("pdf", {"Title": path.name, "Subject": origin, "CreationDate": None}),
+        ("png", {"Title": path.name, "Source": origin, "Software": None}),
     ):
-        with runtime.atomic_path(folder / f"{name}.{suffix}") as temporary:
+        with runtime.atomic_path(path.with_name(f"{path.name}.{suffix}")) as temporary:
             figure.savefig(temporary, format=suffix, metadata=metadata)
-    return folder / f"{name}.png"
+    return path.with_name(f"{path.name}.png")

@@ -1,16 +1,17 @@
-"""The README's tables of verdicts, from the verdicts.csv of every notebook.
+"""The README's picture and tables of verdicts, from the verdicts.csv of every notebook.
 
-Run ``.venv/bin/python scripts/claims.py`` when a notebook has new verdicts: it writes what stands
-between the two marks in the README.
+Run ``.venv/bin/python scripts/claims.py`` when a notebook has new verdicts: it draws
+``figures/verdicts`` and writes what stands between the two marks in the README.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pandas as pd
 
-from pruning_utils import embedded
+from pruning_utils import embedded, plots, verdict_plots
 from pruning_utils.engine import verdict_rows
 from pruning_utils.plots import NAMES
 
@@ -26,14 +27,25 @@ PAPERS = {
     "([arXiv:2411.15558](https://arxiv.org/abs/2411.15558))",
     "all three": "All three papers",
 }
+# Of the same papers in the picture.
+HEADINGS = {
+    "gromov": "Gromov et al.",
+    "shortened": "Kim et al.",
+    "reassessing": "Lu et al.",
+    "all three": "All three papers",
+}
+FIGURE = ROOT / "figures" / "verdicts"
 HARD_SPACE = "\u00a0"
+
+
+def verdict_files(folder: Path) -> list[Path]:
+    """The verdicts of all notebooks in a profile's folder of results."""
+    return sorted(folder.glob("*/verdicts.csv"))
 
 
 def read_verdicts(folder: Path) -> pd.DataFrame:
     """All rows of all notebooks of a profile's folder of results, by notebook."""
-    tables = [
-        pd.read_csv(path, keep_default_na=False) for path in sorted(folder.glob("*/verdicts.csv"))
-    ]
+    tables = [pd.read_csv(path, keep_default_na=False) for path in verdict_files(folder)]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -120,8 +132,32 @@ def written(readme: str, folder: Path) -> str:
     return f"{before}{FIRST}\n{found}{LAST}\n{after}"
 
 
+def draw(folder: Path, path: Path) -> None:
+    """Draw all verdicts of a profile's folder of results, as PDF and PNG of this name.
+
+    The files hold the digest of each table of verdicts.
+    """
+    verdicts = read_verdicts(folder)
+    models = verdict_rows.models_of(verdicts, embedded.MODELS)
+    claims = pd.read_csv(ROOT / "reference" / "claims.csv")
+    figure = verdict_plots.verdict_marks(
+        verdicts.sort_values("model", key=lambda names: names.map(models.index), kind="stable"),
+        claims.assign(paper=claims["paper"].map(HEADINGS)),
+    )
+    plots.write_figure(figure, path, origin=origin(folder))
+
+
+def origin(folder: Path) -> str:
+    """Each table of verdicts of a profile's folder, with the digest of its bytes."""
+    return "; ".join(
+        f"{path.parent.name}/{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path in verdict_files(folder)
+    )
+
+
 def main() -> None:
-    """Write the section into the README."""
+    """Draw the picture, and write the section into the README."""
+    draw(ROOT / "results" / "cpu", FIGURE)
     readme = README.read_text(encoding="utf-8")
     README.write_text(written(readme, ROOT / "results"), encoding="utf-8")
 

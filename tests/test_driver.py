@@ -1559,7 +1559,13 @@ def recipe(*words: str) -> list[str]:
     ],
 )
 def test_make_passes_options(words, options):
-    assert recipe(*words)[-1].split()[2:] == options
+    (driver,) = [line for line in recipe(*words) if "scripts/run_notebooks.py" in line]
+    assert driver.split()[2:] == options
+
+
+@needs_make
+def test_the_picture_of_all_verdicts_is_drawn_after_the_notebooks_gave_theirs():
+    assert recipe("figures")[-1].split()[1:] == ["scripts/claims.py"]
 
 
 @needs_make
@@ -1570,7 +1576,7 @@ def test_make_names_the_time_and_figures_use_all_cores():
     lines = {line.split()[0]: line for line in shown.splitlines() if line}
     assert "minutes at smoke, hours at PROFILE=cpu" in lines["regress"]
     assert "hours" in lines["reproduce"] and "a few minutes" in lines["figures"]
-    number = recipe("figures")[-1].split()[3].strip("'")
+    number = recipe("figures")[-2].split()[3].strip("'")
     assert int(number) == os.cpu_count()
 
 

@@ -94,6 +94,7 @@ ORDER = (
     "cost_plots",
     "healing_plots",
     "round_plots",
+    "verdict_plots",
     "shrinking.orders",
     "shrinking.plans",
     "shrinking.judgements",

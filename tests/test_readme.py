@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from pruning_utils.engine import verdict_rows
 
@@ -32,6 +33,23 @@ def test_the_tables_say_what_the_verdicts_say():
     assert claims.written(README, ROOT / "results") == README, (
         "`.venv/bin/python scripts/claims.py` writes the tables"
     )
+
+
+def test_the_picture_shows_the_committed_verdicts():
+    drawn = ROOT / "figures" / "verdicts.png"
+    assert Image.open(drawn).info["Source"] == claims.origin(ROOT / "results" / "cpu"), (
+        "`.venv/bin/python scripts/claims.py` draws it"
+    )
+    assert drawn.with_suffix(".pdf").is_file()
+    assert f"](figures/{drawn.name})" in README.partition(claims.FIRST)[0]
+
+
+def test_the_picture_is_drawn_again_to_the_byte(tmp_path):
+    for name in ("once", "twice"):
+        claims.draw(ROOT / "results" / "cpu", tmp_path / name / "verdicts")
+    for suffix in ("png", "pdf"):
+        once, twice = (tmp_path / name / f"verdicts.{suffix}" for name in ("once", "twice"))
+        assert once.read_bytes() == twice.read_bytes()
 
 
 def test_every_notebook_about_a_paper_and_every_claim_has_a_verdict():
