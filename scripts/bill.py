@@ -487,14 +487,21 @@ class Bill:
         return Line(job.name, name, source, seconds, worst, disk)
 
 
-def text_of(lines: Iterable[Line], *, price: float | None) -> str:
-    """The bill as a table for a terminal."""
+def text_of(lines: Iterable[Line], *, kind: str, price: float | None) -> str:
+    """The bill as a table for a terminal, words from the left.
+
+    Args:
+        lines: Its lines.
+        kind: Of the machine whose hours they are: ``cuda`` or ``cpu``.
+        price: Dollars an hour; None: they are left out.
+    """
+    hours = "GPU hours" if kind == "cuda" else "hours"
     rows = []
     for line in lines:
         row = {
             "notebook": line.notebook,
             "model": line.model,
-            "GPU hours": f"{line.seconds / HOUR:.1f}",
+            hours: f"{line.seconds / HOUR:.1f}",
             "peak GB": f"{line.worst.need.peak / GB:.1f}",
             "disk GB": f"{line.disk / GB:.1f}",
         }
@@ -503,11 +510,13 @@ def text_of(lines: Iterable[Line], *, price: float | None) -> str:
         rows.append({**row, "most memory": line.worst.at})
     total = math.fsum(line.seconds for line in lines) / HOUR
     last = dict.fromkeys(rows[0], "")
-    last |= {"notebook": "all", "GPU hours": f"{total:.1f}"}
+    last |= {"notebook": "all", hours: f"{total:.1f}"}
     last["disk GB"] = f"{math.fsum(line.disk for line in lines) / GB:.1f}"
     if price is not None:
         last["dollars"] = f"{price * total:.2f}"
     table = pd.DataFrame([*rows, last])
+    for words in ("notebook", "model", "most memory"):
+        table[words] = table[words].str.ljust(table[words].str.len().max())
     return table.to_string(index=False, justify="left")
 
 
@@ -560,7 +569,7 @@ def show(
             file=sys.stderr,
             flush=True,
         )
-    print(text_of(lines, price=price))
+    print(text_of(lines, kind=bill.machine.kind, price=price))
     for name, source in dict.fromkeys((line.model, line.configured) for line in lines):
         print(f"{name}: {source}")
     rates = {str(dtype)[6:]: rate / 1e12 for dtype, rate in bill.machine.flops.items()}

@@ -281,10 +281,14 @@ def test_every_notebook_of_every_profile_has_a_line(profile, counted):
     lines = bill_of(profile)
     assert {line.notebook for line in lines} == set(JOBS)
     assert all(line.seconds > 0 for line in lines)
-    said = bill.text_of(lines, price=3.0)
+    said = bill.text_of(lines, kind="cuda", price=3.0)
     total = sum(line.seconds for line in lines) / 3600
     assert said.splitlines()[-1].split()[-1] == f"{3 * total:.2f}"
-    assert "dollars" not in bill.text_of(lines, price=None)
+    without = bill.text_of(lines, kind="cuda", price=None)
+    assert "dollars" not in without
+    head, *rows = without.splitlines()
+    start = head.index("most memory")
+    assert all(row[start - 1] == " " and row[start] != " " for row in rows[:-1]), "words align"
 
 
 def test_a_model_that_was_trained_is_not_trained_again(counted):
@@ -341,6 +345,15 @@ def test_what_does_not_fit_is_refused_with_the_setting(counted, capsys):
     asked = ["--profile", "cpu", "--only", "07", "--plan", "--memory", "101", "--price", "2.5"]
     assert run_notebooks.main(asked) == 0
     assert "dollars" in capsys.readouterr().out
+
+
+def test_a_plan_for_this_machine_says_its_hours_and_rates(counted, capsys):
+    asked = ["--profile", "cpu", "--only", "13", "--plan", "--machine", "here", "--memory", "101"]
+    assert run_notebooks.main(asked) == 0
+    head, *_, rates = capsys.readouterr().out.strip().splitlines()
+    here = machines.here()
+    assert (" GPU hours" in head) == (here.kind == "cuda") and " hours" in head
+    assert rates.startswith(f"{here.name}: {here.share:.0%} of ") and "in float32" in rates
 
 
 def test_options_of_the_plan_need_it(capsys):
