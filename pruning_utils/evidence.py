@@ -18,6 +18,7 @@ from scipy import stats
 
 from pruning_utils import runtime
 from pruning_utils.engine import variances, verdict_rows
+from pruning_utils.engine.checks import number
 from pruning_utils.engine.verdict_rows import FAILS, HOLDS, UNTESTABLE, UNTOLD
 
 __all__ = [
@@ -124,8 +125,12 @@ def group_intervals(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.Da
         ``n``.
 
     Raises:
-        ValueError: If a group has fewer than 2 observations, or NaN among them.
+        ValueError: If a group has fewer than 2 observations, or NaN among them; or if a row lacks
+            what tells its group.
     """
+    lacking = [name for name in by if table[name].isna().any()]
+    if lacking:
+        raise ValueError(f"each row must have a value in {', '.join(by)}; {lacking[0]} has none")
     rows = []
     for names, group in table.groupby(list(by), sort=False):
         try:
@@ -203,6 +208,7 @@ def _interval(
     confidence: float,
 ) -> FactorInterval:
     """The interval of a checked table whose mean has these parts of variance."""
+    number("confidence", confidence, "in (0, 1)", lambda share: 0 < share < 1)
     n, k = table.shape
     value = float(np.mean([table[labels == name].mean() for name in np.unique(labels)]))
     half = float(variances.half_width(parts, (1 - confidence) / 2))

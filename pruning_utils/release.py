@@ -127,7 +127,7 @@ its faults; removing layers adds more.
 
 ## Scores
 
-{_shown_table(scores).to_markdown()}
+{_shown_table(scores).to_markdown(disable_numparse=True)}
 
 ## How it was made
 
@@ -151,11 +151,11 @@ def _shown(text: object) -> str:
     return MARKUP.sub(lambda found: re.sub(r"(.)", r"\\\1", found[0]), line)
 
 
-def _shown_cell(value: object) -> object:
-    """A text as a cell of a table, the parts of a tuple as one; anything else as it is."""
+def _shown_cell(value: object) -> str:
+    """A cell of a table: a number as Python prints it, the parts of a tuple as one text."""
     if isinstance(value, tuple):
         value = ", ".join(map(str, value))
-    return _shown(value).replace("|", "\\|") if isinstance(value, str) else value
+    return _shown(value).replace("|", "\\|")
 
 
 def _shown_table(scores: pd.DataFrame) -> pd.DataFrame:

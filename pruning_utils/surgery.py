@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import yaml
 from safetensors import SafetensorError
 
-from pruning_utils import __version__, runtime
+from pruning_utils import __version__
 from pruning_utils.engine import held_configurations, passes, saved_models, wrappers
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.models import decoder_layers, text_config
@@ -64,6 +64,8 @@ OTHER_LISTS = re.compile(
 WITHOUT_LENGTH = frozenset(("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"))
 ABSENT = "absent"  # stands for the value of an attribute that a module does not have
 MARKER = "pruning_utils.json"  # tells our directories from somebody else's
+# Of the weights that mergekit writes.
+MERGED_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _kept_layers(layers: Iterable[int], n_layers: int) -> list[int]:
@@ -537,6 +539,8 @@ def mergekit_plan(
         ValueError: As :func:`drop_layers`; or for another dtype, an empty name, or ``n_layers``
             below 1.
     """
+    if dtype not in MERGED_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(MERGED_DTYPES)}, got {dtype!r}")
     if not (isinstance(model_name, str) and model_name and type(n_layers) is int and n_layers > 0):
         raise ValueError(
             f"model_name must be a name and n_layers at least 1, got {model_name!r} and "
@@ -551,6 +555,6 @@ def mergekit_plan(
             for start, end in zip(starts, ends, strict=True)
         ],
         "merge_method": "passthrough",
-        "dtype": runtime.dtype_name(runtime.resolve_dtype(dtype)),
+        "dtype": dtype,
     }
     return yaml.safe_dump(plan, sort_keys=False, default_flow_style=None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +93,10 @@ def configuration(name: str, reference: Path) -> tuple[PreTrainedConfig, str]:
         Refused: If none of them is there.
     """
     if name in (models.EMBEDDED, *models.MODELS) or Path(name).is_dir():
-        source = models._resolve(name, None)
+        try:
+            source = models._resolve(name, None)
+        except (ValueError, ModuleNotFoundError) as error:
+            raise Refused(str(error)) from error
         return model_files.configuration(source, {}), "config.json"
     with hub.asked_or_cached():
         try:
@@ -216,15 +219,18 @@ class Costs:
             before = 0.0  # on the disk, of the rounds before: all are kept until the last one
             for turn in range(1, rounds + 1):
                 gone = point.per_round * turn if point.per_round else point.n_dropped
-                cost = self.steps(table, settings, gone, settings["steps"] // rounds)
+                n_steps = settings["steps"] // rounds
+                cost = self.steps(table, settings, gone, n_steps, is_watched=turn == rounds)
                 kept = cost.kept
                 if rounds > 1:
                     cost = cost._replace(kept=0.0, saved=cost.saved + before)
                     before += kept
                 yield cost, (*seen, number, turn)
 
-    def steps(self, table: work.Table, settings: dict, gone: int, n_steps: int) -> Cost:
-        """What so many steps take, with the validation on the way."""
+    def steps(
+        self, table: work.Table, settings: dict, gone: int, n_steps: int, *, is_watched: bool = True
+    ) -> Cost:
+        """What so many steps take, with the validation on the way where they are watched."""
         dtype = self.dtype(table.dtype)
         kept = self.n_layers - gone
         # What no shape depends on does not tell one rehearsal from another.
@@ -234,8 +240,10 @@ class Costs:
         passing, stepping, ending = self.needs("heal", dtype, kept=kept, **asked)
         need = max(passing, stepping, ending, key=lambda one: one.peak)
         seconds = self.machine.seconds(n_steps * passing.flops, dtype)
-        watched = (1 + min(n_steps, healing.EVALUATIONS)) * study.N_VALIDATION * table.seq_len
-        seconds += self.forward(watched, table.seq_len, dtype, kept)
+        if is_watched:  # of several rounds, a study watches the last one
+            looks = 1 + min(n_steps, healing.EVALUATIONS)
+            n_tokens = looks * study.N_VALIDATION * table.seq_len
+            seconds += self.forward(n_tokens, table.seq_len, dtype, kept)
         at = f"{settings['method']} without {gone} layers"
         change = "depths (more layers gone) or the method of healing"
         on_disk = self.on_disk(settings, stepping, dtype, kept)
@@ -487,7 +495,7 @@ class Bill:
         return Line(job.name, name, source, seconds, worst, disk)
 
 
-def text_of(lines: Iterable[Line], *, kind: str, price: float | None) -> str:
+def text_of(lines: Sequence[Line], *, kind: str, price: float | None) -> str:
     """The bill as a table for a terminal, words from the left.
 
     Args:
@@ -560,15 +568,16 @@ def show(
     lines: list[Line] = []
     for job in chosen:
         print(f"planning {job.name}", file=sys.stderr)
-        lines += bill.lines(job)
-        found = lines[-1]
-        print(
-            f"  {found.model}: {found.seconds / HOUR:.1f} hours, "
-            f"{found.worst.need.peak / GB:.1f} GB at {found.worst.at}, "
-            f"{found.disk / GB:.1f} GB on the disk",
-            file=sys.stderr,
-            flush=True,
-        )
+        of_job = bill.lines(job)
+        lines += of_job
+        for line in of_job:
+            print(
+                f"  {line.model}: {line.seconds / HOUR:.1f} hours, "
+                f"{line.worst.need.peak / GB:.1f} GB at {line.worst.at}, "
+                f"{line.disk / GB:.1f} GB on the disk",
+                file=sys.stderr,
+                flush=True,
+            )
     print(text_of(lines, kind=bill.machine.kind, price=price))
     for name, source in dict.fromkeys((line.model, line.configured) for line in lines):
         print(f"{name}: {source}")

@@ -162,7 +162,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=share,
         metavar="SHARE",
         help="with --reproduce: allowed difference of a column as a share of its largest value "
         "(default 0.001: another CPU adds bfloat16 numbers in another order)",
@@ -185,16 +185,30 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         "machine": ("plan",),
     }
     for name, modes in needed.items():
-        if getattr(options, name) in (None, False):
+        given = getattr(options, name)
+        if given is None or given is False:
             continue
         if not any(getattr(options, needs) for needs in modes):
             parser.error(f"--{name} goes with {' or '.join(f'--{needs}' for needs in modes)}")
+    if options.values and (options.accept or options.record):
+        parser.error(
+            "-p goes with neither --accept nor --record: what is committed and recorded is of the "
+            "profile's own values"
+        )
     if options.output and (computes_apart(options) or options.figures or options.plan):
         parser.error(
             "--output goes with none of --regress, --rehearse, --reproduce, --figures and --plan: "
             "each has a place, or makes no file"
         )
     return options
+
+
+def share(text: str) -> float:
+    """A finite number from 0 on."""
+    found = float(text)
+    if not 0 <= found < math.inf:
+        raise ValueError(f"not a share: {text}")
+    return found
 
 
 def assigned(groups: list[list[str]]) -> dict[str, str]:
@@ -235,6 +249,8 @@ def leave(*unused: object) -> None:
 def after_stop(options: argparse.Namespace, kept: Path) -> str:
     """What remains after a stop, and how to go on."""
     command = "the same command without --recompute" if options.recompute else "the same command"
+    if options.plan:
+        return "a plan keeps nothing, the same command begins anew"
     if options.figures:
         return "figures drawn so far stay, the same command redraws all"
     if computes_apart(options):

@@ -346,6 +346,18 @@ def test_groups_have_the_intervals_of_their_means():
         )
 
 
+def test_rows_without_a_group_are_refused():
+    table = pd.DataFrame({"task": ["a", "a", None, None], "score": [1.0, 2.0, 3.0, 4.0]})
+    with pytest.raises(ValueError, match="each row must have a value in task; task has none"):
+        evidence.group_intervals(table, ["task"], "score")
+
+
+@pytest.mark.parametrize("confidence", [95, 0, 1, float("nan")])
+def test_a_confidence_outside_0_and_1_is_refused(confidence):
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got"):
+        mean_interval([1.0, 2.0, 3.0], confidence=confidence)
+
+
 def questions(correct: dict[str, list], **more) -> pd.DataFrame:
     """Rows of answered questions, of one run."""
     rows = [

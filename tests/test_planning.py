@@ -321,6 +321,9 @@ def test_room_on_the_disk_is_what_saves_take(method, tiny, tmp_path):
     assert measured == pytest.approx(cost.kept, rel=0.1)
 
 
+STAGE = recipes.Recipe.parse("lora 0.01 8").stages[0].settings
+
+
 def test_rounds_take_room_until_the_last_one(counted):
     made = bill.Bill(ROOT / "reference", machines.A100)
     costs, _ = made.of_model("smollm2-135m")
@@ -330,6 +333,13 @@ def test_rounds_take_room_until_the_last_one(counted):
         for n in (8, 2)
     ]
     (once,), rounds = trained
+    # Steps are shared out; a study watches the last round alone.
+    at_four = costs.steps(table, {**table.healing, **STAGE}, 4, 2, is_watched=False)
+    assert rounds[1].seconds == pytest.approx(at_four.seconds)
+    watched = costs.steps(table, {**table.healing, **STAGE}, 8, 2)
+    assert (
+        rounds[-1].seconds == pytest.approx(watched.seconds) and watched.seconds > at_four.seconds
+    )
     assert once.kept > 0 and once.saved == 1.5 * once.kept
     assert [cost.kept for cost in rounds] == [0] * 4
     assert [cost.saved - once.saved for cost in rounds] == [turn * once.kept for turn in range(4)]
@@ -361,6 +371,13 @@ def test_options_of_the_plan_need_it(capsys):
         with pytest.raises(SystemExit):
             run_notebooks.main(words)
     assert "--price goes with --plan" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path, capsys):
+    asked = ["--profile", "cpu", "--only", "01", "--plan", "-p", "model", str(tmp_path)]
+    assert run_notebooks.main(asked) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and str(tmp_path) in said
 
 
 def test_a_model_of_unknown_sizes_is_refused():

@@ -95,8 +95,16 @@ def test_what_a_card_is_given_is_shown_as_text(given):
 def test_numbers_and_plain_words_of_a_card_are_as_they_were_given():
     scores = SCORES.rename_axis("a measure")
     card = release.model_card(**{**CARD, "scores": scores, "recipe": "rate 0.003, as `lora k=3`"})
-    assert scores.to_markdown() in card and scores.index.name == "a measure"
+    assert scores.astype(str).to_markdown(disable_numparse=True) in card
+    assert scores.index.name == "a measure"
     assert "* Trained: rate 0.003, as `lora k=3`.\n" in card
+
+
+def test_large_numbers_and_texts_that_look_like_numbers_are_left_alone():
+    scores = pd.DataFrame({"whole": [134515008.0, "0.10", "1e5"]}, index=["a", "b", "c"])
+    card = release.model_card(**{**CARD, "scores": scores})
+    cells = [line.split("|")[2].strip() for line in card.splitlines() if line.startswith("|")]
+    assert cells[2:] == ["134515008.0", "0.10", "1e5"]
 
 
 def test_a_card_without_scores_is_refused():

@@ -3,10 +3,12 @@
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -389,6 +391,16 @@ def test_bad_orders_are_refused_before_a_model_is_loaded(given, message, tiny, t
     assert not here and not list(tmp_path.iterdir())
 
 
+def test_a_task_that_is_answered_freely_is_refused(monkeypatch):
+    """Of its answers nobody knows whether they are right before they are judged."""
+    free = SimpleNamespace(OUTPUT_TYPE="generate_until")
+    monkeypatch.setattr(
+        evaluation, "load_tasks", lambda names, **given: {names[0]: {"tasks": {names[0]: free}}}
+    )
+    with pytest.raises(ValueError, match="tasks must have choices .* story is of the kind gen"):
+        judgements.check_measured(Measured(tasks=("story",)))
+
+
 def test_models_are_called_as_others_know_them(tiny):
     names = ("embedded", "gemma-3-270m", "owner/name", tiny)
     assert [whole.name_of(name) for name in names] == [
@@ -405,6 +417,60 @@ def test_a_folder_that_holds_something_is_left_alone(tiny, tmp_path, here):
     with pytest.raises(ValueError, match="--out must be a new or empty folder, but .*small holds"):
         whole.shrink(order(tiny), tmp_path / "small")
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git"])
+def test_a_folder_of_someone_else_beside_it_is_left_alone(name, tiny, tmp_path, here):
+    (tmp_path / "small.work").mkdir()
+    (tmp_path / "small.work" / name).write_text("mine")
+    with pytest.raises(ValueError, match="small.work holds something else, and is where a run"):
+        whole.shrink(order(tiny, goal=Goal(max_parameters=9)), tmp_path / "small")
+    assert [path.name for path in (tmp_path / "small.work").iterdir()] == [name] and not here
+
+
+def test_a_run_that_was_stopped_at_its_very_end_gives_out_no_empty_model(
+    tiny, tmp_path, here, monkeypatch
+):
+    """Where the model was given out, and what is beside it was not yet removed."""
+    out = tmp_path / "small"
+    asked = order(tiny, method="none")
+
+    class Stopped:
+        def rmtree(self, folder):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "shutil", Stopped())
+        with pytest.raises(KeyboardInterrupt):
+            whole.shrink(asked, out)
+    with pytest.raises(ValueError, match="--out must be a new or empty folder"):
+        whole.shrink(asked, out)
+    shutil.rmtree(out)
+    whole.shrink(asked, out)
+    assert here == ["plan", "make", "measure", "measure", "make", "measure"]
+    AutoModelForCausalLM.from_pretrained(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_text_that_does_not_suffice_is_refused_with_the_plan(tiny, tmp_path, here, monkeypatch):
+    asked = order(tiny, measured=Measured(documents=10_000, tasks=("piqa",)))
+    with pytest.raises(ValueError, match="n_samples 10000 is beyond the text xsum/evaluation"):
+        whole.shrink(asked, tmp_path / "small")
+    monkeypatch.setattr(whole, "_steps", lambda *given: (10**5, 1.0))
+    with pytest.raises(ValueError, match="100000 steps of healing need 400000 windows .*--steps"):
+        whole.shrink(order(tiny), tmp_path / "small")
+    assert here == ["plan", "plan"] and not list(tmp_path.iterdir()), "both can be asked again"
+
+
+def test_another_text_of_the_same_name_is_another_order(tiny, tmp_path):
+    text = tmp_path / "mine.jsonl"
+    found = []
+    for answer in ("Paris.", "Rome."):
+        text.write_text(json.dumps({"question": "Which town?", "answer": answer}) + "\n")
+        found.append(whole.settings_of(order(tiny, healing_text=str(text))))
+    assert found[0] != found[1]
+    differing = [key for key in found[0] if found[0][key] != found[1][key]]
+    assert differing == ["healing_text"]
 
 
 def test_what_cannot_be_met_leaves_nothing_behind(tiny, tmp_path, here):
@@ -445,6 +511,9 @@ def test_numbers_of_the_command_line():
         7,
         2_000_000_000,
     ]
+    for text in ("1e400", "inf", "nan"):
+        with pytest.raises(ValueError, match="not a number of things"):
+            command.count(text)
 
 
 def test_a_plan_is_printed_and_nothing_is_made(tiny, tmp_path, capsys, monkeypatch):
@@ -491,6 +560,7 @@ def test_what_is_wrong_is_one_line(words, message, tiny, capsys):
     [
         (KeyboardInterrupt(), 130, "pruning-utils: stopped; the same command goes on from here\n"),
         (OSError(28, "could not write small: No space left"), 1, "No space left\n"),
+        (MemoryError("one window does not fit"), 1, "pruning-utils: one window does not fit\n"),
     ],
 )
 def test_a_run_that_ends_early_says_so_in_one_line(

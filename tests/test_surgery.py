@@ -687,8 +687,10 @@ dtype: bfloat16
 def test_a_mergekit_plan_refuses_bad_arguments(arguments, named):
     with pytest.raises(ValueError, match=named):
         surgery.mergekit_plan(*arguments)
-    with pytest.raises(ValueError, match="int3"):
-        surgery.mergekit_plan("model", 8, [], dtype="int3")
+    # What "auto" stands for is another type on another machine.
+    for dtype in ("int3", "auto"):
+        with pytest.raises(ValueError, match=f"dtype must be one of bfloat16, .*, got '{dtype}'"):
+            surgery.mergekit_plan("model", 8, [], dtype=dtype)
 
 
 def test_layers_that_were_removed_by_hand_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -95,7 +96,10 @@ def count(text: str) -> int:
     """``1.5B``, ``100M``, ``20k`` or ``12345`` as a whole number."""
     scales = {"k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
     scale = scales.get(text[-1:], 1)
-    return round(float(text if scale == 1 else text[:-1]) * scale)
+    found = float(text if scale == 1 else text[:-1]) * scale
+    if not math.isfinite(found):
+        raise ValueError(f"not a number of things: {text!r}")
+    return round(found)
 
 
 def order_of(given: argparse.Namespace) -> orders.Order:
@@ -139,7 +143,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 print(f"  healing takes {plan['healing_bytes'] / 1e9:.2f} GB of memory at most")
             return 0
         print(whole.shrink(order, given.out)["judgement"].to_string(index=False))
-    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"pruning-utils: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

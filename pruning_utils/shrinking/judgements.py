@@ -17,6 +17,7 @@ from pruning_utils.engine.checks import number, whole_number
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking.orders import Limits, Measured
 from pruning_utils.studies import depth, whole_path
+from pruning_utils.studies.study import check_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,11 +41,12 @@ def check_limits(limits: Limits) -> None:
 
 
 def check_measured(measured: Measured) -> None:
-    """ValueError for a number that is out of range, or an unknown task."""
+    """ValueError for a number that is out of range, or a task that is unknown or has no choices."""
     whole_number("documents", measured.documents, 2)
     whole_number("seq_len", measured.seq_len, 3)
     whole_number("questions", measured.questions, 2)
-    evaluation.load_tasks(list(measured.tasks), limit=measured.questions)
+    for task in measured.tasks:
+        check_task(task, limit=measured.questions)
 
 
 def foretell(

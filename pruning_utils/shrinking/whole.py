@@ -43,7 +43,7 @@ from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking import judgements, plans, reports
 from pruning_utils.shrinking.orders import METHODS, NO_HEALING, RULES, Order
 from pruning_utils.shrinking.plans import Candidate
-from pruning_utils.studies.study import fresh_processes, without_layers
+from pruning_utils.studies.study import fresh_processes, text_identity, without_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,7 @@ MOST_STEPS = 1000  # each on text that was not seen before
 N_COMPARED = 4  # windows that the saved model must give the same losses on
 RECORD = "shrink.json"  # in the folder of the model: order, plan, and all that was measured
 TABLES = ("plan", "history", "measured", "times")
+LOCK = ".lock"  # in the folder of what is finished
 
 
 def check_order(order: Order) -> None:
@@ -73,8 +74,11 @@ def check_order(order: Order) -> None:
 
 
 def settings_of(order: Order) -> dict:
-    """The order as plain values, with the weights that the model's name stands for."""
-    asked = asdict(order) | {"model": models.identity(order.model, order.revision)}
+    """The order as plain values, with the weights and the text that its names stand for."""
+    asked = asdict(order) | {
+        "model": models.identity(order.model, order.revision),
+        "healing_text": text_identity(order.healing_text),
+    }
     return json.loads(json.dumps(asked))
 
 
@@ -151,6 +155,8 @@ def _produced(order: Order, out: str | os.PathLike, publish: Callable[..., None]
     with _workplace(target, order) as work:
         plan = work.once("plan", lambda: plan_of(order, *loaded()))
         _say(plan_text(order, plan))
+        if not (work.folder / "model").exists():
+            work.drop("made", "smaller")  # a run that was stopped at its very end gave it out
         made = work.once("made", lambda: _made(order, plan, work.folder, *loaded()))
         loaded.cache_clear()
         _say("measuring both models, each in a process of its own")
@@ -270,6 +276,11 @@ class _Work:
         with runtime.atomic_path(self.folder / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
+    def drop(self, *names: str) -> None:
+        """Forget what was computed under these names."""
+        for name in names:
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
+
     def is_planned(self) -> bool:
         """Whether there is a plan. Before that nothing has taken long."""
         return (self.folder / "plan.json").exists()
@@ -279,9 +290,10 @@ class _Work:
 def _workplace(target: Path, order: Order) -> Iterator[_Work]:
     """The folder beside, held by this process alone, of this order and no other."""
     folder = target.with_name(f"{target.name}.work")
+    _refuse_another_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with filelock.FileLock(folder / LOCK, timeout=0):
             work = _Work(folder)
             try:
                 _refuse_another_order(work, record_of(order))
@@ -291,6 +303,18 @@ def _workplace(target: Path, order: Order) -> Iterator[_Work]:
                     shutil.rmtree(folder)
     except filelock.Timeout as error:
         raise RuntimeError(f"another process is making {target}") from error
+
+
+def _refuse_another_folder(folder: Path) -> None:
+    """ValueError if something lies there that no run has left; it would be removed in the end."""
+    if not folder.exists():
+        return
+    is_ours = folder.is_dir() and (folder / "order.json").exists()
+    if not is_ours and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK}):
+        raise ValueError(
+            f"{folder} holds something else, and is where a run keeps what is finished: remove "
+            "it, or choose another --out"
+        )
 
 
 def _refuse_another_order(work: _Work, asked: dict) -> None:
@@ -332,6 +356,7 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
     """
     seq_len = min(order.measured.seq_len, models.context_length(model.config))
     _say("planning: one scan, and the loss without each set of layers")
+    _evaluation_windows(order, tokenizer, seq_len, order.measured.documents)
     times = plans.token_times(model)
     n_dropped = plans.layers_to_go(model, order.goal, times)
     windows = data.calibration_windows(tokenizer, N_CHOSEN_ON, seq_len, seed=order.seed)
@@ -339,6 +364,7 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
     pruned = without_layers(model, choice.chosen.layers)
     n_layers = len(models.decoder_layers(model))
     steps, seconds = _steps(order, pruned, tokenizer, seq_len)
+    _refuse_too_little_text(order, tokenizer, seq_len, steps)
     read = _token_seconds(model, _validation_windows(tokenizer, seq_len))
     milliseconds = [times.at(n_layers), times.at(n_layers - n_dropped)]
     measuring = [
@@ -365,6 +391,21 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         "healing_seconds": seconds,
         "measuring_seconds": measuring,
     }
+
+
+def _refuse_too_little_text(
+    order: Order, tokenizer: PreTrainedTokenizerBase, seq_len: int, steps: int
+) -> None:
+    """ValueError where the text to heal on has too few windows for so many steps."""
+    if not steps:
+        return
+    try:
+        _healing_windows(order, tokenizer, seq_len, steps)
+    except ValueError as error:
+        raise ValueError(
+            f"{steps} steps of healing need {steps * BATCH_SIZE} windows of text; ask for fewer "
+            f"--steps or --minutes: {error}"
+        ) from error
 
 
 def _token_seconds(model: nn.Module, windows: torch.Tensor) -> float:
@@ -445,6 +486,12 @@ def _healing_windows(
     return data.healing_windows(*given, source=source, seed=order.seed)
 
 
+def _evaluation_windows(
+    order: Order, tokenizer: PreTrainedTokenizerBase, seq_len: int, n_documents: int
+) -> torch.Tensor:
+    return data.document_windows(tokenizer, n_documents, seq_len, source=order.measured.text)
+
+
 def _validation_windows(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> torch.Tensor:
     return data.document_windows(tokenizer, N_VALIDATION, seq_len, split="validation")
 
@@ -516,9 +563,7 @@ def _made(
         )
         current, history = healed.model, healed.history
     surgery.save(current, tokenizer, folder / "model", overwrite=True)
-    windows = data.document_windows(
-        tokenizer, N_COMPARED, plan["seq_len"], source=order.measured.text
-    )
+    windows = _evaluation_windows(order, tokenizer, plan["seq_len"], N_COMPARED)
     return {
         "losses": evaluation.token_losses(current, windows).mean(1).tolist(),
         "history": history[["tokens", "split", "loss"]].to_dict("records"),
