@@ -234,6 +234,8 @@ def rehearse(
     further = OTHERS if others else ()
     names = dict.fromkeys([*model_names(chosen), *further])
     home = project / "regressed" / f"{NAME}-hub"
+    if recompute and home.exists():
+        shutil.rmtree(home)  # stand-ins of another form may lie there
     try:
         small_hub.place(home, {name: bill.stated_configuration(name, reference) for name in names})
     except ValueError as error:

@@ -165,6 +165,26 @@ def test_a_profile_that_asks_for_more_text_than_there_is_is_refused():
         )
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_stand_ins_are_made_anew_where_all_is(recompute, tmp_path, monkeypatch):
+    """A kept rehearsal leaves them, and no digest tells those of another form."""
+    home = tmp_path / "regressed" / f"{rehearsal.NAME}-hub"
+    home.mkdir(parents=True)
+    (home / "older").write_text("stand-in")
+    shutil.copytree(ROOT / "reference", tmp_path / "reference")
+    found = []
+    monkeypatch.setattr(
+        rehearsal.small_hub, "place", lambda home, models: found.append((home / "older").exists())
+    )
+    monkeypatch.setattr(rehearsal.modes, "regress", lambda jobs, **given: True)
+    monkeypatch.setattr(rehearsal.os, "environ", {})
+    chosen = jobs.plan(ROOT, "a100", ["01"], {}, False)
+    assert rehearsal.rehearse(
+        chosen, tmp_path, others=False, record=False, keep=True, recompute=recompute, at_once=1
+    )
+    assert found == [not recompute]
+
+
 @pytest.mark.parametrize("profile", ["a100", "gpu", "cpu", "smoke"])
 def test_no_profile_asks_for_more_text_than_there_is(profile):
     assert rehearsal.short_texts(jobs.plan(ROOT, profile, [], {}, False), REFERENCE) == []
