@@ -282,7 +282,7 @@ def rate_panels(table: pd.DataFrame) -> Figure:
             ends = dict.fromkeys(f"{loss:.1f}" for loss in (losses.min(), losses.max()))
             axis.annotate(
                 f"{' to '.join(ends)} \u2192",
-                (rate, lowest + reach),
+                (rate, lowest + 1.06 * reach),
                 rotation=90,
                 ha="center",
                 va="top",
@@ -290,7 +290,7 @@ def rate_panels(table: pd.DataFrame) -> Figure:
                 color="0.3",
             )
         axis.margins(x=0.1)
-        axis.set(title=panel, xscale="log", ylim=(lowest - 0.08 * reach, lowest + reach))
+        axis.set(title=panel, xscale="log", ylim=(lowest - 0.08 * reach, lowest + 1.06 * reach))
     for place, axis in enumerate(axes):
         axis.set_visible(place < len(panels))
     figure.supxlabel("peak learning rate", fontsize=8)
