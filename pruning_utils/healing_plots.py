@@ -272,6 +272,7 @@ def rate_panels(table: pd.DataFrame) -> Figure:
         shown = table[table["panel"] == panel].sort_values("rate")
         lowest = shown["loss"].min()
         reach = 2.5 * (shown["loss"].median() - lowest) or 1.0
+        top = lowest + 1.06 * reach  # room for a mark at the end
         for series, line in shown.groupby("series", sort=False):
             colour, marker = _look(series)
             look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 0.9}
@@ -282,7 +283,7 @@ def rate_panels(table: pd.DataFrame) -> Figure:
             ends = dict.fromkeys(f"{loss:.1f}" for loss in (losses.min(), losses.max()))
             axis.annotate(
                 f"{' to '.join(ends)} \u2192",
-                (rate, lowest + 1.06 * reach),
+                (rate, top),
                 rotation=90,
                 ha="center",
                 va="top",
@@ -290,7 +291,7 @@ def rate_panels(table: pd.DataFrame) -> Figure:
                 color="0.3",
             )
         axis.margins(x=0.1)
-        axis.set(title=panel, xscale="log", ylim=(lowest - 0.08 * reach, lowest + 1.06 * reach))
+        axis.set(title=panel, xscale="log", ylim=(lowest - 0.08 * reach, top))
     for place, axis in enumerate(axes):
         axis.set_visible(place < len(panels))
     figure.supxlabel("peak learning rate", fontsize=8)

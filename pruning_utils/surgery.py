@@ -64,8 +64,6 @@ OTHER_LISTS = re.compile(
 WITHOUT_LENGTH = frozenset(("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"))
 ABSENT = "absent"  # stands for the value of an attribute that a module does not have
 MARKER = "pruning_utils.json"  # tells our directories from somebody else's
-# Of the weights that mergekit writes.
-MERGED_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _kept_layers(layers: Iterable[int], n_layers: int) -> list[int]:
@@ -539,8 +537,10 @@ def mergekit_plan(
         ValueError: As :func:`drop_layers`; or for another dtype, an empty name, or ``n_layers``
             below 1.
     """
-    if dtype not in MERGED_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(MERGED_DTYPES)}, got {dtype!r}")
+    from pruning_utils.engine.precisions import DTYPES  # importing it imports torch
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if not (isinstance(model_name, str) and model_name and type(n_layers) is int and n_layers > 0):
         raise ValueError(
             f"model_name must be a name and n_layers at least 1, got {model_name!r} and "

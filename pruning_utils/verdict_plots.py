@@ -24,7 +24,7 @@ MARKS = {
 }
 IN_A_LINE = 9  # marks at least; a claim has up to two lines of them
 LETTERS = 55  # of a claim, in a line
-ROW = 0.29  # inches
+ROW = 0.32  # inches; holds three lines of a claim
 BETWEEN = 0.42  # of a row, from one line of marks to the next
 SEPARATOR = {"color": "0.88", "linewidth": 0.5}
 

@@ -27,13 +27,8 @@ PAPERS = {
     "([arXiv:2411.15558](https://arxiv.org/abs/2411.15558))",
     "all three": "All three papers",
 }
-# Of the same papers in the picture.
-HEADINGS = {
-    "gromov": "Gromov et al.",
-    "shortened": "Kim et al.",
-    "reassessing": "Lu et al.",
-    "all three": "All three papers",
-}
+# Of the same papers in the picture: whose they are.
+HEADINGS = {paper: title.partition(", ")[0] for paper, title in PAPERS.items()}
 FIGURE = ROOT / "figures" / "verdicts"
 HARD_SPACE = "\u00a0"
 

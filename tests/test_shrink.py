@@ -381,6 +381,7 @@ def test_fewer_documents_than_were_compared_in_memory_are_enough():
         ({"learning_rate": -1.0}, "learning_rate must be above 0, got -1.0"),
         ({"measured": Measured(documents=1)}, "documents must be"),
         ({"measured": Measured(tasks=("quiz",))}, "quiz"),
+        ({"measured": Measured(tasks=())}, "the number of tasks must be .*got 0"),
         ({"goal": Goal(keep=2.0)}, "keep must be in"),
         ({"limits": Limits(accuracy=0.0)}, "the limit of the accuracy must be in"),
     ],

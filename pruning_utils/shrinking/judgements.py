@@ -45,6 +45,7 @@ def check_measured(measured: Measured) -> None:
     whole_number("documents", measured.documents, 2)
     whole_number("seq_len", measured.seq_len, 3)
     whole_number("questions", measured.questions, 2)
+    whole_number("the number of tasks", len(measured.tasks), 1)
     for task in measured.tasks:
         check_task(task, limit=measured.questions)
 
