@@ -1,4 +1,4 @@
-"""What a step of healing costs with the logits of a whole batch, and with those of a few tokens.
+"""What a step of healing costs with all logits at once or a few, and without kept activations.
 
     .venv/bin/python benchmarks/healing.py
     .venv/bin/python benchmarks/healing.py --windows 1 --seq-len 16 --rounds 1    # seconds
@@ -8,6 +8,7 @@ least as fast as naive, and less memory the larger the vocabulary. Nothing is as
 
 naive    all logits at once, of which the loss takes a few tokens at a time
 in parts head and loss on a few tokens at a time, see engine/head_losses.py
+again    the same, with activations computed again on the way back instead of kept
 """
 
 import argparse
@@ -27,7 +28,7 @@ def naive(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return head_losses.loss_of_logits(logits, ids) / ids[:, 1:].numel()
 
 
-WAYS = {"naive": naive, "in parts": head_losses.mean_loss}
+WAYS = {"naive": naive, "in parts": head_losses.mean_loss, "again": head_losses.mean_loss}
 
 
 def measure(way: str, asked: argparse.Namespace) -> None:
@@ -40,6 +41,8 @@ def measure(way: str, asked: argparse.Namespace) -> None:
     model = surgery.drop_layers(model, range(n_layers - 1 - n_dropped, n_layers - 1))
     settings = healing.check_settings(model, {"method": asked.method, "last_k": 1})
     trained = healing.trainable_copy(model, settings).train()
+    if way == "again":
+        trained.activation_checkpointing_enable()
     ids = data.calibration_windows(tokenizer, asked.windows, asked.seq_len)
     del model
     before, seconds = _peak(), []

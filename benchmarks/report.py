@@ -55,6 +55,7 @@ STAGES = {
     "healing, dora": ("the same with norms", "the same"),
     "healing, last_layers": ("the same, last three layers", "the same"),
     "healing, full": ("the same, all weights", "the same"),
+    "healing, kept": ("LoRA, activations kept for the way back", "computed again on the way back"),
     "five shots": ("what prompts share is read once", "lm-eval's own backend"),
     "generation": ("with the cache of keys and values", "every token read again"),
 }
@@ -126,6 +127,16 @@ def step_ways(model: torch.nn.Module, ids: torch.Tensor, method: str) -> Ways:
     return {
         OURS: partial(healing_step, trained, ids, "in parts"),
         NAIVE: partial(healing_step, trained, ids, "naive"),
+    }
+
+
+def kept_ways(model: torch.nn.Module, ids: torch.Tensor) -> Ways:
+    settings = healing.check_settings(model, {"method": "lora"})
+    kept, again = (healing.trainable_copy(model, settings).train() for _ in range(2))
+    again.activation_checkpointing_enable()
+    return {
+        OURS: partial(healing_step, kept, ids, "in parts"),
+        NAIVE: partial(healing_step, again, ids, "again"),
     }
 
 
@@ -225,11 +236,14 @@ class Bench:
     def healing(self) -> None:
         count, seq_len = self.sizes["windows"] // 2, self.sizes["seq_len"] // 2
         ids = self.windows(count, seq_len)
+        floors = {}
         for method in ("lora", "qlora", "dora", "last_layers", "full"):
             settings = {"method": method, "batch_size": count}
             passes, *_ = stages.heal(self.config, torch.float32, seq_len=seq_len, **settings)
             ways = step_ways(self.model, ids, method)
-            self.add(f"healing, {method}", ways, self.floor(passes.flops))
+            floors[method] = self.floor(passes.flops)
+            self.add(f"healing, {method}", ways, floors[method])
+        self.add("healing, kept", kept_ways(self.model, ids), floors["lora"])
 
     def five_shots(self) -> None:
         task, limit = "mmlu_continuation", self.sizes["questions"]

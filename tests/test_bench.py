@@ -60,6 +60,21 @@ def test_ways_that_are_compared_do_the_same(tmp_path):
     assert len(seen) == 8 and seen[:4] == seen[4:]
 
 
+def test_activations_are_computed_again_in_one_of_two_ways_to_train(tmp_path):
+    model, _ = models.load_model(save_tiny_model(tmp_path / "tiny"), dtype="float32")
+    passed: list[int] = []
+    for layer in models.decoder_layers(model):
+        # The second time a layer ends before its last product, of which nothing is needed.
+        layer.self_attn.register_forward_hook(lambda *given: passed.append(1))
+    counts = []
+    for way in report.kept_ways(model, torch.arange(12)[None]).values():
+        passed.clear()
+        way()
+        counts.append(len(passed))
+    n_layers = len(models.decoder_layers(model))
+    assert counts == [n_layers, 2 * n_layers]
+
+
 @pytest.mark.slow
 def test_a_run_writes_its_tables_and_its_page(tmp_path):
     tiny = save_tiny_model(tmp_path / "tiny")
