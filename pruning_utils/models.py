@@ -44,8 +44,10 @@ def load_model(
     Args:
         name: ``"smollm2-135m"`` or its other name ``"embedded"`` (SmolLM2-135M-Instruct from the
             pinned package), ``"gemma-3-270m"`` (of packages that ``make second-model`` installs),
-            a local directory as written by ``save_pretrained``, or a hub id. Code from a hub is
-            never run, and only safetensors are read.
+            a local directory as written by ``save_pretrained``, or a hub id. Code that comes with a
+            model is never run, and only safetensors are read. Where the package ``kernels`` is
+            installed, which is none of ours, transformers itself may fetch kernels of its own
+            choice for ``flash_attention_2`` and for MXFP4 weights.
         revision: Branch, tag or commit of a hub id.
         dtype: ``"auto"`` (bfloat16 where the device multiplies it natively, float32 elsewhere, see
             :func:`runtime.resolve_dtype`), ``"bfloat16"``, ``"float16"`` or ``"float32"``; the

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pruning_utils.engine import later, precisions
+from pruning_utils.engine import checks, later, precisions
 from pruning_utils.engine.later import torch
 
 PACKAGES = (
@@ -56,10 +56,9 @@ def setup(seed: int = 0, *, at_once: bool = True) -> None:
             as soon as this package first uses it.
 
     Raises:
-        ValueError: If ``seed`` is outside that range.
+        ValueError: If ``seed`` is no whole number in that range.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    seed = checks.whole_number("seed", seed, 0, 2**32 - 1)
     random.seed(seed)
     np.random.seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -20,7 +20,7 @@ import yaml
 from safetensors import SafetensorError
 
 from pruning_utils import __version__
-from pruning_utils.engine import held_configurations, passes, saved_models, wrappers
+from pruning_utils.engine import checks, held_configurations, passes, saved_models, wrappers
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.models import decoder_layers, text_config
 
@@ -541,11 +541,9 @@ def mergekit_plan(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not (isinstance(model_name, str) and model_name and type(n_layers) is int and n_layers > 0):
-        raise ValueError(
-            f"model_name must be a name and n_layers at least 1, got {model_name!r} and "
-            f"{n_layers!r}"
-        )
+    if not (isinstance(model_name, str) and model_name):
+        raise ValueError(f"model_name must be a name, got {model_name!r}")
+    n_layers = checks.whole_number("n_layers", n_layers, 1)
     kept = _kept_layers(layers, n_layers)
     starts = [layer for layer in kept if layer - 1 not in kept]
     ends = [layer + 1 for layer in kept if layer + 1 not in kept]

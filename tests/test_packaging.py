@@ -31,8 +31,8 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "tasks" not in path.p
 ORDER = (
     "engine.later",
     "engine.precisions",
-    "runtime",
     "engine.checks",
+    "runtime",
     "engine.bars",
     "engine.memory",
     "engine.hub",

@@ -723,6 +723,9 @@ def test_points_are_copies_and_a_point_may_be_one_row(tmp_path):
     ("points", "message"),
     [
         ([], "at least one"),
+        (None, "points must be a list of dicts, got None"),
+        ({"n": 1}, "points must be a list of dicts, got {'n': 1}"),
+        ("n", "points must be a list of dicts, got 'n'"),
         ([{}], "point 0 .* not empty"),
         ([3], "point 0 .* got 3"),
         ([{"n": 1}, {"n": 2}, {"n": 1}], r'all different, got 3, repeated: .*"n":1'),

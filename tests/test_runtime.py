@@ -157,3 +157,9 @@ def test_peak_memory_is_0_where_the_system_keeps_no_mark(monkeypatch):
     monkeypatch.setattr(runtime.sys, "platform", "win32")
     monkeypatch.setitem(runtime.sys.modules, "resource", None)
     assert runtime.peak_memory_bytes() == 0
+
+
+@pytest.mark.parametrize("seed", ["3", True, 1.0, -1, 2**32, None])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match="seed must be a whole number from 0 to 4294967295, got"):
+        runtime.setup(seed)

@@ -670,7 +670,7 @@ dtype: bfloat16
         "merge_method": "passthrough",
         "dtype": "float16",
     }
-    plan = yaml.safe_load(surgery.mergekit_plan("model", 4, []))
+    plan = yaml.safe_load(surgery.mergekit_plan("model", np.int64(4), []))
     assert plan["slices"] == [{"sources": [{"model": "model", "layer_range": [0, 4]}]}]
 
 

@@ -208,7 +208,7 @@ def refuse_differences(recorded: dict, asked: dict, where: Path) -> None:
     if differing:
         raise ValueError(
             f"{where} was made with other parameters ({'; '.join(differing)}); "
-            "pass recompute=True to replace it, or another path to keep both"
+            "pass recompute=True to replace it, or set PRUNING_UTILS_OUTPUT to keep both"
         )
 
 

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed, wait
 from pathlib import Path
 
@@ -34,9 +34,11 @@ def checked_points(points: Sequence[Mapping]) -> list[dict]:
     """The points as dicts of JSON values.
 
     Raises:
-        ValueError: If there are none, or one is empty, repeated, not plain, holds NaN, or has other
-            keys than the first; or if a table's file would not give them back.
+        ValueError: If they are no list or none, or if one is empty, repeated, not plain, holds NaN,
+            or has other keys than the first; or if a table's file would not give them back.
     """
+    if isinstance(points, Mapping | str) or not isinstance(points, Iterable):
+        raise ValueError(f"points must be a list of dicts, got {points!r}")
     checked: list[dict] = []
     for number, point in enumerate(points):
         if not isinstance(point, Mapping) or not point:
@@ -316,7 +318,7 @@ def reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
         )
         raise ValueError(
             f"{path} holds {held}; ask for them too, pass recompute=True to replace the table, or "
-            "another path to keep both"
+            "set PRUNING_UTILS_OUTPUT to keep both"
         )
     table = _table_of_points(path, record)
     rows = iter(table.to_dict("records"))
