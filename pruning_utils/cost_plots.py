@@ -107,6 +107,8 @@ def times_and_causes(
 ) -> Figure:
     """A time against what may cause it, a panel for each cause.
 
+    Where marks of a panel would lie above each other, they are moved apart sideways.
+
     Args:
         table: Columns ``panel`` (the cause, with its unit), ``series`` (of :data:`SERIES`, or
             ``unpruned``), ``size`` (one group of markers), ``x``, ``value``, ``low`` and ``high``.
@@ -116,6 +118,7 @@ def times_and_causes(
     """
     need_columns(table, "panel", "series", "size", "x", "value", "low", "high")
     panels = list(table["panel"].unique())
+    table = table.assign(x=_moved_apart(table["x"], table["panel"]))
     figure, axes = new_figure(WIDE, 2.7, len(panels), sharey=True)
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=True):
@@ -143,6 +146,15 @@ def times_and_causes(
     axes[0].set(ylabel=label)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=4)
     return figure
+
+
+def _moved_apart(x: pd.Series, panels: pd.Series) -> pd.Series:
+    """Places of marks, those of a panel that agree to 2 % of its largest a little apart."""
+    largest = x.groupby(panels).transform("max")
+    alike = [panels, (x / largest / 0.02).round()]
+    number = x.groupby(alike).cumcount()
+    middle = (x.groupby(alike).transform("size") - 1) / 2
+    return x + 0.018 * largest * (number - middle)
 
 
 def levels_and_differences(
@@ -200,7 +212,7 @@ def _mark_above(axis: Axes, shown: pd.DataFrame, top: float) -> None:
         axis.annotate(
             f"{row.value:.1f} \u2191",
             (row.place, top),
-            xytext=(0, -8),
+            xytext=(8, -8),
             textcoords="offset points",
             ha="center",
             fontsize=6,
@@ -291,7 +303,7 @@ def training_pairs(
         floor: Loss of a uniform guess, a thin line in the panels that reach it.
 
     Returns:
-        The figure: thick lines are means over runs, thin ones single runs.
+        The figure: thick lines are means over runs, thin ones single runs. Scales differ.
     """
     need_columns(table, "panel", "series", "run", "tokens", "loss")
     panels = list(table["panel"].unique())
@@ -315,14 +327,12 @@ def training_pairs(
         if floor is not None and losses.to_numpy().max() > floor:
             handles["ln V"] = axis.axhline(floor, linestyle=":", **THIN)
         gap = losses[first] - losses[second]
+        most = 1.1 * gap.abs().to_numpy().max() or 1.0
         below.axhline(0, **THIN)
         below.plot(tokens, gap, color="0.5", linewidth=0.6)
         below.plot(tokens, gap.mean(axis=1), color="black", linewidth=1.4)
+        below.set_ylim(-most, most)
         axis.set(title=panel)
-    most = np.abs(wide[first] - wide[second]).max()
-    for below in axes[len(panels) :]:
-        below.set_ylim(-1.1 * most, 1.1 * most)
-        below.label_outer()
     axes[0].set(ylabel="validation loss\n(nats per token)")
     axes[len(panels)].set(ylabel=f"{first}\nminus {second} (nats)")
     figure.supxlabel("training tokens (thousands)", fontsize=8)

@@ -105,13 +105,14 @@ def _draw_levels(
         colour, marker = _look(series)
         heights = rows["height"].tolist()
         axis.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=0.8)
-        (handles[series],) = axis.plot(
+        is_unhealed = series == "pruned"
+        (handles["unhealed" if is_unhealed else series],) = axis.plot(
             rows["value"],
             heights,
             marker,
             color=colour,
             markersize=3.5,
-            fillstyle="none" if series == "pruned" else "full",
+            fillstyle="none" if is_unhealed else "full",
         )
         _mark_beyond(axis, rows["value"], heights, limits, colour)
     return handles

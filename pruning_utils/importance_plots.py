@@ -251,12 +251,14 @@ def score_profiles(scores: pd.DataFrame, *, own: str) -> Figure:
             mine["depth"], mine["ratio"], color=colour, marker=marker, markersize=2.5, linewidth=0.9
         )
         for row in mine[mine["ratio"] > 2].itertuples():
-            # Neighbours stand at two heights.
+            # On the free side of its mark; neighbours stand at two heights.
+            is_late = row.depth > 0.5
             axis.annotate(
                 f"{row.layer}",
                 (row.depth, row.ratio),
-                xytext=(2, 2 + 6 * (row.layer % 2)),
+                xytext=(-3 if is_late else 3, 1 + 5 * (row.layer % 2)),
                 textcoords="offset points",
+                ha="right" if is_late else "left",
                 fontsize=6,
             )
         axis.axhline(1, color="0.35", linewidth=0.5, zorder=0)

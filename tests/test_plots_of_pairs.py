@@ -69,6 +69,20 @@ def test_times_stand_against_each_cause_beside_what_it_alone_would_give():
     assert names_of(figure) == ["fewer layers"]
 
 
+def test_times_of_one_cause_stand_beside_each_other():
+    shapes = {"depth": 19.0, "width": 30.0, "width, heads too": 30.1}
+    table = pd.concat(
+        [
+            ends(panel="layers", series=series, size=6, x=[x], value=[40.0])
+            for series, x in shapes.items()
+        ]
+    )
+    lines = pd.DataFrame({"panel": "layers", "name": "line", "x": [0, 30], "value": [0, 40]})
+    (axis,) = cost_plots.times_and_causes(table, lines, label="ms").axes
+    alone, left, right = (axis.lines[number].get_xdata()[0] for number in (0, 3, 6))
+    assert alone == 19 and left < 30 < 30.1 < right and right - left > 0.5
+
+
 def test_levels_stand_above_their_differences_and_outliers_at_the_edge(pairs):
     levels = pd.concat(
         [
@@ -138,6 +152,10 @@ def test_two_trainings_stand_above_their_difference_with_every_run():
     assert [line.get_ydata().tolist() for line in below.lines[1:]] == [[0, 1], [0, 1], [0, 1]]
     assert below.get_ylim() == pytest.approx((-1.1, 1.1))
     assert names_of(figure) == ["all weights", "LoRA", "ln V"]
+    nearer = table.assign(panel="14 gone", loss=10 + table["loss"] / 10)
+    two = cost_plots.training_pairs(pd.concat([table, nearer]), first="all weights", second="LoRA")
+    assert two.axes[2].get_ylim() == pytest.approx((-1.1, 1.1))
+    assert two.axes[3].get_ylim() == pytest.approx((-0.11, 0.11)), "a scale of its own"
     low = cost_plots.training_pairs(table, first="all weights", second="LoRA", floor=20.0)
     assert names_of(low) == ["all weights", "LoRA"], "a panel that does not reach it has no line"
 
