@@ -149,7 +149,7 @@ def test_the_first_screen_comes_in_order():
     table."""
     marks = [
         "SmolLM2-135M-Instruct",
-        "nothing has run at the papers' size yet",
+        "Nothing has run at the papers' size yet",
         "`gpu`",
         "`a100`",
         "](figures/00_quickstart.png)",
