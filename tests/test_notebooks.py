@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from smoke_groups import SHARED_TABLES, folder_name, scope
 
-from pruning_utils import engine, results, runtime
+from pruning_utils import engine, pages, results, runtime
 from pruning_utils.engine import records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +38,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 BOOKS = {path.stem[:2]: notebook_files.read_notebook(path) for path in NOTEBOOKS}
 PARAMETERS = {digits: notebook_files.parameters_of(book, digits) for digits, book in BOOKS.items()}
 MOST_PARAMETERS = 12
+# 00 has no verdicts, and 13 says what it finds of any model in a computed cell. The numbers of 11
+# await recomputation.
+UNSAID = ("00_quickstart", "11_one_shot_or_iterative", "13_your_own_model")
 
 
 def run(*command, cwd=ROOT, **variables):
@@ -252,6 +255,33 @@ def test_the_list_of_tables_that_await_recomputation_only_shrinks():
     for path in NOTEBOOKS:
         first = nbformat.read(path, as_version=4).cells[0].source
         assert ("await recomputation" in first) == (path.stem in waiting), path.stem
+
+
+# A number with the ends of its interval, such as "0.467 nats (−0.872 to 1.81)"; a word or a unit
+# may stand between them. On a page "lower by 0.4" is the −0.4 of a table, so signs are left out.
+INTERVAL = re.compile(r"([\d.]+)[^\d()]*\(\D?([\d.]+) to \D?([\d.]+)\)")
+
+
+def intervals(text: str) -> set[tuple[str, ...]]:
+    """Each value with the ends of its interval, the smaller first, without signs."""
+    return {(value, *sorted(ends, key=float)) for value, *ends in INTERVAL.findall(text)}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
+def test_the_first_cell_says_a_finding_of_the_saved_verdicts(name):
+    if name in UNSAID:
+        return
+    first = BOOKS[name[:2]].cells[0].source
+    (said,) = re.findall(r"^\*\*(.*?)\*\*$", first, re.DOTALL | re.MULTILINE)
+    assert intervals(said)
+    assert intervals(said) <= intervals(pages.findings(name).markdown)
+
+
+def test_an_interval_in_words_is_that_of_a_table():
+    said = intervals("it loses 0.467 points (−0.872 to 1.81), or 5.87 of them (4.07 to 7.66)")
+    assert said == {("0.467", "0.872", "1.81"), ("5.87", "4.07", "7.66")}
+    assert said == intervals("−0.467 points (−1.81 to 0.872)<br>−5.87 points (−7.66 to −4.07)")
+    assert intervals("5.86 nats (5.71 to 6)") != intervals("5.86 nats (5.71 to 6.1)")
 
 
 def test_there_are_results_and_figures():
