@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from pruning_utils import evidence, runtime
@@ -110,6 +111,11 @@ def new_figure(
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(rows, columns, **grid)).ravel()
+
+
+def in_points(axis: Axis) -> None:
+    """Let an axis of shares, such as accuracies, name percentage points: 0.05 stands there as 5."""
+    axis.set_major_formatter(lambda share, _: f"{100 * share:g}".replace("-", "\N{MINUS SIGN}"))
 
 
 def need_columns(table: pd.DataFrame, *columns: str) -> None:

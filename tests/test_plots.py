@@ -69,6 +69,14 @@ def test_map_marks_the_minimum_of_every_row(blocks):
     assert [axis.get_title() for axis in two.axes] == ["a", "b", ""], "the last is the scale"
 
 
+def test_an_axis_of_shares_names_points():
+    figure, (axis,) = plots.new_figure(plots.NARROW, 2)
+    axis.plot([0, 1], [-0.07, 0.005])
+    axis.set_yticks([-0.07, 0, 0.005])
+    plots.in_points(axis.yaxis)
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["−7", "0", "0.5"]
+
+
 def test_curves_join_their_minima(blocks):
     figure = plots.distance_curves(blocks, block_sizes=[1, 2, 3])
     *curves, minima = figure.axes[0].lines
