@@ -18,7 +18,10 @@ from pruning_utils.pages import SUMMARY_MIME
 INJECTED = "injected-parameters"
 # Parameters that decide how a number is come by, not which.
 UNRECORDED = {"recompute"}
-KEPT_METADATA = {"tags", "jupyter", "slideshow", "editable"}
+KEPT_METADATA = {"tags", "slideshow", "editable"}
+# Longer code is folded: JupyterLab and the site show a bar in its place, which a click opens.
+MOST_LINES_OPEN = 25
+FOLDED_IN_JUPYTER, FOLDED_ON_THE_SITE = {"source_hidden": True}, "hide-input"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -109,6 +112,25 @@ def scrub(notebook: NotebookNode) -> None:
             cell.execution_count = count
         cell.outputs = _scrubbed_outputs(cell.outputs, count)
     notebook.cells = cells
+    fold_long_code(notebook)
+
+
+def fold_long_code(notebook: NotebookNode) -> None:
+    """Fold, in place, code of more than ``MOST_LINES_OPEN`` lines, and open all other code.
+
+    Parameters stay open: a reader is to see and to change them.
+    """
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        tags = [tag for tag in cell.metadata.get("tags", []) if tag != FOLDED_ON_THE_SITE]
+        cell.metadata.pop("jupyter", None)
+        if len(cell.source.splitlines()) > MOST_LINES_OPEN and "parameters" not in tags:
+            cell.metadata["jupyter"] = dict(FOLDED_IN_JUPYTER)
+            tags.append(FOLDED_ON_THE_SITE)
+        cell.metadata["tags"] = tags
+        if not tags:
+            del cell.metadata["tags"]
 
 
 def _name_injected(cell: NotebookNode) -> bool:

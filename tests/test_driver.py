@@ -742,6 +742,28 @@ def test_scrub_drops_widgets_and_volatile_metadata():
         notebook_files.scrub(notebook)
 
 
+def test_long_code_is_folded_and_parameters_are_not():
+    most = notebook_files.MOST_LINES_OPEN
+    lines = ["a = 1"] * most
+    short, long, given = ["\n".join(part) for part in (lines, [*lines, "b = 2"], lines * 2)]
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell(short, metadata={"tags": ["hide-input", "summary"]}),
+            nbformat.v4.new_code_cell(long),
+            nbformat.v4.new_code_cell(given, metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_markdown_cell(long),
+        ]
+    )
+    for _ in range(2):
+        notebook_files.fold_long_code(notebook)
+        assert [dict(cell.metadata) for cell in notebook.cells] == [
+            {"tags": ["summary"]},
+            {"jupyter": {"source_hidden": True}, "tags": ["hide-input"]},
+            {"tags": ["parameters"]},
+            {},
+        ]
+
+
 # --- numbers compared -----------------------------------------------------------------------------
 
 

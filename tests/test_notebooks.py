@@ -277,6 +277,13 @@ def test_the_first_cell_says_a_finding_of_the_saved_verdicts(name):
     assert intervals(said) <= intervals(pages.findings(name).markdown)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_long_code_is_folded(path):
+    notebook = nbformat.read(path, as_version=4)
+    notebook_files.fold_long_code(notebook)
+    assert notebook == nbformat.read(path, as_version=4), "run the notebook: that folds it"
+
+
 def test_an_interval_in_words_is_that_of_a_table():
     said = intervals("it loses 0.467 points (−0.872 to 1.81), or 5.87 of them (4.07 to 7.66)")
     assert said == {("0.467", "0.872", "1.81"), ("5.87", "4.07", "7.66")}
