@@ -94,7 +94,7 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
     Returns:
         A sentence that counts the verdicts of each model. Then a table: a part of a claim a row,
         and for each model the verdict with its number and interval. Then the claims in words, each
-        code linked to ``reference/claims.csv``.
+        code linked to ``reference/claims.csv``, and how small a budget was.
     """
     path = results.table_path(profile, notebook, "verdicts")
     if not path.exists():
@@ -118,13 +118,16 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
     for claim in dict.fromkeys(rows["claim"]):
         text = claims.loc[claim, "claim"]
         lines.append(f"* [{claim}](../reference/claims.csv): *{text}.*")
+    told = verdict_rows.budgets_told(rows["reason"])
+    if told:
+        lines.append(f"* *Budget*: {told}.")
     return Note("\n".join(lines))
 
 
 def _said(row: Any) -> str:
     """A verdict with its number, interval and depth; why nothing can be tested."""
-    lines = [f"**{row.verdict}**", f"{verdict_rows.number(row)}, {row.depth}"]
-    return "<br>".join([*lines, row.reason] if row.reason else lines)
+    because = f": {verdict_rows.short_reason(row.reason)}" if row.reason else ""
+    return f"**{row.verdict}**{because}<br>{verdict_rows.number(row)}, {row.depth}"
 
 
 def _assigned(cell: str) -> list[str]:

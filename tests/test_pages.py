@@ -105,21 +105,39 @@ def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):
             **said,
         )
     )
+    rows += [
+        evidence.judge(
+            "A2",
+            part,
+            evidence.Interval(0.5, 0.4, 0.6),
+            claimed="above 0",
+            model="small",
+            tokens_per_parameter=seen,
+            paper_tokens_per_parameter=2.0,
+            **said,
+        )
+        for part, seen in (("briefly", 0.003), ("longer", 0.02))
+    ]
     evidence.save_verdicts(rows, tmp_path / "verdicts.csv")
     lines = pages.findings("02_x").markdown.split("\n")
-    sentences, _, head, _, first, second, _, *claims = lines
+    sentences, _, head, _, first, brief, _, second, _, *claims = lines
     assert sentences == (
         "On large, of 1 part of claims 1 holds. "
-        "On small, of 2 parts of claims 1 cannot be told and 1 is not testable here."
+        "On small, of 4 parts of claims 1 cannot be told and 3 are not testable here."
     )
     assert head.endswith("| large | small |")
     assert first == (
         "| A1 | flat | accuracy, PIQA | **holds**<br>50 points (40 to 60), 3 of 30 layers "
         "| **cannot be told**<br>0 points (\u221210 to 10), 3 of 30 layers |"
     )
-    assert "| not asked | **not testable here**<br>" in second and "floor" in second
+    assert "| not asked | **not testable here**: a level is at the floor<br>" in second
+    assert "**not testable here**: budget<br>50 points (40 to 60), 3 of 30 layers |" in brief
     assert claims[0].startswith("* [A1](../reference/claims.csv): *Question answering stays nearly")
-    assert len(claims) == 2
+    assert len(claims) == 4
+    assert claims[-1] == (
+        "* *Budget*: healing saw 0.003 to 0.02 tokens per parameter, less than a tenth of the "
+        "paper's 2."
+    )
 
 
 def test_a_summary_holds_every_verdict_but_those_of_smoke():

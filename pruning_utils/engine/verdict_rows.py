@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -58,6 +59,8 @@ UNITS = {
 
 # The share of a paper's tokens per parameter below which its claim is not tested.
 SMALLEST_BUDGET = 0.1
+# How a reason tells of a budget, see untestable_because.
+BUDGET = re.compile(r"(\S+) tokens per parameter are less than a tenth of the paper's (\S+)")
 
 
 def number(row: object) -> str:
@@ -125,6 +128,23 @@ def word_of_pair(pair: Mapping, claimed: str) -> str:
     if pair["p_holm"] <= 0.05:
         return HOLDS if (pair["difference"] > 0) == (claimed == "above 0") else FAILS
     return FAILS if is_equal else UNTOLD
+
+
+def short_reason(reason: str) -> str:
+    """A reason in a word or two, where :func:`budgets_told` says the rest."""
+    return "budget" if BUDGET.fullmatch(reason) else reason
+
+
+def budgets_told(reasons: Iterable[str]) -> str:
+    """The budgets among reasons in one sentence, as ranges; "" where there is none."""
+    found = [told.groups() for told in map(BUDGET.fullmatch, reasons) if told]
+    if not found:
+        return ""
+    seen, papers = (sorted(set(values), key=float) for values in zip(*found, strict=True))
+    return (
+        f"healing saw {' to '.join(dict.fromkeys([seen[0], seen[-1]]))} tokens per parameter, less "
+        f"than a tenth of the paper's {' to '.join(dict.fromkeys([papers[0], papers[-1]]))}"
+    )
 
 
 def untestable_because(
