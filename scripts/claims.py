@@ -83,10 +83,8 @@ def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
     """
     models = verdict_rows.models_of(rows, embedded.MODELS)
     lines = [
-        "| notebook | claim | part | "
-        + " | ".join(NAMES.get(name, name) for name in models)
-        + " |",
-        "| --- | --- | --- |" + " --- |" * len(models),
+        "| claim | part | " + " | ".join(NAMES.get(name, name) for name in models) + " |",
+        "| --- | --- |" + " --- |" * len(models),
     ]
     untestable: dict[str, int] = {}
     keys = ["claim", "notebook", "part", "measure", "data", "recipe"]
@@ -96,8 +94,8 @@ def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
             continue
         said = {row.model: _said(row) for row in found.itertuples()}
         cells = " | ".join(said.get(name, "not asked") for name in models)
-        link = f"[{notebook[:2]}](notebooks/{notebook}.ipynb)"
-        lines.append(f"| {link} | {claim} | {part}<br>{measure}, {data} | {cells} |")
+        where = f"{claim}, [{notebook[:2]}](notebooks/{notebook}.ipynb)".replace(" ", HARD_SPACE)
+        lines.append(f"| {where} | {part}<br>*{measure}, {data}* | {cells} |")
     words = claims.set_index("id")["claim"]
     legend = [f"- {claim}: {words[claim]}." for claim in dict.fromkeys(rows["claim"])]
     if untestable:
@@ -110,8 +108,8 @@ def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
 
 
 def _said(row: object) -> str:
-    """Verdict, number and depth; a narrow page breaks it between them only."""
-    number = verdict_rows.number(row).replace(" ", HARD_SPACE)
+    """Verdict, number, interval and depth, each on a line that a narrow page does not break."""
+    number = verdict_rows.number(row).replace(" (", "<br>(").replace(" ", HARD_SPACE)
     depth = str(row.depth).replace(" ", HARD_SPACE)  # type: ignore[attr-defined]
     return f"**{row.verdict}**<br>{number}<br>{depth}"  # type: ignore[attr-defined]
 

@@ -16,6 +16,7 @@ from pruning_utils import (
     data,
     embedded,
     evaluation,
+    evidence,
     healing,
     models,
     results,
@@ -340,6 +341,38 @@ def test_two_rules_are_compared_item_by_item_at_every_depth_and_stage():
     assert found["alike"].tolist() == [True, False, False]
     assert found["runs"].tolist() == [1, 1, 2] and found["n"].tolist() == [3, 3, 3]
     assert found["pair"].tolist()[1:] == ["loss: 2 layers, unhealed", "loss: 2 layers, healed"]
+
+
+def test_answers_along_the_depth_stand_above_their_floors():
+    asked = pd.DataFrame(
+        [
+            ("m", rule, n_dropped, "piqa", item, item < n_right)
+            for rule, n_dropped, n_right in (
+                (depth.NO_RULE, 0, 6),
+                ("similarity", 2, 5),
+                ("deepest", 2, 3),
+                ("reverse order", 2, 1),
+            )
+            for item in range(8)
+        ],
+        columns=["model", "rule", "n_dropped", "dataset", "item", "right"],
+    )
+    level = evidence.Interval(0.25, 0.125, 0.375)
+    levels = {
+        "m": {
+            ("pooled accuracy", depth.NO_RULE, 0, False): level,
+            ("pooled accuracy", "deepest", 2, True): level,
+            ("pooled accuracy", "deepest", 2, False): None,
+            ("loss", "deepest", 2, True): None,
+        }
+    }
+    found = depth.answer_curves(asked, pd.DataFrame({"m": {"piqa": 0.5}}), levels)
+    of = {name: rows.set_index("n_dropped") for name, rows in found.groupby("series")}
+    assert of["closest block"]["value"].to_dict() == {0: 0.25, 2: 0.125}
+    assert of["deepest but last"]["value"].to_dict() == {0: 0.25, 2: -0.125}
+    assert of["deepest but last, healed"]["low"].to_dict() == {0: 0.125, 2: 0.125}
+    assert of["closest block, healed"]["high"].to_dict() == {0: 0.375}
+    assert set(found["model"]) == {"m"} and len(of) == 4
 
 
 def test_deepest_but_last_is_compared_with_another_rule_too():

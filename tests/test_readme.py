@@ -87,16 +87,16 @@ def test_a_section_counts_and_lists_the_verdicts_of_each_model():
     ]
     assert lines[3].startswith("### Gromov et al.") and lines[12].startswith("### Lu et al.")
     assert lines[5:9] == [
-        "| notebook | claim | part | SmolLM2-135M | Gemma 3 270M |",
-        "| --- | --- | --- | --- | --- |",
-        "| [04](notebooks/04_simple.ipynb) | A5 | equal<br>loss, XSum "
-        "| **does not hold**<br>2.5 nats (1.5 to 3.5)<br>8 of 30 layers "
-        "| **not testable here**<br>\u22122 nats (\u22123 to \u22121)<br>5 of 18 layers |",
-        "| [04](notebooks/04_simple.ipynb) | A5 | poor<br>accuracy, XSum "
-        "| **holds**<br>25 points (\u221275 to 125)<br>8 of 30 layers | not asked |",
+        "| claim | part | SmolLM2-135M | Gemma 3 270M |",
+        "| --- | --- | --- | --- |",
+        "| A5, [04](notebooks/04_simple.ipynb) | equal<br>*loss, XSum* "
+        "| **does not hold**<br>2.5 nats<br>(1.5 to 3.5)<br>8 of 30 layers "
+        "| **not testable here**<br>\u22122 nats<br>(\u22123 to \u22121)<br>5 of 18 layers |",
+        "| A5, [04](notebooks/04_simple.ipynb) | poor<br>*accuracy, XSum* "
+        "| **holds**<br>25 points<br>(\u221275 to 125)<br>8 of 30 layers | not asked |",
     ]
     assert lines[9] == "" and lines[10].startswith("- A5: ")
-    assert lines[14] == "| notebook | claim | part | SmolLM2-135M |"
+    assert lines[14] == "| claim | part | SmolLM2-135M |"
 
 
 def test_parts_that_no_model_can_test_are_counted():
@@ -110,7 +110,7 @@ def test_parts_that_no_model_can_test_are_counted():
     ]
     rows.append(verdict("smollm2-135m", "A6", "ranks", "not testable here", 1.0))
     text = claims.section(pd.DataFrame(rows), CLAIMS)
-    assert text.count("| [04]") == 1 and "| unhealed<br>" in text
+    assert text.count(",\u00a0[04]") == 1 and "| unhealed<br>" in text
     assert "\n\nParts that are not testable here: 2 of A5 and 1 of A6. The notebooks say" in text
 
 
@@ -122,7 +122,7 @@ def test_parts_that_were_asked_again_after_longer_healing_have_a_section():
     lines = claims.longer(pd.DataFrame(rows), CLAIMS).split("\n")
     assert lines[0] == "### Healed for longer"
     assert lines[2].endswith("of 2 parts of claims 1 does not hold and 1 is not testable here.")
-    assert lines[4].startswith("| notebook") and "| equal<br>loss, XSum |" in lines[6]
+    assert lines[4].startswith("| claim") and "| equal<br>*loss, XSum* |" in lines[6]
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -141,6 +141,42 @@ def loss_curves(unhealed: pd.DataFrame, healed: pd.DataFrame, value: str) -> pd.
     return pd.DataFrame(rows)
 
 
+def answer_curves(
+    unhealed: pd.DataFrame,
+    floors: pd.DataFrame,
+    levels: Mapping[str, Mapping[tuple[str, str, int, bool], Sequence[float]]],
+) -> pd.DataFrame:
+    """Pooled accuracy above the floor along the depth of both rules, unhealed and healed.
+
+    Args:
+        unhealed: Columns ``model``, ``rule``, ``n_dropped``, ``dataset``, ``item`` and ``right``, a
+            question a row; the whole model has :data:`NO_RULE` and begins each curve.
+        floors: Of each task, a row, for each model, a column.
+        levels: By model, what :func:`rule_levels` says of its healed models and of the whole one,
+            as the measure ``pooled accuracy``. It may stand on more questions.
+
+    Returns:
+        Columns ``model``, ``series``, ``n_dropped``, ``value``, ``low`` and ``high``, 95 %, with
+        series as in :func:`loss_curves`.
+    """
+    curves = []
+    for model, rows in unhealed.groupby("model", sort=False):
+        points = pooled_curves(rows, floors[model].to_dict(), ["rule", "n_dropped"])
+        answered = [
+            (rule, n_dropped, *level[:3])
+            for (measure, rule, n_dropped, healed), level in levels[str(model)].items()
+            if measure == "pooled accuracy" and (healed or rule == NO_RULE)
+        ]
+        mended = pd.DataFrame(answered, columns=["rule", "n_dropped", "value", "low", "high"])
+        for rule in RULES:
+            for found, ending in ((points, ""), (mended, ", healed")):
+                of_rule = found[found["rule"].isin([NO_RULE, rule])]
+                series = f"{RULE_NAMES[rule]}{ending}"
+                curves.append(of_rule.assign(model=model, series=series))
+    columns = ["model", "series", "n_dropped", "value", "low", "high"]
+    return pd.concat(curves, ignore_index=True)[columns]
+
+
 def slope_difference(means: np.ndarray, *, places: Sequence[float]) -> np.ndarray:
     """Largest slope between neighbours of one curve, minus that of another.
 
