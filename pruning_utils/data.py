@@ -345,10 +345,23 @@ def evaluation_windows(
     source: str = "xsum",
     split: str = "evaluation",
 ) -> torch.Tensor:
-    """The first windows of a text to evaluate on, in file order.
+    """The first windows of a text to evaluate on, packed in file order; the choice is fixed.
 
-    Arguments, result and errors as for :func:`calibration_windows`. The choice is fixed, so there
-    is no seed. Rates and recipes are chosen on the split ``validation``.
+    Args:
+        tokenizer: The model's tokenizer.
+        n_samples: Number of windows, at least 1.
+        seq_len: Tokens in a window, from 2 to the model's context length; the tokenizer's
+            beginning of a text, where it has one, is the first of them.
+        source: ``xsum`` or ``quac``, or of a hub ``c4`` or ``wikitext2``.
+        split: ``evaluation``, or ``validation``, on which rates and recipes are chosen; ``quac``
+            and ``c4`` have none.
+
+    Returns:
+        LongTensor of shape ``(n_samples, seq_len)``.
+
+    Raises:
+        ValueError: If a number is out of range, the source or the split unknown, or the corpus too
+            small.
     """
     if split not in ("evaluation", "validation"):
         raise ValueError(f"split must be evaluation or validation, got {split!r}")
@@ -375,7 +388,7 @@ def document_windows(
         n_samples: Number of documents, the first ones in file order; None takes all.
         seq_len: Tokens in a window, those of its beginning included; at least 2 beside them, and at
             most the model's context length.
-        source: As for :func:`evaluation_windows`.
+        source: ``xsum`` or ``quac``, or a hub corpus.
         split: ``evaluation``, or ``validation``, on which rates and recipes are chosen.
 
     Returns:
@@ -414,9 +427,22 @@ def healing_windows(
     source: str | None = None,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Windows to train on, in an order drawn by ``seed``; by default of BoolQ and QuAC passages.
+    """Windows to train on: packed documents in an order drawn by ``seed``.
 
-    Arguments, result and errors as for :func:`calibration_windows`.
+    Args:
+        tokenizer: The model's tokenizer.
+        n_samples: Number of windows, at least 1.
+        seq_len: Tokens in a window, from 2 to the model's context length; the tokenizer's
+            beginning of a text, where it has one, is the first of them.
+        source: None for the passages of ``boolq`` and ``quac`` together; or one of these, or of a
+            hub ``c4`` or ``wikitext2``.
+        seed: Each seed is another draw of documents.
+
+    Returns:
+        LongTensor of shape ``(n_samples, seq_len)``.
+
+    Raises:
+        ValueError: If a number is out of range, the source unknown, or the corpus too small.
     """
     sources = ("boolq", "quac") if source is None else (source,)
     texts = [text for name in sources for text in documents(name, "healing")]

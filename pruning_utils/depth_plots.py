@@ -254,7 +254,8 @@ def levels_and_differences(
         sides: What the two sides are called in the legend.
         references: Columns ``group``, ``name`` (of :data:`BASELINES`) and ``value``: thin lines
             among the levels of that group.
-        linear: As for :func:`differences`.
+        linear: Differences further than this from 0 stand on a logarithmic scale; None: all on a
+            linear one.
 
     Returns:
         The figure: filled markers are first sides, hollow ones second sides. Thin bars have 95 %,

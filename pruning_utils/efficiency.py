@@ -173,7 +173,8 @@ def machine_limits(
     In a roofline figure they are the flat roof and the slope.
 
     Args:
-        dtype: As for :func:`models.load_model`.
+        dtype: ``auto`` (bfloat16 where the device multiplies it natively, float32 elsewhere),
+            ``bfloat16``, ``float16`` or ``float32``.
         size: Rows of the square matrices of the product. The matrix that is read has 16 times as
             many rows, so that no cache holds it.
         repeats: Measurements, of which the fastest counts, at least 1.

@@ -76,8 +76,20 @@ class Evaluation(NamedTuple):
 def perplexity(model: nn.Module, input_ids: torch.Tensor, *, batch_size: int = 8) -> float:
     """Perplexity, the exponential of the mean loss over all N * (T - 1) predicted tokens.
 
-    It is 1 or more, and ``inf`` where the mean loss is beyond 709 nats a token. Arguments and
-    errors as for :func:`token_losses`.
+    Args:
+        model: A causal language model, quantised or with adapters if need be. It is left as it was,
+            and can be trained.
+        input_ids: Token ids without padding, integer, of shape ``(N, T)``, T from 2 to the model's
+            context length.
+        batch_size: Windows in one forward pass, at least 1. It is halved, with a notice, where
+            memory does not suffice. No context is carried from one window to the next.
+
+    Returns:
+        1 or more; ``inf`` where the mean loss is beyond 709 nats per token.
+
+    Raises:
+        ValueError: If an argument is out of range, weights are missing, or a loss is NaN.
+        MemoryError: If not even one window fits into memory.
     """
     return float(token_losses(model, input_ids, batch_size=batch_size).double().mean().exp())
 
@@ -117,7 +129,7 @@ def batch_losses(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Losses of one batch: the layers run once, then the model's own head on chunks of tokens.
 
     Args:
-        model: As for :func:`token_losses`, in evaluation mode.
+        model: A causal language model in evaluation mode, quantised or with adapters if need be.
         batch: Token ids of shape ``(B, T)``, int64, on the model's device.
 
     Returns:

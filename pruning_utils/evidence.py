@@ -733,7 +733,8 @@ def save_verdicts(rows: Iterable[Mapping], path: str | os.PathLike) -> pd.DataFr
         The table.
 
     Raises:
-        ValueError: As for :func:`verdict_table`; nothing is written then.
+        ValueError: If a code is not in ``reference/claims.csv``, a word is none of the four, or two
+            rows say the same part of a claim; nothing is written then.
     """
     table = verdict_table(rows)
     with runtime.atomic_path(path) as temporary:

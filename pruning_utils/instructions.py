@@ -99,8 +99,24 @@ def instruction_windows(
 ) -> torch.Tensor:
     """Windows of packed chats, in an order drawn by ``seed``.
 
-    All tokens count, those of the question too. Arguments, result and errors are as for
-    :func:`data.healing_windows`, sources as for :func:`instruction_texts`.
+    All tokens count when a model is trained on them, those of the question too.
+
+    Args:
+        tokenizer: The model's tokenizer, whose chat template is used.
+        n_samples: Number of windows, at least 1.
+        seq_len: Tokens in a window, from 2 to the model's context length; the tokenizer's
+            beginning of a text, where it has one, is the first of them.
+        source: ``fiqa``, ``nq-open`` or ``medmcqa`` (embedded), ``alpaca-cleaned``, ``dolly`` or
+            ``mmlu-train`` (from a hub), or a file that ends in ``.jsonl``.
+        seed: Each seed is another draw of chats.
+
+    Returns:
+        LongTensor of shape ``(n_samples, seq_len)``.
+
+    Raises:
+        ModuleNotFoundError: If the package of the embedded sources is missing.
+        ValueError: If a number is out of range, the source is unknown, cannot be read or is too
+            small, or the tokenizer has no chat template, or one that fails.
     """
     texts = instruction_texts(tokenizer, source)
     return data._windows(tokenizer, n_samples, seq_len, texts, seed, source)

@@ -38,12 +38,14 @@ def load_model(
     to the folder for temporary files, which needs room for them. They go with the model.
 
     Args:
-        name: As for :func:`models.load_model`, with ``revision``, ``dtype`` and ``device``.
+        name: A local directory, a hub id, or the name of an embedded model.
         memory: Bytes of weights that stay on the device, at least 1. The largest layer, or the
             embedding, comes on top while it runs.
-        revision: See above.
-        dtype: See above. Another one than that of the files is converted whenever a layer is read.
-        device: See above.
+        revision: Branch, tag or commit of a hub id.
+        dtype: ``auto`` (bfloat16 where the device multiplies it natively, float32 elsewhere),
+            ``bfloat16``, ``float16`` or ``float32``. Another one than that of the files is
+            converted whenever a layer is read.
+        device: A torch device; None takes the first CUDA GPU, or the CPU.
 
     Returns:
         ``(model, tokenizer)``, as :func:`models.load_model`.

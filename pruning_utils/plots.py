@@ -194,8 +194,9 @@ def distance_curves(
     """Distance against the first layer, one curve a block size, the minima joined by a black line.
 
     Args:
-        table: As for :func:`distance_map`; a column ``<value>_stderr`` gives bands of two standard
-            errors.
+        table: Columns ``start`` (0-based), ``block_size`` (layers) and ``value``; one row a block.
+            A column ``model`` gives each model a panel, and a column ``<value>_stderr`` bands of
+            two standard errors.
         value: Column with the distance, in [0, 1].
         block_sizes: Curves to draw; None draws all.
 

@@ -181,7 +181,8 @@ def drawn_sets(
         table: Columns ``criterion``, ``n_samples`` (windows), ``seed`` (of the draw), ``layers``
             (removed ones, 0-based, as a text such as ``"4 7 11"``) and ``loss`` (nats per token).
         n_layers: L.
-        references: Levels of the loss by name, as for :func:`interval_grid`.
+        references: Levels of the loss by name (of :data:`REFERENCES`): thin lines, named in the
+            legend.
 
     Returns:
         The figure: for each criterion a panel of squares, a row a draw, and the losses beside it.

@@ -116,7 +116,7 @@ def resolve_dtype(
             ``bfloat16``, ``float16`` or ``float32``, or one of these as a torch dtype. One that the
             device can only emulate is obeyed, with one :class:`EmulatedPrecision` warning in a
             process that says how many times slower than float32 it is.
-        device: As for :func:`choose_device`.
+        device: A torch device; None takes the first CUDA GPU, or the CPU.
 
     Raises:
         ValueError: For any other dtype or device.

@@ -65,7 +65,18 @@ def best_block(distance: np.ndarray, block_size: int, *, keep_last: int = 0) -> 
 
     Of equal distances the one with the lower start is taken; +inf ranks last.
 
-    Arguments and errors as for :func:`block_distances`.
+    Args:
+        distance: ``(L+1, L+1)`` matrix, [i, j] between the inputs of layers i and j; [i, L] uses
+            the raw output.
+        block_size: Layers in a block, from 1 to L - keep_last.
+        keep_last: Number of last layers that no block may touch, at least 0.
+
+    Returns:
+        The block: its first layer, 0-based, its size and its distance.
+
+    Raises:
+        ValueError: If the matrix is not square or holds NaN or -inf where a block would read it,
+            or a number is out of range.
     """
     values = block_distances(distance, block_size, keep_last=keep_last)
     start = int(values.argmin())
@@ -150,8 +161,18 @@ def removal_order(
 ) -> tuple[int, ...]:
     """Unprotected layers from the least important on, not in ascending order of their numbers.
 
-    All of them where n is None, else the first n. Arguments and errors as for
-    :func:`least_important`.
+    Args:
+        scores: One score a layer, shape ``(L,)``; +inf ranks last, NaN is refused.
+        keep_first: Number of first layers that stay.
+        keep_last: Number of last layers that stay.
+        n: How many of them to return, from 0 to L - keep_first - keep_last, and less than L; None:
+            all that are not protected.
+
+    Returns:
+        0-based layer numbers; among equal scores the lower number goes first.
+
+    Raises:
+        ValueError: If a score is NaN, or a number is out of range.
     """
     values = real_numbers("scores", scores)
     if values.ndim != 1 or len(values) == 0:

@@ -57,13 +57,14 @@ def heal(
     with any number of processes.
 
     Args:
-        model: As for :func:`healing.heal`, on the CPU, whole in each process.
-        tokenizer: As for :func:`healing.heal`, with ``train_ids``, ``eval_ids``, ``output_dir`` and
-            ``merge``. All processes must see one ``output_dir``.
-        train_ids: See above.
-        eval_ids: See above.
-        output_dir: See above.
-        merge: See above.
+        model: A 16- or 32-bit causal language model, pruned or not, on the CPU, whole in each
+            process.
+        tokenizer: Its tokenizer, saved in ``output_dir``.
+        train_ids: Windows to train on, ``(n_windows, seq_len)``.
+        eval_ids: Windows whose loss is measured before training and eight times on the way; None:
+            none.
+        output_dir: Where training is saved, one folder that all processes see; None: nowhere.
+        merge: Whether adapters are added into a copy of the weights.
         **settings: Further arguments of :func:`healing.heal`. The method is ``lora``, where none is
             given, and never ``qlora``.
 

@@ -526,7 +526,7 @@ def mergekit_plan(
     Args:
         model_name: Name on a hub, or directory, of the model to cut.
         n_layers: Its number of decoder layers, at least 1.
-        layers: 0-based numbers of the layers to remove, as for :func:`drop_layers`.
+        layers: 0-based numbers of the layers to remove, different from each other, in any order.
         dtype: Of the written weights: ``bfloat16``, ``float16`` or ``float32``.
 
     Returns:
@@ -534,8 +534,8 @@ def mergekit_plan(
         passed through.
 
     Raises:
-        ValueError: As :func:`drop_layers`; or for another dtype, an empty name, or ``n_layers``
-            below 1.
+        ValueError: If a layer number is no integer in [0, n_layers), comes twice, or no layer would
+            stay; or for another dtype, an empty name, or ``n_layers`` below 1.
     """
     from pruning_utils.engine.precisions import DTYPES  # importing it imports torch
 

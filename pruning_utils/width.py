@@ -140,7 +140,8 @@ def width_of_equal_size(
     The channels are those of the feed-forward network.
 
     Args:
-        model: As for :func:`prune_width`, with two channels or more; it is left as it was.
+        model: A causal language model in 16 or 32 bits whose layers are alike, with two channels or
+            more; it is left as it was.
         n_parameters: Parameters that the whole model is to have, tied ones counted once.
         n_kv_heads: Key-value heads that each layer is to keep; None: all.
 
@@ -148,7 +149,8 @@ def width_of_equal_size(
         ``intermediate_size`` for :func:`prune_width`.
 
     Raises:
-        ValueError: As for :func:`prune_width`, or if no size from 1 to the present one leads there.
+        ValueError: If a number is out of range, the model is quantised, carries adapters or cannot
+            be cut so, or no size from 1 to the present one leads there.
     """
     layers = models.decoder_layers(model)
     one, two = (
