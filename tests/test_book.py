@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "scripts" / "book"
 SITE = ROOT / "site"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("benchmarks/*.md")])
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
@@ -44,6 +44,19 @@ def test_contents_hold_every_notebook_and_page():
     assert [title[2] for title in titles] == [path.stem for path in NOTEBOOKS]
     pages = {path.relative_to(ROOT).with_suffix("").as_posix() for path in PAGES}
     assert pages - {"README"} <= set(lines), "a page that the contents leave out"
+
+
+def test_pages_that_a_page_links_to_are_on_the_site():
+    patterns = [pattern for pattern in configuration().include_patterns if "**" not in pattern]
+    on_site = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    assert {*PAGES, *NOTEBOOKS} <= on_site
+    linked = {
+        (path.parent / urlsplit(link).path).resolve()
+        for path in [*PAGES, *NOTEBOOKS]
+        for link in LINK.findall("\n".join(texts_of(path)))
+        if not urlsplit(link).scheme and urlsplit(link).path.endswith((".md", ".ipynb"))
+    }
+    assert linked and linked <= on_site
 
 
 def test_only_the_front_page_gets_contents():

@@ -31,7 +31,8 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 root_doc = "README"
-include_patterns = ["*.md", "notebooks/*", "reference/README.md", "scripts/book/**.rst"]
+include_patterns = ["*.md", "notebooks/*", "reference/README.md", "benchmarks/RESULTS.md"]
+include_patterns += ["scripts/book/**.rst"]
 exclude_patterns = [".*", "build", "site", "results", "quickstart", "reproduced", "regressed"]
 exclude_patterns += ["checkpoints", "scripts/book/templates"]
 templates_path = ["scripts/book/templates"]
@@ -85,6 +86,7 @@ scripts/book/api
 :hidden:
 :caption: Project
 reference/README
+benchmarks/RESULTS
 CONTRIBUTING
 CHANGELOG
 DATA_LICENSES
