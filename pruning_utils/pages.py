@@ -10,16 +10,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pruning_utils import embedded, results, runtime
 from pruning_utils.engine import definitions, records, verdict_rows
+from pruning_utils.engine.reader_names import NAMES, in_words
 
 # What the sentences of the notebooks speak of.
 WRITTEN_FOR = {"profile": "cpu", "model": "embedded"}
 # Other names of that model.
 SAME_MODEL = ("smollm2-135m",)
 SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
+# Columns of a table whose numbers are all in the unit of what is measured.
+INTERVAL_COLUMNS = ("value", "difference", "low", "high", "low_90", "high_90", "first", "second")
+INTERVAL_COLUMNS += ("unpruned", "floor", "guess", "published", "margin", "detectable", "runs_sd")
+# What a difference is of, below a table of findings.
+DIFFERENCES = (
+    "A difference is what a part names first, minus what it is compared with: above 0, a loss is "
+    "higher."
+)
 # First line of the cell that papermill puts behind the parameters.
 INJECTED = "# Parameters"
 
@@ -41,6 +51,7 @@ def begin(seed: int = 0, *, any_model: bool = False) -> None:
             passed over.
     """
     runtime.setup(seed, at_once=False)
+    pd.set_option("display.max_colwidth", None)  # a table shows its texts whole
     # IPython puts this function among the builtins of a kernel.
     find_shell = getattr(builtins, "get_ipython", None)
     if find_shell is None:
@@ -101,20 +112,7 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
         return Note(f"No verdicts of the profile {profile} are kept yet: run this notebook.")
     rows = pd.read_csv(path, keep_default_na=False)
     claims = pd.read_csv(runtime.project_root() / "reference" / "claims.csv").set_index("id")
-    models = verdict_rows.models_of(rows, embedded.MODELS)
-    words = {model: rows.loc[rows["model"] == model, "verdict"] for model in models}
-    lines = [
-        " ".join(verdict_rows.counted(model, of_model) for model, of_model in words.items()),
-        "",
-        f"| claim | part | measured as | {' | '.join(models)} |",
-        f"| --- | --- | --- |{' --- |' * len(models)}",
-    ]
-    parts = ["claim", "part", "measure", "data"]
-    for (claim, part, measure, data), found in rows.groupby(parts, sort=False):
-        said = {row.model: _said(row) for row in found.itertuples()}
-        cells = [said.get(model, "not asked") for model in models]
-        lines.append(f"| {claim} | {part} | {measure}, {data} | {' | '.join(cells)} |")
-    lines.append("")
+    lines = [*_verdict_lines(rows), "", DIFFERENCES, ""]
     for claim in dict.fromkeys(rows["claim"]):
         text = claims.loc[claim, "claim"]
         lines.append(f"* [{claim}](../reference/claims.csv): *{text}.*")
@@ -122,6 +120,64 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
     if told:
         lines.append(f"* *Budget*: {told}.")
     return Note("\n".join(lines))
+
+
+def verdicts(judged: pd.DataFrame) -> Note:
+    """The same sentence and table of verdicts that a notebook has just saved.
+
+    Args:
+        judged: From :func:`evidence.save_verdicts`.
+    """
+    return Note("\n".join(_verdict_lines(judged.fillna({"reason": ""}))))
+
+
+def _verdict_lines(rows: pd.DataFrame) -> list[str]:
+    """A sentence that counts verdicts, and the table of them, as lines of Markdown."""
+    models = verdict_rows.models_of(rows, embedded.MODELS)
+    titles = {model: NAMES.get(model, model) for model in models}
+    words = {titles[model]: rows.loc[rows["model"] == model, "verdict"] for model in models}
+    lines = [
+        " ".join(verdict_rows.counted(title, of_model) for title, of_model in words.items()),
+        "",
+        f"| claim | part | measured as | {' | '.join(titles.values())} |",
+        f"| --- | --- | --- |{' --- |' * len(models)}",
+    ]
+    parts = ["claim", "part", "measure", "data"]
+    for (claim, part, measure, data), found in rows.groupby(parts, sort=False):
+        said = {row.model: _said(row) for row in found.itertuples()}
+        cells = [said.get(model, "not asked") for model in models]
+        lines.append(f"| {claim} | {part} | {measure}, {data} | {' | '.join(cells)} |")
+    return lines
+
+
+def readable(
+    table: pd.DataFrame, *, points: Sequence[bool] | bool | None = None, digits: int = 3
+) -> pd.DataFrame:
+    """A table in a reader's words: names as in figures and sentences, accuracies in points.
+
+    Args:
+        table: Any table. It is left as it was.
+        points: For each row, or for all, whether its numbers are of accuracy, as shares. These are
+            given in points, the others are in nats per token, and a column ``unit`` says so. None:
+            numbers stay, and no column is added.
+        digits: Decimals that numbers are rounded to.
+
+    Returns:
+        A copy whose columns, index and texts have the names of
+        :mod:`pruning_utils.engine.reader_names`.
+    """
+    shown = table.copy()
+    if points is not None:
+        is_share = pd.Series(np.broadcast_to(points, len(shown)), index=shown.index)
+        columns = [name for name in INTERVAL_COLUMNS if name in shown]
+        shown[columns] = shown[columns].mul(is_share.map({True: 100.0, False: 1.0}), axis="index")
+        shown["unit"] = is_share.map({True: "points", False: "nats"})
+    texts = [name for name in shown if pd.api.types.is_string_dtype(shown[name].dtype)]
+    for name in texts:
+        shown[name] = shown[name].map(in_words)
+    shown.index.names = [in_words(name) for name in shown.index.names]
+    shown.columns.names = [in_words(name) for name in shown.columns.names]
+    return shown.rename(index=in_words, columns=in_words).round(digits)
 
 
 def _said(row: Any) -> str:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from pruning_utils import evidence, runtime
 from pruning_utils.engine import records
+from pruning_utils.engine.reader_names import NAMES
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 # Widths of the text and of a column, in inches.
@@ -63,31 +64,6 @@ ENTITIES = {
     "rank 2": ("#56B4E9", "o"),
     "rank 8": ("#0072B2", "^"),
     "rank 32": ("#CC79A7", "s"),
-}
-NAMES = {
-    "hellaswag": "HellaSwag",
-    "winogrande": "WinoGrande",
-    "arc_easy": "ARC-Easy",
-    "arc_challenge": "ARC-Challenge",
-    "piqa": "PIQA",
-    "openbookqa": "OpenBookQA",
-    "boolq": "BoolQ",
-    "mmlu": "MMLU",
-    "mmlu_continuation": "MMLU, by text",
-    "social_iqa": "Social IQa",
-    "siqa": "SIQA",  # of tables that await recomputation
-    "commonsenseqa": "CommonsenseQA",
-    "lambada_openai": "LAMBADA",
-    "gsm8k_chain": "GSM8K",
-    "basic_skills": "basic skills",
-    "xsum": "XSum",
-    "quac": "QuAC",
-    "c4": "C4",
-    "wikitext2": "WikiText-2",
-    "lora": "LoRA",
-    "full": "all weights",
-    "smollm2-135m": "SmolLM2-135M",
-    "gemma-3-270m": "Gemma 3 270M",
 }
 matplotlib.style.use(STYLE)
 

@@ -63,6 +63,7 @@ ORDER = (
     "efficiency",
     "engine.variances",
     "engine.verdict_rows",
+    "engine.reader_names",
     "evidence",
     "engine.definitions",
     "engine.records",

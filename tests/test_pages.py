@@ -120,10 +120,10 @@ def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):
     ]
     evidence.save_verdicts(rows, tmp_path / "verdicts.csv")
     lines = pages.findings("02_x").markdown.split("\n")
-    sentences, _, head, _, first, brief, _, second, _, *claims = lines
+    sentences, _, head, _, first, brief, _, second, _, sign, _, *claims = lines
     assert sentences == (
-        "On large, of 1 part of claims 1 holds. "
-        "On small, of 4 parts of claims 1 cannot be told and 3 are not testable here."
+        "large: of 1 part of claims, 1 holds. "
+        "small: of 4 parts of claims, 1 cannot be told and 3 are not testable here."
     )
     assert head.endswith("| large | small |")
     assert first == (
@@ -132,12 +132,43 @@ def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):
     )
     assert "| not asked | **not testable here**: a level is at the floor<br>" in second
     assert "**not testable here**: budget<br>50 points (40 to 60), 3 of 30 layers |" in brief
+    assert sign == pages.DIFFERENCES
+    judged = pd.read_csv(tmp_path / "verdicts.csv")
+    assert pages.verdicts(judged).markdown.split("\n") == lines[:8]
     assert claims[0].startswith("* [A1](../reference/claims.csv): *Question answering stays nearly")
     assert len(claims) == 4
     assert claims[-1] == (
         "* *Budget*: healing saw 0.003 to 0.02 tokens per parameter, less than a tenth of the "
         "paper's 2."
     )
+
+
+def test_a_readable_table_has_the_names_and_units_of_the_figures():
+    table = pd.DataFrame(
+        {
+            "pair": ["deepest but last - similarity, seed 0", "loss, xsum: taylor+ - deepest"],
+            "difference": [-0.0125, 0.25],
+            "low": [-0.02, 0.125],
+            "n": [480, 64],
+            "p_holm": [0.5, 0.0625],
+        },
+        index=pd.MultiIndex.from_tuples(
+            [("smollm2-135m", 3), ("m", 8)], names=["model", "n_dropped"]
+        ),
+    )
+    kept = table.copy()
+    shown = pages.readable(table, points=[True, False])
+    pd.testing.assert_frame_equal(table, kept)
+    assert shown["pair"].tolist() == [
+        "deepest but last minus closest block, seed 0",
+        "loss, XSum: Taylor+ minus deepest but last",
+    ]
+    assert shown["difference"].tolist() == [-1.25, 0.25] and shown["low"].tolist() == [-2, 0.125]
+    assert shown["unit"].tolist() == ["points", "nats"] and shown["n"].tolist() == [480, 64]
+    assert list(shown.index) == [("SmolLM2-135M", 3), ("m", 8)]
+    assert shown.index.names == ["model", "layers removed"] and "p after Holm" in shown
+    plain = pages.readable(table, digits=1)
+    assert "unit" not in plain and plain["difference"].tolist() == [-0.0, 0.2]
 
 
 def test_a_summary_holds_every_verdict_but_those_of_smoke():

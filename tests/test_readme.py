@@ -82,8 +82,8 @@ def test_a_section_counts_and_lists_the_verdicts_of_each_model():
     ]
     lines = claims.section(pd.DataFrame(rows), CLAIMS).replace("\u00a0", " ").split("\n")
     assert lines[:2] == [
-        "On SmolLM2-135M, of 3 parts of claims 2 hold and 1 does not hold.",
-        "On Gemma 3 270M, of 1 part of claims 1 is not testable here.",
+        "SmolLM2-135M: of 3 parts of claims, 2 hold and 1 does not hold.",
+        "Gemma 3 270M: of 1 part of claims, 1 is not testable here.",
     ]
     assert lines[3].startswith("### Gromov et al.") and lines[12].startswith("### Lu et al.")
     assert lines[5:9] == [
@@ -121,7 +121,7 @@ def test_parts_that_were_asked_again_after_longer_healing_have_a_section():
     ]
     lines = claims.longer(pd.DataFrame(rows), CLAIMS).split("\n")
     assert lines[0] == "### Healed for longer"
-    assert lines[2].endswith("of 2 parts of claims 1 does not hold and 1 is not testable here.")
+    assert lines[2].endswith("of 2 parts of claims, 1 does not hold and 1 is not testable here.")
     assert lines[4].startswith("| claim") and "| equal<br>*loss, XSum* |" in lines[6]
 
 

@@ -92,7 +92,7 @@ def counted(title: str, words: pd.Series) -> str:
         if word in counts
     ]
     parts = "part" if len(words) == 1 else "parts"
-    return f"On {title}, of {len(words)} {parts} of claims {listed(said)}."
+    return f"{title}: of {len(words)} {parts} of claims, {listed(said)}."
 
 
 def listed(words: Sequence[str]) -> str:

@@ -1,0 +1,65 @@
+"""What readers of figures, tables and sentences call what has another name in code."""
+
+from __future__ import annotations
+
+import re
+
+# In figures.
+NAMES = {
+    "hellaswag": "HellaSwag",
+    "winogrande": "WinoGrande",
+    "arc_easy": "ARC-Easy",
+    "arc_challenge": "ARC-Challenge",
+    "piqa": "PIQA",
+    "openbookqa": "OpenBookQA",
+    "boolq": "BoolQ",
+    "mmlu": "MMLU",
+    "mmlu_continuation": "MMLU, by text",
+    "social_iqa": "Social IQa",
+    "siqa": "SIQA",  # of tables that await recomputation
+    "commonsenseqa": "CommonsenseQA",
+    "lambada_openai": "LAMBADA",
+    "gsm8k_chain": "GSM8K",
+    "basic_skills": "basic skills",
+    "xsum": "XSum",
+    "quac": "QuAC",
+    "c4": "C4",
+    "wikitext2": "WikiText-2",
+    "lora": "LoRA",
+    "full": "all weights",
+    "smollm2-135m": "SmolLM2-135M",
+    "gemma-3-270m": "Gemma 3 270M",
+}
+
+# In tables, where words that stand for columns and rules appear too.
+READER_NAMES = {
+    **NAMES,
+    "similarity": "closest block",
+    "deepest": "deepest but last",
+    "nf4": "NF4",
+    "ptb": "PTB",
+    "taylor": "Taylor",
+    "taylor+": "Taylor+",
+    "pruned": "unhealed",
+    "n_dropped": "layers removed",
+    "n_samples": "windows",
+    "p_holm": "p after Holm",
+    "p_equal_holm": "p of equality after Holm",
+    "detectable": "detectable difference",
+    "runs_sd": "sd of runs",
+    "block_size": "layers in the block",
+    "tokens_per_parameter": "tokens per parameter",
+    "times_the_papers": "times the paper's",
+    "dataset": "data",
+    "verdict": "outcome",
+}
+# A word of a text, or a name of several words that begins as one of code does.
+NAME = re.compile(r"deepest but last|[A-Za-z][\w+-]*")
+
+
+def in_words(label: object) -> object:
+    """A text with each name of code in it replaced; anything else as it is."""
+    if not isinstance(label, str):
+        return label
+    told = NAME.sub(lambda found: READER_NAMES.get(found[0], found[0]), label)
+    return told.replace(" - ", " minus ")
