@@ -94,6 +94,7 @@ DIVIDED: dict[str, Callable[[Any], Any]] = {
     "prompts": at_most(SEQ_LEN),
     "n_questions": at_most(N_QUESTIONS),
     "more_questions": at_most(N_QUESTIONS),
+    "curve_questions": at_most(N_QUESTIONS),
     "steps": at_most(N_STEPS),
     "source_steps": at_most(N_STEPS),
     "first_steps": at_most(1),
