@@ -23,8 +23,10 @@ WRITTEN_FOR = {"profile": "cpu", "model": "embedded"}
 SAME_MODEL = ("smollm2-135m",)
 SUMMARY_MIME = "application/vnd.pruning-utils.summary+json"
 # Columns of a table whose numbers are all in the unit of what is measured.
-INTERVAL_COLUMNS = ("value", "difference", "low", "high", "low_90", "high_90", "first", "second")
-INTERVAL_COLUMNS += ("unpruned", "floor", "guess", "published", "margin", "detectable", "runs_sd")
+INTERVAL_COLUMNS = (
+    *("value", "difference", "low", "high", "low_90", "high_90", "margin", "detectable"),
+    *("first", "second", "unpruned", "floor", "guess", "published", "runs_sd"),
+)
 # What a difference is of, below a table of findings.
 DIFFERENCES = (
     "A difference is what a part names first, minus what it is compared with: above 0, a loss is "
@@ -175,9 +177,11 @@ def readable(
     texts = [name for name in shown if pd.api.types.is_string_dtype(shown[name].dtype)]
     for name in texts:
         shown[name] = shown[name].map(in_words)
-    shown.index.names = [in_words(name) for name in shown.index.names]
-    shown.columns.names = [in_words(name) for name in shown.columns.names]
-    return shown.rename(index=in_words, columns=in_words).round(digits)
+    shown = shown.rename(index=in_words, columns=in_words).round(digits)
+    return shown.rename_axis(
+        index=[in_words(name) for name in shown.index.names],
+        columns=[in_words(name) for name in shown.columns.names],
+    )
 
 
 def _said(row: Any) -> str:

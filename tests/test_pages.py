@@ -159,6 +159,7 @@ def test_a_readable_table_has_the_names_and_units_of_the_figures():
     kept = table.copy()
     shown = pages.readable(table, points=[True, False])
     pd.testing.assert_frame_equal(table, kept)
+    assert table.index.names == ["model", "n_dropped"]
     assert shown["pair"].tolist() == [
         "deepest but last minus closest block, seed 0",
         "loss, XSum: Taylor+ minus deepest but last",
