@@ -26,7 +26,7 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 05  How much do the seed, the rank, the rate and the shots matter?
     depth: similarity, selection, surgery, healing, evaluation
 06  Which layers matter, and does it matter how one asks?
-    scores, sets, depth, rates: importance, selection, surgery, healing, evaluation
+    scores, sets, depth, pairs, rates: importance, selection, surgery, healing, evaluation
 07  Are fewer layers faster than narrower ones?
     scores, sets, shapes, depth, costs, rates: importance, selection, surgery, width, healing,
     evaluation, efficiency
@@ -40,8 +40,8 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
     scores, sets, depth, costs, rates: similarity, importance, selection, surgery, healing,
     evaluation, efficiency
 11  Do rounds, more samples or another text help?
-    scores, sets, rates, swaps: similarity, importance, selection, surgery, healing, evaluation,
-    efficiency
+    scores, sets, depth, pairs, rates, swaps: similarity, importance, selection, surgery, healing,
+    evaluation, efficiency
 12  What does the recommended model give, all in all?
     scores, sets, depth, costs, rates: similarity, importance, selection, surgery, healing,
     evaluation, efficiency, release

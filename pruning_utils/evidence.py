@@ -445,7 +445,6 @@ def paired_verdicts(
     effect: float | Mapping[str, float] | None = None,
     strata: Mapping[str, Sequence] | None = None,
     runs_needed: int = 1,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Whether paired measurements differ, are equal within a margin, or cannot be told apart.
 
@@ -465,7 +464,6 @@ def paired_verdicts(
             one number, or one a pair. No margin may be above a quarter of it.
         strata: By name, a label for each item; see :func:`two_factor_interval`.
         runs_needed: Fewest runs that each pair must have.
-        seed: Without effect, as nothing is drawn.
 
     Returns:
         A row for each name: ``difference`` (the mean), ``low`` and ``high`` (95 %), ``low_90`` and

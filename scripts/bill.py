@@ -479,7 +479,8 @@ class Bill:
         found: list[Line] = []
         for name in names:
             costs, source = self.of_model(name)
-            tables = work.tables_of(job.name, job.values, costs.n_layers)
+            is_second = name != names[0]
+            tables = work.tables_of(job.name, job.values, costs.n_layers, is_second=is_second)
             found.append(self.line(job, name, [one for one in tables if not one.model]))
             for other in dict.fromkeys(one.model for one in tables if one.model):
                 found.append(self.line(job, other, [one for one in tables if one.model == other]))

@@ -41,7 +41,11 @@ AFTER = {
     },
     "09_seven_metrics": {"02_depth_and_question_answering": READS},
     "10_how_to_heal": {"02_depth_and_question_answering": READS, "09_seven_metrics": READS},
-    "11_one_shot_or_iterative": {"09_seven_metrics": READS, "10_how_to_heal": TRAINS},
+    "11_one_shot_or_iterative": {
+        "02_depth_and_question_answering": READS,
+        "09_seven_metrics": READS,
+        "10_how_to_heal": TRAINS,
+    },
     "12_the_recommended_model": {
         "02_depth_and_question_answering": READS,
         "09_seven_metrics": READS,

@@ -118,7 +118,7 @@ def restamp(results: Path, asked: str) -> dict[Path, str]:
             for name in json.loads(file.read_text(encoding="utf-8")):
                 path = file.with_name(f"{name}.csv")
                 record = records.recorded(path)
-                if records.awaiting(path) or not definitions.INSTALLED.changes(record.get("code")):
+                if not definitions.INSTALLED.changes(record.get("code")):
                     continue
                 try:
                     found = proof(record, asked, answers_at)

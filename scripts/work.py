@@ -23,6 +23,7 @@ EVERY_MODEL = (
     "02_depth_and_question_answering",
     "03_depth_and_next_token_loss",
     "04_simple_against_similarity",
+    "06_block_importance",
 )
 N_RULES = 13  # of studies.sets.metric_sets, without the random sets
 WAYS = {
@@ -100,20 +101,25 @@ class Table:
     settings: Values = field(default_factory=dict)
 
 
-def tables_of(notebook: str, values: Values, n_layers: int) -> list[Table]:
+def tables_of(
+    notebook: str, values: Values, n_layers: int, *, is_second: bool = False
+) -> list[Table]:
     """The tables that a notebook computes.
 
     Args:
         notebook: Its name.
         values: Its parameters, all of them.
         n_layers: Of its model.
+        is_second: Whether the model is not the first of those that the notebook looks at; some
+            notebooks ask it for less.
 
     Raises:
         ValueError: For a notebook of which nothing is known here.
     """
     if notebook not in NOTEBOOKS:
         raise ValueError(f"notebook must be one of {', '.join(NOTEBOOKS)}, got {notebook!r}")
-    return NOTEBOOKS[notebook](values, n_layers)
+    found = OF_SECOND.get(notebook, NOTEBOOKS[notebook]) if is_second else NOTEBOOKS[notebook]
+    return found(values, n_layers)
 
 
 def quickstart(values: Values, n_layers: int) -> list[Table]:
@@ -304,6 +310,22 @@ def block_importance(values: Values, n_layers: int) -> list[Table]:
     ]
 
 
+def unhealed_importance(values: Values, n_layers: int) -> list[Table]:
+    """What notebook 06 asks a second model: the pairs of B1 and B5, in the shares of the first."""
+    texts = {name: n for name, n in values["scored_on"]["texts"].items() if ":" not in name}
+    of_first = depth.SIZES["smollm2-135m"].n_layers
+    depths = [int(n * n_layers / of_first + 0.5) for n in values["depths"]]
+    least = ("perplexity", "taylor+", "magnitude", "magnitude+")
+    pairs = [Point(rule, depths[0]) for rule in least]
+    # Protection changes Taylor's set at one of the depths.
+    pairs += [Point(rule, depths[-1]) for rule in ("taylor", "taylor+")]
+    own, drawn = bare(of_scores(values)), scores(values)
+    return [
+        replace(drawn, points=drawn.points[:1]),
+        replace(own, name="unhealed", points=(Point(), *pairs), is_most=True, texts=texts),
+    ]
+
+
 def depth_or_width(values: Values, n_layers: int) -> list[Table]:
     scored, healing, shapes = values["scored_on"], values["healing"], values["shapes"]
     sizes = [("unpruned", 0)] + [(shape, n) for n in values["depths"] for shape in shapes]
@@ -475,6 +497,7 @@ def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
         for n, count in ways
         for seed in seeds
     ]
+    told = [point for point in chosen if point.seed == seeds[0] and point.cut != "reverse order"]
     sets = swapped["sets"]
     n_swaps = sum(
         (gone if spared is None else len(spared)) * (n_layers - gone) for spared in sets.values()
@@ -487,7 +510,8 @@ def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
     found = [
         replace(bare(own), name="rates-rounds", points=tuple(tried)),
         replace(own, name="rounds", points=tuple(chosen)),
-        Table("rounds-removed", "other", tuple(chosen)),
+        Table("rounds-removed", "other", tuple(told)),
+        replace(own, name="unpruned", points=(Point(),), limit=scored["more_questions"]),
         replace(
             own,
             name="swaps",
@@ -624,6 +648,8 @@ NOTEBOOKS: dict[str, Callable[[Values, int], list[Table]]] = {
     "12_the_recommended_model": recommended_model,
     "13_your_own_model": own_model,
 }
+# What these ask a model for that is not the first they look at; all others ask for the same.
+OF_SECOND = {"06_block_importance": unhealed_importance}
 
 
 # --- what notebooks share -------------------------------------------------------------------------

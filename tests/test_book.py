@@ -241,7 +241,7 @@ def test_links_of_pages_lead_somewhere(seen):
                 lost.append(link)
     assert not lost
     downloads = {Path(link).name for link in links if "/_downloads/" in link}
-    assert {"claims.csv", "awaiting.csv", "CITATION.cff"} <= downloads
+    assert {"claims.csv", "CITATION.cff"} <= downloads
 
 
 def test_search_finds_a_notebook_and_a_function(window):

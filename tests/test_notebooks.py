@@ -12,14 +12,12 @@ from pathlib import Path
 import comparisons
 import nbformat
 import notebook_files
-import pandas as pd
 import parameters
 import pytest
 from PIL import Image
 from smoke_groups import SHARED_TABLES, folder_name, scope
 
 from pruning_utils import engine, pages, results, runtime
-from pruning_utils.engine import records
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pruning_utils"
@@ -38,9 +36,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 BOOKS = {path.stem[:2]: notebook_files.read_notebook(path) for path in NOTEBOOKS}
 PARAMETERS = {digits: notebook_files.parameters_of(book, digits) for digits, book in BOOKS.items()}
 MOST_PARAMETERS = 12
-# 00 has no verdicts, and 13 says what it finds of any model in a computed cell. The numbers of 11
-# await recomputation.
-UNSAID = ("00_quickstart", "11_one_shot_or_iterative", "13_your_own_model")
+# 00 has no verdicts, and 13 says what it finds of any model in a computed cell.
+UNSAID = ("00_quickstart", "13_your_own_model")
 
 
 def run(*command, cwd=ROOT, **variables):
@@ -227,34 +224,10 @@ def test_figures_redraw_from_committed_results_without_a_model(name, tmp_path):
     "path", TABLES, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}-{path.stem}"
 )
 def test_results_are_fresh(path):
-    if not records.awaiting(path):
-        assert results.stale(path) == [], (
-            "computed by other code than this: run the notebook with --recompute"
-        )
+    assert results.stale(path) == [], (
+        "computed by other code than this: run the notebook with --recompute"
+    )
     assert results.read_record(path)["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-# Tables that stay until their notebook is recomputed, on 2026-11-26. The list may only lose some.
-AWAITING = set((ROOT / "tests" / "awaiting.txt").read_text().split())
-
-
-def test_the_list_of_tables_that_await_recomputation_only_shrinks():
-    listed = pd.read_csv(ROOT / "results" / "awaiting.csv", dtype=str, keep_default_na=False)
-    names = {
-        "/".join(row)
-        for row in zip(listed["profile"], listed["notebook"], listed["table"], strict=True)
-    }
-    assert names <= AWAITING and listed["reason"].str.len().min() > 20
-    assert not listed.duplicated(["profile", "notebook", "table", "parameter"]).any()
-    for row in listed.to_dict("records"):
-        path = ROOT / "results" / row["profile"] / row["notebook"] / f"{row['table']}.csv"
-        found = results.read_record(path)["parameters"].get(row["parameter"], row["made_with"])
-        assert found == row["made_with"], "recomputed: take it off the list"
-        assert results.stale(path), "fresh: take it off the list"
-    waiting = set(listed["notebook"])
-    for path in NOTEBOOKS:
-        first = nbformat.read(path, as_version=4).cells[0].source
-        assert ("await recomputation" in first) == (path.stem in waiting), path.stem
 
 
 # A number with the ends of its interval, such as "0.467 nats (−0.872 to 1.81)"; a word or a unit

@@ -77,6 +77,7 @@ ORDER = (
     "studies.study",
     "studies.beginnings",
     "studies.depth",
+    "studies.pairs",
     "studies.places",
     "studies.scores",
     "studies.sets",

@@ -11,7 +11,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pruning_utils import efficiency, evaluation, healing, models, surgery
-from pruning_utils.engine import records
 from pruning_utils.planning import machines, rehearsal, stages
 from pruning_utils.studies import depth, recipes, study
 
@@ -176,19 +175,19 @@ JOBS = {job.name: job for job in jobs.plan(ROOT, "cpu", [], {}, False)}
 LAYERS = {"smollm2-135m": 30, "gemma-3-270m": 18, "embedded": 30}
 
 
-def recorded(notebook: str) -> list[tuple[work.Table, dict, bool]]:
-    """The tables that a notebook asks for and that are committed: what is said of them here, their
-    record, and whether it was made with today's parameters."""
+def recorded(notebook: str) -> list[tuple[work.Table, dict]]:
+    """The tables that a notebook asks for and that are committed: what is said of them here, and
+    their record."""
     folder = ROOT / "results" / "cpu" / notebook
     listed = json.loads((folder / "run.json").read_text())
     is_by_model = "models_at_hand" in JOBS[notebook].path.read_text(encoding="utf-8")
     found = []
     for model in [name for name in LAYERS if (name != "embedded") == is_by_model]:
-        for table in work.tables_of(notebook, JOBS[notebook].values, LAYERS[model]):
+        values, is_second = JOBS[notebook].values, model == "gemma-3-270m"
+        for table in work.tables_of(notebook, values, LAYERS[model], is_second=is_second):
             name = "-".join(filter(None, (model, table.name)))
             if name in listed:
-                is_new = not records.awaiting(folder / f"{name}.csv")
-                found.append((table, listed[name], is_new))
+                found.append((table, listed[name]))
     return found
 
 
@@ -196,7 +195,7 @@ def recorded(notebook: str) -> list[tuple[work.Table, dict, bool]]:
 def test_tables_have_the_points_that_were_recorded(notebook):
     tables = recorded(notebook)
     assert tables
-    for table, record, _ in tables:
+    for table, record in tables:
         n_points = len(record.get("points", table.points))
         if table.is_most:
             assert 0 < n_points <= len(table.points), table.name
@@ -206,9 +205,9 @@ def test_tables_have_the_points_that_were_recorded(notebook):
 
 @pytest.mark.parametrize("notebook", JOBS)
 def test_tables_are_measured_as_was_recorded(notebook):
-    for table, record, is_new in recorded(notebook):
+    for table, record in recorded(notebook):
         asked = record["parameters"]
-        if table.kind != "study" or not is_new or "seq_len" not in asked:
+        if table.kind != "study" or "seq_len" not in asked:
             continue
         for key in {"texts", "tasks", "limit", "seq_len", "dtype"} & asked.keys():
             assert getattr(table, key) == asked[key], (table.name, key)

@@ -596,36 +596,6 @@ def test_a_table_is_stamped_anew_where_two_points_have_equal_rows(tmp_path, pack
     results.sweep(POINTS, never, path=path, parameters=SEED)
 
 
-@pytest.mark.filterwarnings("ignore::pruning_utils.runtime.EmulatedPrecision")
-def test_listed_tables_are_read_as_the_list_says(tmp_path):
-    folder = tmp_path / "results" / "cpu" / "00_a"
-    path = folder / "t.csv"
-    folder.mkdir(parents=True)
-    results.load_or_compute(path, frame, parameters=SEED | {"dtype": "bfloat16"})
-    asked = SEED | {"dtype": "float32"}
-    with pytest.raises(ValueError, match='dtype: "bfloat16" there, "float32" asked'):
-        results.load_or_compute(path, never, parameters=asked)
-    listed = tmp_path / "results" / "awaiting.csv"
-    columns = "profile,notebook,table,parameter,made_with,asked,reason\n"
-    listed.write_text(columns + "cpu,00_a,t,dtype,bfloat16,float32,because\n")
-    record = json.loads((folder / "run.json").read_text())
-    record["t"]["code"]["digest"] = "of other code"
-    (folder / "run.json").write_text(json.dumps(record))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(results.load_or_compute(path, never, parameters=asked)) == 3
-    for other in (asked | {"seed": 1}, SEED | {"dtype": "float16"}):
-        with pytest.raises(ValueError, match="other parameters"):
-            results.load_or_compute(path, never, parameters=other)
-    row = "cpu,00_a,t,dtype,bfloat16,float32,because\n"
-    listed.write_text(columns + row + row.replace("dtype,bfloat16,float32", "model,embedded,other"))
-    both = asked | {"model": "other"}
-    assert len(results.load_or_compute(path, never, parameters=both)) == 3, "two may differ"
-    listed.write_text(columns + "cpu,00_a,other,dtype,bfloat16,float32,because\n")
-    with pytest.raises(ValueError, match="other parameters"):
-        results.load_or_compute(path, never, parameters=asked)
-
-
 def test_commit_is_recorded_only_for_unchanged_sources(tmp_path, monkeypatch):
     folder = tmp_path / "package"
     folder.mkdir()

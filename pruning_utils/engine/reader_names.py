@@ -16,7 +16,6 @@ NAMES = {
     "mmlu": "MMLU",
     "mmlu_continuation": "MMLU, by text",
     "social_iqa": "Social IQa",
-    "siqa": "SIQA",  # of tables that await recomputation
     "commonsenseqa": "CommonsenseQA",
     "lambada_openai": "LAMBADA",
     "gsm8k_chain": "GSM8K",

@@ -380,17 +380,15 @@ def _settle(path: Path) -> None:
 def checked_record(path: Path, parameters: dict) -> dict:
     """The record of a table that is sound and was made with these parameters.
 
-    A warning says where the code has changed. A table in the list of :func:`awaiting` is read
-    without one, though parameters differ as the list says.
+    A warning says where the code has changed.
 
     Raises:
         ValueError: If the table has no record, is not the file recorded, or was made with other
             parameters.
     """
     record, _ = _read_whole(path)
-    listed = awaiting(path)
-    refuse_differences(_as_listed(record["parameters"], parameters, listed), parameters, path)
-    changed = [] if listed else definitions.INSTALLED.changes(record.get("code"))
+    refuse_differences(record["parameters"], parameters, path)
+    changed = definitions.INSTALLED.changes(record.get("code"))
     if changed:
         warnings.warn(
             f"{path.name} was computed by other code than today's: {shortened(changed)}",
@@ -398,17 +396,6 @@ def checked_record(path: Path, parameters: dict) -> dict:
             stacklevel=3,
         )
     return record
-
-
-def _as_listed(recorded: dict, asked: dict, listed: list[dict]) -> dict:
-    """Recorded parameters, with those that may differ as they are asked for."""
-    found = dict(recorded)
-    for row in listed:
-        key = row["parameter"]
-        made_so = canonical(recorded.get(key)) == canonical(row["made_with"])
-        if key and made_so and canonical(asked.get(key)) == canonical(row["asked"]):
-            found[key] = asked[key]
-    return found
 
 
 def _read_whole(path: Path) -> tuple[dict, dict[Path, bytes]]:
@@ -456,23 +443,6 @@ def shortened(names: list[str], most: int = 8) -> str:
     if len(names) <= most:
         return ", ".join(names)
     return ", ".join([*names[:most], f"and {len(names) - most} more"])
-
-
-def awaiting(path: Path) -> list[dict]:
-    """The rows of ``awaiting.csv`` for a table; [] where it has none.
-
-    The file lies in ``results/`` and lists tables that stay until their notebook is recomputed:
-    ``profile``, ``notebook``, ``table``, a ``parameter`` in which they differ from what is asked
-    today ("" for none), the value that they were ``made_with`` and the one ``asked``, and the
-    ``reason``.
-    """
-    folder = Path(path).parent
-    listed = folder.parent.parent / "awaiting.csv"
-    if not listed.is_file():
-        return []
-    wanted = (folder.parent.name, folder.name, Path(path).stem)
-    rows = pd.read_csv(listed, dtype=str, keep_default_na=False).to_dict("records")
-    return [row for row in rows if (row["profile"], row["notebook"], row["table"]) == wanted]
 
 
 def measured_path(path: Path) -> Path:

@@ -355,14 +355,13 @@ def prove(path: Path, record: dict, compute_point: Callable) -> dict:
         compute_point: What computes one point.
 
     Returns:
-        The record, with its new stamp and the proof. It is as it was where the table is fresh, or
-        awaits recomputation.
+        The record, with its new stamp and the proof. It is as it was where the table is fresh.
 
     Raises:
         ValueError: If a row is another one now; the record stays as it was.
     """
     code = definitions.INSTALLED.stamp(compute_point)
-    if records.awaiting(path) or definitions.is_fresh(record.get("code"), code):
+    if definitions.is_fresh(record.get("code"), code):
         return record
     proof = _proof_by_points(path, record, compute_point)
     restamped = {**proof, "commit": records.package_commit()}

@@ -1,0 +1,179 @@
+"""Pairs of sets of layers: what 06 and 11 compare, item by item."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pruning_utils import evidence, importance_plots
+from pruning_utils.studies import depth, pairs, sets
+
+N_ITEMS = 40
+WHOLE, TAYLOR, PROTECTED, PERPLEXITY = "", "8 9", "6 7", "4 5"
+# What the model without each set loses, unhealed, and after healing with each of two seeds.
+ADDED = {WHOLE: 0.0, TAYLOR: 1.0, PROTECTED: 2.0, PERPLEXITY: 0.5}
+HEALED = {PROTECTED: 0.9, PERPLEXITY: 0.4}
+
+
+def rows_of(dataset: str, column: str, sign: float = 1.0) -> pd.DataFrame:
+    """Rows of a study in which every item is of its own difficulty, alike in all models."""
+    drawn = np.random.default_rng(len(dataset))
+    difficulty = drawn.normal(3, 1, N_ITEMS)
+    found = []
+    for recipe, added, seeds in (("", ADDED, [0]), ("lora 0.01 8", HEALED, [0, 1])):
+        for layers, value in added.items():
+            for seed in seeds:
+                noise = drawn.normal(0, 0.05, N_ITEMS)
+                found.append(
+                    pd.DataFrame(
+                        {
+                            "layers": layers,
+                            "recipe": recipe,
+                            "seed": seed,
+                            "dataset": dataset,
+                            "item": range(N_ITEMS),
+                            column: difficulty + sign * value + noise,
+                        }
+                    )
+                )
+    return pd.concat(found, ignore_index=True)
+
+
+@pytest.fixture
+def measured() -> pairs.MeasuredSets:
+    return pairs.MeasuredSets.of(
+        {
+            "accuracy": (rows_of("piqa", "above_floor", -1.0), ["piqa"], "above_floor"),
+            "loss on XSum": (rows_of("xsum", "nll"), ["xsum"], "nll"),
+        },
+        {"unhealed": "", "healed": "lora 0.01 8"},
+    )
+
+
+@pytest.fixture
+def compared(measured) -> pd.DataFrame:
+    return pairs.compared_pairs(
+        {"B1": (PROTECTED, PERPLEXITY), "B5 taylor at 2": (PROTECTED, TAYLOR)}, measured
+    )
+
+
+def test_items_stand_in_rows_whatever_their_order():
+    rows = rows_of("xsum", "nll").query("recipe == ''")
+    wide, strata = pairs.per_item(rows.sample(frac=1, random_state=0), "nll", ["xsum"], ["layers"])
+    again, _ = pairs.per_item(rows, "nll", ["xsum"], ["layers"])
+    assert wide.equals(again) and wide.shape == (N_ITEMS, len(ADDED))
+    assert set(strata) == {"xsum"} and list(wide.columns) == sorted(ADDED)
+    with pytest.raises(ValueError, match="duplicate"):
+        pairs.per_item(pd.concat([rows, rows]), "nll", ["xsum"], ["layers"])
+
+
+def test_levels_are_those_of_each_set_and_stage(measured):
+    for stage, added in (("unhealed", ADDED), ("healed", HEALED)):
+        rows = rows_of("xsum", "nll")
+        rows = rows[(rows["recipe"] == "") == (stage == "unhealed")]
+        for layers in added:
+            level = measured.levels["loss on XSum", stage, layers]
+            assert level.value == pytest.approx(rows[rows["layers"] == layers]["nll"].mean())
+            assert level.n == N_ITEMS and level.runs == (2 if stage == "healed" else 1)
+    assert set(measured.unpruned) == {"accuracy", "loss on XSum"}
+    assert measured.sizes() == "40 questions (accuracy), 40 documents (loss on XSum)"
+
+
+def test_pairs_of_the_claims_are_where_protection_changes_the_set():
+    scores = pd.DataFrame(
+        {
+            "criterion": np.repeat(["magnitude", "taylor", "perplexity"], 12),
+            "layer": [*range(12)] * 3,
+            # Magnitude begins with layer 0; Taylor in the middle, with layer 0 the third to go.
+            "score": [*range(12)]
+            + [3, 5, 6, 7, 1, 2, 8, 9, 10, 11, 12, 13]
+            + [9, 8, 7, 6, 1, 2, 3, 4, 5, 10, 11, 12],
+        }
+    )
+    of_rule = sets.removed_sets(scores, [2, 3]).set_index(["rule", "n_dropped"])["layers"]
+    assert pairs.importance_pairs(of_rule, [2, 3]) == {
+        "B1": ("4 5", "4 5"),
+        "B5 magnitude at 2": ("4 5", "0 1"),
+        "B5 taylor at 3": ("4 5 6", "0 4 5"),
+    }
+
+
+def test_a_claim_is_a_family_and_takes_only_stages_with_both_sets(measured, compared):
+    assert list(compared["pair"]) == [
+        "B1 accuracy, unhealed",
+        "B1 accuracy, healed",
+        "B1 loss on XSum, unhealed",
+        "B1 loss on XSum, healed",
+        "B5 taylor at 2, accuracy, unhealed",
+        "B5 taylor at 2, loss on XSum, unhealed",
+    ]
+    found = compared.set_index("pair")
+    assert found.loc["B1 loss on XSum, unhealed", "difference"] == pytest.approx(1.5, abs=0.05)
+    assert found.loc["B1 accuracy, unhealed", "difference"] == pytest.approx(-1.5, abs=0.05)
+    assert found.loc["B1 loss on XSum, healed", "runs"] == 2
+    # A quarter of what the set changes that changes less, without healing.
+    assert found.loc["B1 loss on XSum, healed", "margin"] == pytest.approx(0.5 / 4, abs=0.02)
+    assert found.loc["B5 taylor at 2, loss on XSum, unhealed", "margin"] == pytest.approx(
+        1.0 / 4, abs=0.02
+    )
+    alone = pairs.compared_pairs({"B5 taylor at 2": (PROTECTED, TAYLOR)}, measured)
+    of_claim = compared[compared["pair"].str.startswith("B5")]
+    assert alone["p_holm"].tolist() == of_claim["p_holm"].tolist(), "B1 is another family"
+    assert (compared["verdict"] == "differs").all()
+
+
+def test_a_small_effect_does_not_make_a_margin_of_nothing(measured):
+    none = {WHOLE: (WHOLE, TAYLOR)}
+    found = pairs.compared_pairs({"B1": none[WHOLE]}, measured)
+    assert (found["margin"] == depth.SMALLEST_EFFECT / 4).all()
+
+
+def test_verdicts_name_the_claim_the_depth_and_who_was_trained(measured, compared):
+    rows = pairs.judged_pairs(
+        compared,
+        measured,
+        size=depth.Size(12, 10**6, 50_000),
+        n_tasks=8,
+        trained={
+            "recipe": "LoRA on 8 tokens",
+            "tokens_per_parameter": 1.0,
+            "paper_tokens_per_parameter": 1.0,
+        },
+        model="some-model",
+        notebook="06_block_importance",
+        cell="On a second model",
+    )
+    told = {row["part"] + (", " + row["data"]): row for row in rows}
+    assert len(told) == len(compared)
+    higher = told["Taylor+ has a higher loss than perplexity, unhealed, XSum"]
+    assert (higher["verdict"], higher["recipe"]) == ("holds", "unhealed")
+    healed = told["Taylor+ has a higher loss than perplexity, healed, XSum"]
+    assert healed["recipe"] == "LoRA on 8 tokens"
+    ends = told["protected ends lower the loss, Taylor, unhealed, XSum"]
+    assert (ends["claim"], ends["verdict"]) == ("B5", "does not hold")
+    assert {row["depth"] for row in rows} == {"2 of 12 layers"}
+    assert ends["floor"] == pytest.approx(np.log(50_000))
+    answers = told["Taylor+ answers better than perplexity, unhealed, 8 tasks"]
+    assert answers["floor"] == 0.0 and answers["verdict"] == "does not hold"
+
+
+def test_what_is_drawn_has_a_panel_for_each_claim_and_criterion(measured, compared):
+    drawn = pairs.drawn_pairs(
+        compared, measured, {"perplexity": PERPLEXITY, "taylor+": PROTECTED}, label="", n_tasks=8
+    )
+    assert len(drawn["levels"]) == 2 * 2 * 2
+    assert list(dict.fromkeys(drawn["differences"]["panel"])) == [
+        "Taylor+ minus perplexity: accuracy (B1)",
+        "Taylor+ minus perplexity: loss (B1)",
+        "protected ends minus none, Taylor, 2 layers: accuracy (B5)",
+        "protected ends minus none, Taylor, 2 layers: loss (B5)",
+    ]
+    assert set(drawn["baselines"]["name"]) == {"unpruned", "floor"}
+    figure = importance_plots.levels_and_differences(**drawn)
+    assert len(figure.axes) == 2 + 4
+    losses = pairs.MeasuredSets.of(
+        {"loss on XSum": (rows_of("xsum", "nll"), ["xsum"], "nll")}, {"unhealed": ""}
+    )
+    only = pairs.compared_pairs({"B1": (PROTECTED, PERPLEXITY)}, losses)
+    shown = pairs.drawn_pairs(only, losses, {"taylor+": PROTECTED}, label="", n_tasks=8)
+    assert set(shown["baselines"]["name"]) == {"unpruned"}
+    assert isinstance(losses.unpruned["loss on XSum"], evidence.FactorInterval)
