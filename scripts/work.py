@@ -24,6 +24,7 @@ EVERY_MODEL = (
     "03_depth_and_next_token_loss",
     "04_simple_against_similarity",
     "06_block_importance",
+    "11_one_shot_or_iterative",
 )
 N_RULES = 13  # of studies.sets.metric_sets, without the random sets
 WAYS = {
@@ -504,9 +505,6 @@ def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
     )
     around = [Point(), *(Point(rule, gone) for rule in sets)]
     around += [Point(f"swap {number}", gone) for number in range(n_swaps)]
-    samples = text["samples"]
-    drawn = [(count, seed) for count in samples["n_samples"] for seed in samples["seeds"]]
-    unhealed_sets = [Point(f"draw {number}", gone) for number in range(2 * len(drawn))]
     found = [
         replace(bare(own), name="rates-rounds", points=tuple(tried)),
         replace(own, name="rounds", points=tuple(chosen)),
@@ -520,14 +518,7 @@ def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
             texts={first(scored["texts"]): swapped["n_windows"]},
             is_most=True,
         ),
-        Table(
-            "samples",
-            "sample",
-            tuple(count for count, _ in drawn),
-            seq_len=text["seq_len"],
-            dtype=text["dtype"],
-        ),
-        replace(own, name="drawn", points=tuple(unhealed_sets), tasks={}, is_most=True),
+        *drawn_sets(values, text["samples"]["n_samples"], gone, replace(own, tasks={})),
     ]
     way, rates = WAYS["head + 3"], healing["source_rates"]
     trained = {**own.healing, "steps": healing["source_steps"]}
@@ -547,6 +538,30 @@ def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
             ),
         ]
     return found
+
+
+def drawn_sets(
+    values: Values, counts: Sequence[int], gone: int, own: Table, *more: Point
+) -> list[Table]:
+    """Scores from several draws of text, and the models without the sets that they lead to."""
+    text = values["text"]
+    drawn = tuple(count for count in counts for _ in text["samples"]["seeds"])
+    unhealed_sets = tuple(Point(f"draw {number}", gone) for number in range(2 * len(drawn)))
+    return [
+        Table("samples", "sample", drawn, seq_len=text["seq_len"], dtype=text["dtype"]),
+        replace(own, name="drawn", points=(*more, *unhealed_sets), is_most=True),
+    ]
+
+
+def unhealed_draws(values: Values, n_layers: int) -> list[Table]:
+    """What notebook 11 asks a second model: sets of the fewest windows and of the most."""
+    least, *_, most = values["text"]["samples"]["n_samples"]
+    of_first = depth.SIZES["smollm2-135m"].n_layers
+    gone = int(values["depths"][0] * n_layers / of_first + 0.5)
+    name = first(values["scored_on"]["texts"])
+    texts = {name: values["scored_on"]["texts"][name]}
+    own = replace(of_scores(values), tasks={}, texts=texts)
+    return drawn_sets(values, (least, most), gone, own, Point())
 
 
 def recommended_model(values: Values, n_layers: int) -> list[Table]:
@@ -649,7 +664,10 @@ NOTEBOOKS: dict[str, Callable[[Values, int], list[Table]]] = {
     "13_your_own_model": own_model,
 }
 # What these ask a model for that is not the first they look at; all others ask for the same.
-OF_SECOND = {"06_block_importance": unhealed_importance}
+OF_SECOND = {
+    "06_block_importance": unhealed_importance,
+    "11_one_shot_or_iterative": unhealed_draws,
+}
 
 
 # --- what notebooks share -------------------------------------------------------------------------

@@ -177,3 +177,45 @@ def test_what_is_drawn_has_a_panel_for_each_claim_and_criterion(measured, compar
     shown = pairs.drawn_pairs(only, losses, {"taylor+": PROTECTED}, label="", n_tasks=8)
     assert set(shown["baselines"]["name"]) == {"unpruned"}
     assert isinstance(losses.unpruned["loss on XSum"], evidence.FactorInterval)
+
+
+def draws_of(chosen: dict[int, list[str]], lost: dict[str, float]) -> tuple:
+    """Sets by number of windows, one for each seed, and a study of them."""
+    drawn = [
+        {"criterion": "taylor", "n_samples": n, "seed": seed, "layers": layers, "changed": changed}
+        for n, (found, changed) in chosen.items()
+        for seed, layers in enumerate(found)
+    ]
+    drawn_from = np.random.default_rng(0)
+    difficulty = drawn_from.normal(3, 1, N_ITEMS)
+    studied = [
+        pd.DataFrame(
+            {
+                "layers": layers,
+                "dataset": "xsum",
+                "item": range(N_ITEMS),
+                "nll": difficulty + value + drawn_from.normal(0, 0.02, N_ITEMS),
+            }
+        )
+        for layers, value in lost.items()
+    ]
+    return pd.DataFrame(drawn), pd.concat(studied, ignore_index=True)
+
+
+def test_draws_are_compared_with_those_of_the_most_windows():
+    chosen = {1: (["1 2", "1 3", "1 4"], 2.0), 5: (["6 7"] * 3, 0.0), 50: (["6 7"] * 3, 0.0)}
+    lost = {"1 2": 2.0, "1 3": 2.1, "1 4": 2.2, "6 7": 0.5}
+    drawn, unhealed = draws_of(chosen, lost)
+    found, losses, moved = pairs.compared_draws(drawn, unhealed, margin=0.02)
+    means = unhealed.groupby("layers")["nll"].mean()
+    assert found["loss"].tolist() == pytest.approx(means[found["layers"]].tolist())
+    of_pair = losses.set_index("pair")
+    assert list(of_pair.index) == ["taylor, 1 windows", "taylor, 5 windows"]
+    assert of_pair.loc["taylor, 1 windows", "difference"] == pytest.approx(1.6, abs=0.02)
+    assert of_pair.loc["taylor, 1 windows", "runs"] == 3
+    assert of_pair.loc["taylor, 5 windows", "difference"] == 0
+    assert moved["difference"].tolist() == [2.0] and moved["n"].tolist() == [3]
+    others = unhealed.assign(layers="8 9")
+    with_more = pd.concat([unhealed, others])
+    again, *_ = pairs.compared_draws(drawn, with_more, margin=0.02)
+    assert again.equals(found), "a model that is no draw changes nothing"

@@ -101,9 +101,11 @@ def importance_pairs(of_rule: pd.Series, depths: Sequence[int]) -> dict[str, tup
     """
     pairs = {"B1": (of_rule["taylor+", depths[0]], of_rule["perplexity", depths[0]])}
     for criterion in PROTECTED:
-        for n in [n for n in depths if of_rule[criterion, n] != of_rule[f"{criterion}+", n]][:1]:
-            protected = of_rule[f"{criterion}+", n]
-            pairs[f"B5 {criterion} at {n}"] = (protected, of_rule[criterion, n])
+        for n in depths:
+            plain, protected = of_rule[criterion, n], of_rule[f"{criterion}+", n]
+            if plain != protected:
+                pairs[f"B5 {criterion} at {n}"] = (protected, plain)
+                break
     return pairs
 
 
@@ -229,3 +231,49 @@ def judged_pairs(
             )
         )
     return rows
+
+
+def compared_draws(
+    drawn: pd.DataFrame, unhealed: pd.DataFrame, *, margin: float
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Whether sets that few windows of text lead to differ from those of the most windows.
+
+    Args:
+        drawn: Of :func:`sets.sample_sets`.
+        unhealed: Rows of a study of these sets on one text: ``layers``, ``item`` and ``nll``.
+        margin: Of equal losses, in nats.
+
+    Returns:
+        The sets with their mean ``loss``; the verdicts on the losses of each number of windows
+        minus those of the most; and those on the layers in which sets of the fewest windows differ
+        from sets of the most, minus those in which the latter differ among themselves. In these
+        the margin is half a layer. Draws of text are the runs.
+    """
+    rows, _ = per_item(
+        drawn.merge(unhealed, on="layers", suffixes=("", "_")),
+        "nll",
+        unhealed["dataset"].unique(),
+        ["criterion", "n_samples", "seed"],
+    )
+    criteria = drawn["criterion"].unique()
+    *fewer, most = sorted(drawn["n_samples"].unique())
+    losses = evidence.paired_verdicts(
+        {
+            f"{criterion}, {count} windows": (
+                rows[criterion, count] - rows[criterion, most]
+            ).to_numpy()
+            for criterion in criteria
+            for count in fewer
+        },
+        margin=margin,
+    )
+    changed = drawn.pivot(index="seed", columns=["criterion", "n_samples"], values="changed")
+    moved = evidence.paired_verdicts(
+        {
+            criterion: (changed[criterion, fewer[0]] - changed[criterion, most]).to_numpy()
+            for criterion in criteria
+        },
+        margin=0.5,
+    )
+    by_draw = drawn[["criterion", "n_samples", "seed"]].apply(tuple, axis=1)
+    return drawn.assign(loss=by_draw.map(rows.mean())), losses, moved
