@@ -315,7 +315,7 @@ def unhealed_importance(values: Values, n_layers: int) -> list[Table]:
     """What notebook 06 asks a second model: the pairs of B1 and B5, in the shares of the first."""
     texts = {name: n for name, n in values["scored_on"]["texts"].items() if ":" not in name}
     of_first = depth.SIZES["smollm2-135m"].n_layers
-    depths = [int(n * n_layers / of_first + 0.5) for n in values["depths"]]
+    depths = [depth.layers_in(n / of_first, n_layers) for n in values["depths"]]
     least = ("perplexity", "taylor+", "magnitude", "magnitude+")
     pairs = [Point(rule, depths[0]) for rule in least]
     # Protection changes Taylor's set at one of the depths.
@@ -557,7 +557,7 @@ def unhealed_draws(values: Values, n_layers: int) -> list[Table]:
     """What notebook 11 asks a second model: sets of the fewest windows and of the most."""
     least, *_, most = values["text"]["samples"]["n_samples"]
     of_first = depth.SIZES["smollm2-135m"].n_layers
-    gone = int(values["depths"][0] * n_layers / of_first + 0.5)
+    gone = depth.layers_in(values["depths"][0] / of_first, n_layers)
     name = first(values["scored_on"]["texts"])
     texts = {name: values["scored_on"]["texts"][name]}
     own = replace(of_scores(values), tasks={}, texts=texts)

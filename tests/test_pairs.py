@@ -122,8 +122,7 @@ def test_a_claim_is_a_family_and_takes_only_stages_with_both_sets(measured, comp
 
 
 def test_a_small_effect_does_not_make_a_margin_of_nothing(measured):
-    none = {WHOLE: (WHOLE, TAYLOR)}
-    found = pairs.compared_pairs({"B1": none[WHOLE]}, measured)
+    found = pairs.compared_pairs({"B1": (WHOLE, TAYLOR)}, measured)
     assert (found["margin"] == depth.SMALLEST_EFFECT / 4).all()
 
 
