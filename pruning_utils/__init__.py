@@ -24,12 +24,12 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 04  Is it enough to remove the deepest layers?
     depth: similarity, selection, surgery, healing, evaluation
 05  How much do the seed, the rank, the rate and the shots matter?
-    depth: similarity, selection, surgery, healing, evaluation
+    depth, shots: similarity, selection, surgery, healing, evaluation
 06  Which layers matter, and does it matter how one asks?
     scores, sets, depth, pairs, rates: importance, selection, surgery, healing, evaluation
 07  Are fewer layers faster than narrower ones?
-    scores, sets, shapes, depth, costs, rates: importance, selection, surgery, width, healing,
-    evaluation, efficiency
+    scores, sets, shapes, depth, speeds, costs, rates: importance, selection, surgery, width,
+    healing, evaluation, efficiency
 08  Adapters or all weights: what brings a pruned model back?
     scores, sets, depth, costs, rates: importance, selection, surgery, healing, evaluation,
     efficiency

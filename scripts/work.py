@@ -16,6 +16,8 @@ from typing import Any
 from pruning_utils import selection
 from pruning_utils.shrinking import orders, whole
 from pruning_utils.studies import depth, recipes
+from pruning_utils.studies.shapes import shapes_of_heads
+from pruning_utils.studies.shots import ends_of
 
 # What looks at all embedded models at hand, where no other is named.
 EVERY_MODEL = (
@@ -23,7 +25,10 @@ EVERY_MODEL = (
     "02_depth_and_question_answering",
     "03_depth_and_next_token_loss",
     "04_simple_against_similarity",
+    "05_robustness",
     "06_block_importance",
+    "07_depth_against_width",
+    "10_how_to_heal",
     "11_one_shot_or_iterative",
 )
 N_RULES = 13  # of studies.sets.metric_sets, without the random sets
@@ -277,6 +282,15 @@ def robustness(values: Values, n_layers: int) -> list[Table]:
     ]
 
 
+def orders_of_shots(values: Values, n_layers: int) -> list[Table]:
+    """What notebook 05 asks a second model: the fewest shots, and each order of the most."""
+    shots = values["shots"]
+    ends = ends_of(shots["counts"])
+    asked = [Point("none", shots=count) for count, _ in shots["counts"] if count in ends]
+    whole = replace(of_block(values), healing={}, n_calibration=0, limit=shots["n_questions"])
+    return [replace(whole, name="shots", points=tuple(asked), tasks=shots["tasks"])]
+
+
 def block_importance(values: Values, n_layers: int) -> list[Table]:
     scored, healing = values["scored_on"], values["healing"]
     rates, seeds, seed = healing["rates"], values["seeds"], values["seed"]
@@ -349,6 +363,23 @@ def depth_or_width(values: Values, n_layers: int) -> list[Table]:
             bare(own), name="rates", points=trials((*one, "lora", rates) for one in judged)(healing)
         ),
         replace(own, name="quality", points=(Point(), *quality)),
+    ]
+
+
+def times_of_shapes(values: Values, n_layers: int) -> list[Table]:
+    """What notebook 07 asks a second model: times for one text, in the shares of the first."""
+    scored, speed = values["scored_on"], values["scored_on"]["speed"]
+    of_first = depth.SIZES["smollm2-135m"]
+    # No two embedded models have equally many layers.
+    heads = {size.n_layers: size.n_kv_heads for size in depth.SIZES.values()}
+    depths = [depth.layers_in(n / of_first.n_layers, n_layers) for n in values["depths"]]
+    its_shapes = shapes_of_heads(values["shapes"], of_first.n_kv_heads, heads[n_layers])
+    sizes = [("unpruned", 0)] + [(shape, n) for n in depths for shape in its_shapes]
+    batch = scored["batch_sizes"][0]
+    timed = [(*size, batch, prompt) for prompt in scored["prompts"] for size in sizes]
+    return [
+        Table("sizes", "other", tuple(sizes)),
+        Table("speed", "speed", tuple(timed), dtype=speed["dtype"], settings=speed),
     ]
 
 
@@ -475,6 +506,20 @@ def how_to_heal(values: Values, n_layers: int) -> list[Table]:
         replace(own, name="one-rate", points=tuple(alike), tasks={}, is_most=True),
         replace(own, name="costs", kind="cost", points=tuple(costs), settings=timed),
     ]
+
+
+def costs_of_ways(values: Values, n_layers: int) -> list[Table]:
+    """What notebook 10 asks a second model: what the ways of C4 cost, in the share of the first."""
+    of_first = depth.SIZES["smollm2-135m"].n_layers
+    gone = depth.layers_in(values["depths"][0] / of_first, n_layers)
+    timed = values["healing"]["timed"]
+    points = [
+        ("reverse order", gone, WAYS[way])
+        for _ in range(timed["runs"])
+        for way in ("LoRA", "head + 3", "head + 3, tied")
+    ]
+    own = of_scores(values, without_keys=("rates", "timed", "one_rate"))
+    return [replace(own, name="costs", kind="cost", points=tuple(points), settings=timed)]
 
 
 def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
@@ -665,7 +710,10 @@ NOTEBOOKS: dict[str, Callable[[Values, int], list[Table]]] = {
 }
 # What these ask a model for that is not the first they look at; all others ask for the same.
 OF_SECOND = {
+    "05_robustness": orders_of_shots,
     "06_block_importance": unhealed_importance,
+    "07_depth_against_width": times_of_shapes,
+    "10_how_to_heal": costs_of_ways,
     "11_one_shot_or_iterative": unhealed_draws,
 }
 

@@ -277,13 +277,15 @@ def test_sizes_are_those_of_the_models(tiny):
         len(models.decoder_layers(network)),
         sum(weight.numel() for weight in network.parameters()),
         len(tokenizer),
+        network.config.num_key_value_heads,
     )
     for name in ("embedded", "smollm2-135m"):
         assert depth.size_of(name, None, "float32") == expected
     small, _ = models.load_model(tiny)
     n_parameters = sum(weight.numel() for weight in small.parameters())
     found = depth.size_of(str(tiny), None, "float32")
-    assert found == (N_LAYERS, n_parameters, small.config.vocab_size)
+    heads = small.config.num_key_value_heads
+    assert found == (N_LAYERS, n_parameters, small.config.vocab_size, heads)
 
 
 def test_models_at_hand_are_kept_or_can_be_computed(tmp_path, monkeypatch):

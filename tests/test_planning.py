@@ -348,7 +348,7 @@ def test_what_does_not_fit_is_refused_with_the_setting(counted, capsys):
     assert run_notebooks.main(["--profile", "cpu", "--only", "07", "--plan"]) == 2
     printed = capsys.readouterr()
     assert "07_depth_against_width" in printed.out and "GPU hours" in printed.out
-    assert "on embedded needs 100.0 GB of 80" in printed.err
+    assert "on smollm2-135m needs 100.0 GB of 80" in printed.err
     assert "disk GB" in printed.out and "GB on the disk" in printed.err
     assert "change scored_on.batch_sizes or scored_on.prompts" in printed.err
     asked = ["--profile", "cpu", "--only", "07", "--plan", "--memory", "101", "--price", "2.5"]

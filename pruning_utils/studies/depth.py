@@ -33,17 +33,19 @@ class Size(NamedTuple):
         n_layers: Decoder layers.
         n_parameters: Numbers that are stored; a shared head counts once.
         vocabulary: Entries of the head.
+        n_kv_heads: Key-value heads of each layer; 0 where the configuration does not name them.
     """
 
     n_layers: int
     n_parameters: int
     vocabulary: int
+    n_kv_heads: int
 
 
 # Of the embedded models, so that tables are read where a model is not installed.
 SIZES = {
-    "smollm2-135m": Size(30, 134_515_008, 49_152),
-    "gemma-3-270m": Size(18, 268_098_176, 262_144),
+    "smollm2-135m": Size(30, 134_515_008, 49_152, 3),
+    "gemma-3-270m": Size(18, 268_098_176, 262_144, 1),
 }
 
 
@@ -57,6 +59,7 @@ def size_of(model: str, revision: str | None, dtype: str) -> Size:
         len(models.decoder_layers(network)),
         sum(weight.numel() for weight in network.parameters()),
         network.get_output_embeddings().out_features,
+        getattr(models.text_config(network), "num_key_value_heads", None) or 0,
     )
 
 

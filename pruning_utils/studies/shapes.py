@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
 from pruning_utils import efficiency, models, surgery, width
+from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.later import nn
 from pruning_utils.studies.recipes import layer_numbers, layer_text
 from pruning_utils.studies.study import narrowed
@@ -57,3 +62,66 @@ def equal_shape(
         "flops": efficiency.forward_flops(network, batch_size=1, n_tokens=n_tokens),
         "flops_token": efficiency.forward_flops(network, batch_size=1, n_tokens=1),
     }
+
+
+# --- points of tables -----------------------------------------------------------------------------
+
+
+def sized_points(removed: Mapping[int, str], shapes: Mapping[str, int]) -> list[dict]:
+    """Points of :func:`equal_shape`: the unpruned model, and every shape of each size.
+
+    Args:
+        removed: The layers that go (a text of 0-based numbers), by their number, which is the size.
+        shapes: Key-value heads that every layer keeps, by the name of a shape; 0: layers go.
+    """
+    unpruned = {"n_dropped": 0, "shape": "unpruned", "layers": "", "n_kv_heads": 0}
+    return [unpruned] + [
+        {"n_dropped": n, "shape": shape, "layers": layers, "n_kv_heads": heads}
+        for n, layers in removed.items()
+        for shape, heads in shapes.items()
+    ]
+
+
+def shapes_of_heads(shapes: Mapping[str, int], first: int, its: int) -> dict[str, int]:
+    """The shapes that a model can take which has another number of heads, with their heads.
+
+    A shape keeps the same share of them. One that would keep a part of a head is left out.
+
+    Args:
+        shapes: As for :func:`sized_points`, of a model with ``first`` key-value heads.
+        first: Key-value heads of that model, from 1.
+        its: Those of the other model, from 1.
+
+    Raises:
+        ValueError: For fewer heads: a shape that keeps none would lose layers instead.
+    """
+    for name, heads in (("first", first), ("its", its)):
+        whole_number(name, heads, 1)
+    return {
+        shape: heads * its // first for shape, heads in shapes.items() if heads * its % first == 0
+    }
+
+
+def timed_points(
+    sizes: pd.DataFrame, *, batch_sizes: Sequence[int], prompts: Sequence[int]
+) -> list[dict]:
+    """Points of :func:`costs.measure_speed`: each model of a table, at each setting.
+
+    Args:
+        sizes: Rows of :func:`equal_shape` with their points.
+        batch_sizes: Texts at once.
+        prompts: Tokens of each.
+    """
+    return [
+        {
+            "n_dropped": row.n_dropped,
+            "shape": row.shape,
+            "layers": "" if row.width else row.layers,
+            "width": row.width,
+            "batch_size": batch,
+            "prompt_tokens": prompt,
+        }
+        for prompt in prompts
+        for batch in batch_sizes
+        for row in sizes.itertuples()
+    ]
