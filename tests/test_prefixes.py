@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 
 import pandas as pd
 import pytest
@@ -14,7 +15,11 @@ from pruning_utils.engine import benchmarks, passes, prefixes
 
 # Architectures whose layers take masks and positions of our making; all others go to the stock
 # backend.
-SHARE = {name for name, factory in ARCHITECTURES.items() if prefixes.longest_shared(factory()) > 4}
+# Also where a token lies beyond the window of a layer, which is 4 in all of these.
+BY_KIND = {name for name, make in ARCHITECTURES.items() if prefixes.takes_masks_by_kind(make())}
+SHARE = BY_KIND | {
+    name for name, make in ARCHITECTURES.items() if prefixes.longest_shared(make()) > 4
+}
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +172,16 @@ def test_a_beginning_is_run_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, window", [("mistral", 4), ("qwen2", 4), ("gemma2", 4), ("mamba", 0), ("llama", 64)]
+    "name, window, most",
+    [
+        ("mistral", 4, 4),
+        ("qwen2", 4, 64),
+        ("gemma2", 4, 64),
+        ("mamba", 0, 0),
+        ("llama", math.inf, 64),
+    ],
 )
-def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, embedded, monkeypatch):
+def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, most, embedded, monkeypatch):
     """Through lm-eval's own interface; only requests that fit are shared, and the order stays."""
     model, calls = ARCHITECTURES[name](), []
     own = prefixes.loglikelihoods
@@ -194,10 +206,32 @@ def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, embedded,
         [value for value, _ in expected], abs=1e-4
     )
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert prefixes.longest_shared(model) == (float("inf") if name == "llama" else window)
-    assert sum(calls) == (
-        4 if name == "llama" else sum(len(a) + len(b) - 1 <= window for _, a, b in requests)
+    assert prefixes.longest_shared(model) == window
+    assert sum(calls) == sum(len(a) + len(b) - 1 <= most for _, a, b in requests)
+
+
+def test_layers_with_a_window_take_a_mask_of_their_own():
+    assert {"gemma2", "gemma3_text", "cohere2", "qwen3", "olmo3", "gpt_oss"} <= BY_KIND
+    # One mask for all, none of our making, or no layer with a window.
+    assert not BY_KIND & {"mistral", "gpt_neo", "mamba", "llama4_text", "llama"}
+
+
+def test_the_stock_backend_holds_few_logits_at_once(embedded, monkeypatch):
+    model, rows = ARCHITECTURES["mistral"](), []
+    scorer = prefixes.language_model(model, embedded[1], 4)
+    own = scorer._model_call
+    monkeypatch.setattr(
+        scorer, "_model_call", lambda ids, *given, **named: rows.append(ids) or own(ids)
     )
+    requests = [(("", ""), [*range(3, 13 + number)], [4, 5]) for number in range(6)]
+    found = scorer._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [len(ids) for ids in rows] == [4, 2]
+    rows.clear()
+    longest = max(len(prompt) + len(answer) for _, prompt, answer in requests)
+    monkeypatch.setattr(prefixes, "STOCK_LOGITS", 2 * longest * model.config.vocab_size + 1)
+    again = scorer._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [len(ids) for ids in rows] == [2, 2, 2] and scorer.batch_size == 4
+    assert [value for value, _ in again] == pytest.approx([value for value, _ in found], abs=1e-5)
 
 
 def variants(model) -> dict[tuple[int, ...], torch.nn.Module]:

@@ -5,7 +5,15 @@ import pytest
 import torch
 from tiny_model import HEALING, N_LAYERS, make_study
 
-from pruning_utils import data, efficiency, evaluation, healing, models, surgery
+from pruning_utils import (
+    data,
+    efficiency,
+    evaluation,
+    healing,
+    importance,
+    models,
+    surgery,
+)
 from pruning_utils.studies import costs, shapes
 from pruning_utils.studies.study import PRECISIONS, fresh_processes, narrowed
 
@@ -33,6 +41,28 @@ def test_a_narrowed_model_equals_the_steps_one_by_one(recipe, tiny, tmp_path):
         evaluation.token_losses(model, data.document_windows(tokenizer, 3, 16)).mean(1).tolist()
     )
     assert rows[rows["dataset"] == "xsum"]["nll"].tolist() == losses
+
+
+def test_a_width_is_scored_once_for_points_in_a_row(tiny, tmp_path, monkeypatch):
+    calls, own = [], importance.taylor
+    monkeypatch.setattr(
+        importance, "taylor", lambda *given, **named: calls.append(1) or own(*given, **named)
+    )
+    points = [
+        point(width="15 1"),
+        point(width="15 1", recipe="lora 0.01 4"),
+        point(width="15 1", recipe="full 0.01 4"),
+        point("1 3"),
+        point(width="15 1"),
+        point(width="9 1"),
+    ]
+    several = make_study(tiny, tmp_path, points)
+    found = [several(asked) for asked in points]
+    assert len(calls) == 3, "the first width twice, as another cut came between"
+    assert found[0] == found[4], "training left the narrowed model as it was"
+    for asked, rows in zip(points, found, strict=True):
+        alone = make_study(tiny, tmp_path / "alone", [asked])
+        pd.testing.assert_frame_equal(pd.DataFrame(rows), pd.DataFrame(alone(asked)))
 
 
 def test_a_shortened_model_is_that_of_the_other_study_and_trained_once(tiny, tmp_path, monkeypatch):

@@ -324,6 +324,8 @@ class SharedLayers:
         if named.get("use_cache"):
             return
         values = [*given, *named.values()]
+        # Masks may come one for each kind of layers.
+        values += [mask for value in values if isinstance(value, dict) for mask in value.values()]
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         by_place = {str(place): tensor for place, tensor in enumerate(tensors)}
         self.known = self.kept.setdefault(runtime.tensor_digest(by_place), {})

@@ -28,14 +28,16 @@ if TYPE_CHECKING:
 
 # In a row, of one prompt.
 ANSWER_TOKENS = 512
+# Of a batch of the stock backend, which holds the logits of all its tokens twice: 4 GiB in float32.
+STOCK_LOGITS = 2**29
 
 
 def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
     """lm-eval's Hugging Face backend for a model in memory, with shared beginnings run only once.
 
     Log-likelihoods are those of the stock backend up to rounding. The stock backend itself takes
-    what cannot be shared: prompts beyond the context length, and models whose layers keep a state,
-    look through a window or cannot be told positions.
+    what cannot be shared: prompts beyond the context length, or beyond a window that cannot be
+    drawn into a mask, and models whose layers keep a state or cannot be told positions.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -71,14 +73,23 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
             self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
             _refuse_what_does_not_fit(self.model, requests, self.max_length)
-            longest = min(longest_shared(self.model), self.max_length)
-            fits = [len(prompt) + len(answer) <= longest + 1 for _, prompt, answer in requests]
+            lengths = [len(prompt) + len(answer) for _, prompt, answer in requests]
+            longest = longest_shared(self.model)
+            if max(lengths, default=0) > longest + 1 and takes_masks_by_kind(self.model):
+                longest = math.inf
+            longest = min(longest, self.max_length)
+            fits = [length <= longest + 1 for length in lengths]
             pairs = [request[1:] for request, fit in zip(requests, fits, strict=True) if fit]
             others = [request for request, fit in zip(requests, fits, strict=True) if not fit]
             stock = []
             if others:
                 run = super()._loglikelihood_tokens
-                stock = _on_fewer(self, run, others, disable_tqdm, override_bs)
+                vocabulary = self.model.get_input_embeddings().num_embeddings
+                rows = STOCK_LOGITS // (min(max(lengths), self.max_length) * vocabulary)
+                with passes.replaced(
+                    self, "batch_size_per_gpu", max(1, min(rows, self.batch_size))
+                ):
+                    stock = _on_fewer(self, run, others, disable_tqdm, override_bs)
             shared = loglikelihoods(self.model, pairs, batch_size=self.batch_size)
             from_stock, from_shared = iter(stock), iter(shared)
             return [next(from_shared if fit else from_stock) for fit in fits]
@@ -199,9 +210,9 @@ def first_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
 
 
 def longest_shared(model: nn.Module) -> float:
-    """Tokens up to which a model takes masks and positions of our making.
+    """Tokens up to which a model takes one mask, and positions, of our making.
 
-    Layers that look through a window take them while all tokens fit into it.
+    Layers that look through a window take it while all tokens fit into the window.
 
     Returns:
         The number of tokens: 0 where the model takes none, ``inf`` where it sets no bound.
@@ -227,6 +238,25 @@ def longest_shared(model: nn.Module) -> float:
     return getattr(config, "sliding_window", None) or math.inf
 
 
+def takes_masks_by_kind(model: nn.Module) -> bool:
+    """Whether a model takes a mask for each kind of its layers, those with a window and others.
+
+    It is tried on two tokens, since its signature does not tell.
+    """
+    kinds = getattr(models.text_config(model), "layer_types", None)
+    if not kinds or not longest_shared(model):
+        return False
+    device = passes.input_device(model)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    seen = torch.zeros(1, 1, 2, 2, dtype=model.dtype, device=device)
+    try:
+        with torch.no_grad():
+            passes.run_backbone(model, tokens, attention_mask=dict.fromkeys(kinds, seen))
+    except (AttributeError, TypeError, ValueError):  # as the code of architectures refuses a dict
+        return False
+    return True
+
+
 def loglikelihoods(
     model: nn.Module, requests: Sequence[tuple[list[int], list[int]]], *, batch_size: int
 ) -> list[tuple[float, bool]]:
@@ -235,7 +265,8 @@ def loglikelihoods(
     Args:
         model: A causal language model in evaluation mode.
         requests: Token ids of prompt and answer, at least one each, together at most
-            :func:`longest_shared` plus one: an answer's last token is never an input.
+            :func:`longest_shared` plus one, since an answer's last token is never an input; of any
+            length where :func:`takes_masks_by_kind`.
         batch_size: Rows in a forward pass; a row holds a prompt with its answers, or prompts that
             share half. There are fewer where memory does not suffice.
 
@@ -416,8 +447,16 @@ def _cached(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torc
     """Keys and values of each layer for the beginning that prompts share; [] for no beginning."""
     if not beginning:
         return []
+    from transformers import DynamicCache
+
     device = passes.input_device(model)
-    _, output = passes.run_backbone(model, torch.tensor([beginning], device=device), use_cache=True)
+    # Not one of the model's making, whose layers with a window let the first tokens go.
+    _, output = passes.run_backbone(
+        model,
+        torch.tensor([beginning], device=device),
+        use_cache=True,
+        past_key_values=DynamicCache(),
+    )
     return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
@@ -470,10 +509,8 @@ def _inputs(
         tokens[number, :size] = row.tokens
         places[number, :size] = row.places
         sees[number, 0, :size, start : start + size] = row.sees
-    mask = torch.zeros(sees.shape, dtype=model.dtype)
-    mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(model.dtype).min)
     inputs: dict[str, Any] = {
-        "attention_mask": mask.to(device),
+        "attention_mask": _masks(model, sees, places, start, device),
         "position_ids": torch.from_numpy(places).to(device),
     }
     if cached:
@@ -483,6 +520,28 @@ def _inputs(
             cache.update(keys.expand(shape), values.expand(shape), layer)
         inputs |= {"past_key_values": cache, "use_cache": True}
     return torch.from_numpy(tokens), inputs
+
+
+def _masks(
+    model: nn.Module, sees: np.ndarray, places: np.ndarray, start: int, device: torch.device
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What is added to the attention of tokens ``(B, 1, T, start + T)``: 0 where one sees another.
+
+    Where a token lies beyond the window of a layer, a mask for each kind of layers.
+    """
+
+    def added(seen: np.ndarray) -> torch.Tensor:
+        mask = torch.zeros(seen.shape, dtype=model.dtype)
+        return mask.masked_fill_(torch.from_numpy(~seen), torch.finfo(model.dtype).min).to(device)
+
+    if places.max() < longest_shared(model):
+        return added(sees)
+    before = np.broadcast_to(np.arange(start), (len(places), start))
+    keys = np.concatenate([before, places], axis=1)
+    distances = places[:, None, :, None] - keys[:, None, None, :]
+    window = models.text_config(model).sliding_window
+    near = added(sees & (distances < window))
+    return {"full_attention": added(sees), "sliding_attention": near}
 
 
 def _predictions(rows: list[_Tree], longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

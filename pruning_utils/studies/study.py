@@ -86,6 +86,18 @@ class Trained(NamedTuple):
     removed: tuple[tuple[int, int], ...] = ()
 
 
+class Narrow(NamedTuple):
+    """A model whose layers are all narrower.
+
+    Attributes:
+        size: The width of a :class:`recipes.Cut`.
+        model: With weights of its own, which nobody may change.
+    """
+
+    size: tuple[int, ...]
+    model: nn.Module
+
+
 @functools.lru_cache(maxsize=1)
 def loaded(
     model: str, revision: str | None, dtype: str, quantize: str | None = None
@@ -167,6 +179,8 @@ class Study:
         self.n_calibration = n_calibration
         self.calibration_source = calibration_source
         self.healing_source = healing_source
+        # Scored anew it takes as long as a short training: kept while points in a row ask for it.
+        self._narrow: Narrow | None = None
 
     # --- what is measured -------------------------------------------------------------------------
 
@@ -356,11 +370,16 @@ class Study:
     def _cut(self, cut: Cut) -> nn.Module:
         """The model without what goes; it shares weights with the loaded one, which stays."""
         network = self.network
+        if self._narrow and self._narrow.size != cut.width:
+            self._narrow = None
         if cut.width:
-            windows = data.calibration_windows(
-                self.tokenizer, **CALIBRATION, source=self.calibration_source, seed=self.seed
-            )
-            return narrowed(copy.deepcopy(network), cut.width, windows)
+            if self._narrow is None:
+                windows = data.calibration_windows(
+                    self.tokenizer, **CALIBRATION, source=self.calibration_source, seed=self.seed
+                )
+                model = narrowed(copy.deepcopy(network), cut.width, windows)
+                self._narrow = Narrow(cut.width, model)
+            return self._narrow.model
         layers = self._layers(cut, network, self._prepared[2])
         return without_layers(network, layers) if layers else network
 
