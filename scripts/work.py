@@ -287,7 +287,8 @@ def orders_of_shots(values: Values, n_layers: int) -> list[Table]:
     shots = values["shots"]
     ends = ends_of(shots["counts"])
     asked = [Point("none", shots=count) for count, _ in shots["counts"] if count in ends]
-    whole = replace(of_block(values), healing={}, n_calibration=0, limit=shots["n_questions"])
+    limit = values["scored_on"]["n_questions"]
+    whole = replace(of_block(values), healing={}, n_calibration=0, limit=limit)
     return [replace(whole, name="shots", points=tuple(asked), tasks=shots["tasks"])]
 
 
