@@ -51,6 +51,18 @@ def test_the_order_in_which_counts_are_listed_does_not_matter():
     assert [*found.orders] == ["a model: 5 shots, order 1 - 0"]
 
 
+def test_what_is_drawn_has_a_floor_in_each_panel_and_names_without_signs():
+    answers = shots.answers_by_shots(made_answers({}))
+    found = shots.compared_shots(answers, COUNTS, series="unpruned", name="a model")
+    of_tasks = answers.index.get_level_values(0)
+    decided = shots.decided_shots(found.numbers, found.orders, margin=0.02, of_tasks=of_tasks)
+    drawn = shots.drawn_shots(found.levels, decided)
+    assert drawn["levels"]["value"].tolist() == [row["value"] for row in found.levels]
+    panels = ["number of shots", "order of 5 shots"]
+    assert drawn["baselines"]["panel"].tolist() == panels and not drawn["baselines"]["value"].any()
+    assert "a model: 5 shots, order 1 minus 0" in drawn["differences"]["pair"].tolist()
+
+
 def test_one_way_of_asking_cannot_be_compared():
     with pytest.raises(ValueError, match="two numbers or two orders"):
         shots.decided_shots({}, {}, margin=0.02, of_tasks=[])

@@ -531,6 +531,7 @@ def _masks(
     """
 
     def added(seen: np.ndarray) -> torch.Tensor:
+        """0 where one is seen, the lowest number of the model's precision where it is not."""
         mask = torch.zeros(seen.shape, dtype=model.dtype)
         return mask.masked_fill_(torch.from_numpy(~seen), torch.finfo(model.dtype).min).to(device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -262,8 +263,7 @@ def compared_draws(
             f"{criterion}, {count} windows": (
                 rows[criterion, count] - rows[criterion, most]
             ).to_numpy()
-            for criterion in criteria
-            for count in fewer
+            for criterion, count in itertools.product(criteria, fewer)
         },
         margin=margin,
     )

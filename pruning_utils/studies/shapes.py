@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -77,8 +78,7 @@ def sized_points(removed: Mapping[int, str], shapes: Mapping[str, int]) -> list[
     unpruned = {"n_dropped": 0, "shape": "unpruned", "layers": "", "n_kv_heads": 0}
     return [unpruned] + [
         {"n_dropped": n, "shape": shape, "layers": layers, "n_kv_heads": heads}
-        for n, layers in removed.items()
-        for shape, heads in shapes.items()
+        for (n, layers), (shape, heads) in itertools.product(removed.items(), shapes.items())
     ]
 
 
@@ -121,7 +121,5 @@ def timed_points(
             "batch_size": batch,
             "prompt_tokens": prompt,
         }
-        for prompt in prompts
-        for batch in batch_sizes
-        for row in sizes.itertuples()
+        for prompt, batch, row in itertools.product(prompts, batch_sizes, sizes.itertuples())
     ]

@@ -78,6 +78,23 @@ def compared_shots(
     return Compared(levels, numbers, orders)
 
 
+def drawn_shots(levels: Sequence[dict], decided: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The arguments of :func:`importance_plots.levels_and_differences`.
+
+    Args:
+        levels: As in :class:`Compared`, of one model or of several.
+        decided: Of :func:`decided_shots`.
+    """
+    rows = pd.DataFrame(levels).assign(measure="accuracy", label="")
+    lines = [{"panel": panel, "name": "floor", "value": 0.0} for panel in rows["panel"].unique()]
+    pairs = decided.assign(
+        panel="differences of accuracy",
+        measure="accuracy",
+        pair=decided["pair"].str.replace(" - ", " minus "),
+    )
+    return {"levels": rows, "differences": pairs, "baselines": pd.DataFrame(lines)}
+
+
 def decided_shots(
     numbers: Mapping[str, np.ndarray],
     orders: Mapping[str, np.ndarray],

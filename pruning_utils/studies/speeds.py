@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -135,12 +136,12 @@ def causes_of_time(
     )
     whole = single[single["series"] == "unpruned"].iloc[0]
     reading = 1000 * whole["weights"] / bytes_per_second
+    ends = (
+        (bytes_read, "reading alone", whole["weights"] / 1e6, reading),
+        (in_a_row, "in proportion", n_layers, whole["value"]),
+    )
     lines = [
         {"panel": panel, "name": name, "x": share * end, "value": share * value}
-        for panel, name, end, value in (
-            (bytes_read, "reading alone", whole["weights"] / 1e6, reading),
-            (in_a_row, "in proportion", n_layers, whole["value"]),
-        )
-        for share in (0, 0.5, 1)
+        for (panel, name, end, value), share in itertools.product(ends, (0, 0.5, 1))
     ]
     return causes, pd.DataFrame(lines)
