@@ -127,7 +127,7 @@ def main() -> None:
         raise SystemExit("the peak of a process is read from Linux's /proc")
     if not asked.default_allocator:
         os.environ[THRESHOLD] = str(2**16)
-    config = model_files.configuration(models._resolve(asked.model, None), {})
+    config = model_files.configuration(models.resolve(asked.model, None), {})
     print(f"{'method':>12} {'shape':>9} {'plan':>9} {'held':>9} {'plan/held':>9}")
     for method in asked.methods:
         for shape in asked.shapes:

@@ -257,7 +257,7 @@ class Bench:
         whole = evaluation.load_tasks([task], num_fewshot=5)[task]["tasks"]
         label = next(iter(whole))
         listened = Listened(ours)
-        with evaluation._quiet_libraries():
+        with evaluation.quiet_libraries():
             asked = {"tasks": {label: copy.deepcopy(whole[label])}}
             lm_eval.evaluate(lm=listened, task_dict=asked, limit=limit, bootstrap_iters=0)
         n_tokens = tokens_at_least(self.tokenizer, listened.asked)

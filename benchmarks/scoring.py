@@ -40,7 +40,7 @@ def scored(
     label = next(iter(whole))
     loaded = {"tasks": {label: whole[label]}}
     started = time.perf_counter()
-    with evaluation._quiet_libraries():
+    with evaluation.quiet_libraries():
         results = lm_eval.evaluate(lm=scorer, task_dict=loaded, limit=limit, bootstrap_iters=0)
     seconds = time.perf_counter() - started
     found = results["results"][label]

@@ -14,7 +14,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pruning_utils.depth_plots import _look
+from pruning_utils.depth_plots import look_of
 from pruning_utils.plots import NAMES, WIDE, colour_of, need_columns, new_figure
 
 # --- levels beside differences, times, and sizes --------------------------------------------------
@@ -42,7 +42,7 @@ def _with_ends(
     axis: Axes, rows: pd.DataFrame, places: np.ndarray | pd.Series, series: str
 ) -> ErrorbarContainer:
     """A curve of ``value`` with bars from ``low`` to ``high``."""
-    colour, marker = _look(series)
+    colour, marker = look_of(series)
     return axis.errorbar(
         places,
         rows["value"],
@@ -208,7 +208,7 @@ def _mark_above(axis: Axes, shown: pd.DataFrame, top: float) -> None:
     """End an axis, and mark at its edge what lies above, with its value."""
     axis.set_ylim(None, top)
     for row in shown[shown["value"] > top].itertuples():
-        colour, _ = _look(row.series)
+        colour, _ = look_of(row.series)
         axis.annotate(
             f"{row.value:.1f} \u2191",
             (row.place, top),
@@ -314,7 +314,7 @@ def training_pairs(
         losses = wide.loc[panel].unstack("run")
         tokens = losses.index / 1000
         for series in (first, second):
-            colour, marker = _look(series)
+            colour, marker = look_of(series)
             axis.plot(tokens, losses[series], color=colour, linewidth=0.5, alpha=0.7)
             (handles[series],) = axis.plot(
                 tokens,

@@ -12,19 +12,20 @@ source    split                                      rows
 ``boolq`` ``healing``                                all different passages of BoolQ/combined
 ========= ========================================== ==========================================
 
-Every split but ``evaluation`` is filtered: a document that shares a run of 13 lower-cased words
-with any evaluation document, or with any benchmark question, passage or option, is left out. Of a
-hub corpus the evaluation documents come from a split of their own; what calibrates and what heals
-may be the same training split.
+Every split but ``evaluation`` is filtered, of hub corpora too: a document that shares a run of 13
+lower-cased words with any embedded evaluation document, or with any benchmark question, passage or
+option, is left out. Of a hub corpus the evaluation documents come from a split of their own, with
+which nothing is compared; what calibrates and what heals may be the same training split.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,7 +43,7 @@ TOGETHER = 256
 # Two texts that share a run of this many words count as overlapping.
 RUN_LENGTH = 13
 # Of that rule, and of what it reads: another number for other code, so that what was kept is left.
-RULE_FORM = 1
+RULE_FORM = 2
 # (source, our split): (file of the distribution, column, first row, row after the last).
 EMBEDDED_SPLITS = {
     ("xsum", "evaluation"): ("XSum/test", "document", 0, 600),
@@ -87,8 +88,7 @@ def _rows(name: str) -> list[dict]:
 def documents(source: str, split: str) -> list[str]:
     """The different documents of one corpus that serve one purpose, in file order.
 
-    Splits other than ``evaluation`` of the embedded corpora are filtered by the 13-word rule of
-    this module.
+    Splits other than ``evaluation`` are filtered by the 13-word rule of this module.
 
     Args:
         source: ``xsum``, ``quac`` or ``boolq`` (embedded), or ``c4``, ``wikitext2`` or
@@ -132,18 +132,26 @@ def _hub_documents(source: str, split: str) -> tuple[str, ...]:
 
     repository, configuration, column, splits = HUB_CORPORA[source]
     limit = HEALING_DOCUMENTS if split == "healing" else OTHER_DOCUMENTS
+    known = None if split == "evaluation" else evaluation_texts()
     try:
         with hub.asked_or_cached():
             rows = datasets.load_dataset(
                 repository, configuration, split=splits[split], streaming=True
             )
-            return tuple(
-                row[column] for row in rows.filter(lambda row: row[column].strip()).take(limit)
-            )
+            texts: Iterator[str] = (row[column] for row in rows if row[column].strip())
+            if known is not None:
+                texts = _without_overlaps(texts, known)
+            return tuple(itertools.islice(texts, limit))
     except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
             f"text {source!r} ({repository}) could not be read from the hub: {error}"
         ) from error
+
+
+def _without_overlaps(texts: Iterator[str], others: list[str]) -> Iterator[str]:
+    """Those texts that share no run of words with any of the others, some at a time."""
+    while some := list(itertools.islice(texts, TOGETHER)):
+        yield from itertools.compress(some, ~overlaps(some, others))
 
 
 def evaluation_texts() -> list[str]:
@@ -160,17 +168,16 @@ def evaluation_texts() -> list[str]:
     return [*texts, *benchmarks.texts()]
 
 
-def _run_hashes(texts: Iterable[str], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+def _run_hashes(
+    texts: Iterable[str], number_of: Callable[[str], int]
+) -> tuple[np.ndarray, np.ndarray]:
     """uint64 hash of every run of RUN_LENGTH words, and the number of the run's text.
 
-    Equal runs have equal hashes. ``numbers`` holds the number of each word; new words are added.
+    Equal runs have equal hashes. ``number_of`` gives the number of a word.
     """
     words_by_text = [re.findall(r"\w+", text.lower()) for text in texts]
     owner = np.repeat(np.arange(len(words_by_text)), [len(words) for words in words_by_text])
-    words = np.array(
-        [numbers.setdefault(word, len(numbers)) for words in words_by_text for word in words],
-        np.uint64,
-    )
+    words = np.array([number_of(word) for words in words_by_text for word in words], np.uint64)
     weights = 1 | np.random.default_rng(0).integers(1, 2**64, RUN_LENGTH, dtype=np.uint64)
     n_runs = max(len(words) - RUN_LENGTH + 1, 0)
     hashes = np.zeros(n_runs, np.uint64)
@@ -188,7 +195,8 @@ def _known_runs(others: tuple[str, ...]) -> tuple[dict[str, int], np.ndarray]:
     They are kept, since every split is compared with the same texts.
     """
     numbers: dict[str, int] = {}
-    return numbers, np.sort(_run_hashes(others, numbers)[0])
+    hashes, _ = _run_hashes(others, lambda word: numbers.setdefault(word, len(numbers)))
+    return numbers, np.sort(hashes)
 
 
 def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
@@ -202,7 +210,8 @@ def overlaps(texts: Iterable[str], others: Iterable[str]) -> np.ndarray:
     """
     texts = list(texts)
     numbers, known = _known_runs(tuple(others))
-    hashes, owner = _run_hashes(texts, numbers)
+    # All words that the others do not have share a number that none of theirs has.
+    hashes, owner = _run_hashes(texts, lambda word: numbers.get(word, len(numbers)))
     shared = np.zeros(len(texts), bool)
     if len(known):
         nearest = known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)]
@@ -285,7 +294,7 @@ def _checked_length(tokenizer: PreTrainedTokenizerBase, seq_len: int, least: int
     return seq_len
 
 
-def _windows(
+def windows_of_texts(
     tokenizer: PreTrainedTokenizerBase,
     n_samples: int,
     seq_len: int,
@@ -332,7 +341,7 @@ def calibration_windows(
         ValueError: If a number is out of range, the source unknown, or the corpus too small.
     """
     split = "healing" if (source, "healing") in EMBEDDED_SPLITS else "calibration"
-    return _windows(
+    return windows_of_texts(
         tokenizer, n_samples, seq_len, documents(source, split), seed, f"{source}/{split}"
     )
 
@@ -365,7 +374,7 @@ def evaluation_windows(
     """
     if split not in ("evaluation", "validation"):
         raise ValueError(f"split must be evaluation or validation, got {split!r}")
-    return _windows(
+    return windows_of_texts(
         tokenizer, n_samples, seq_len, documents(source, split), None, f"{source}/{split}"
     )
 
@@ -446,7 +455,9 @@ def healing_windows(
     """
     sources = ("boolq", "quac") if source is None else (source,)
     texts = [text for name in sources for text in documents(name, "healing")]
-    return _windows(tokenizer, n_samples, seq_len, texts, seed, f"{' + '.join(sources)}/healing")
+    return windows_of_texts(
+        tokenizer, n_samples, seq_len, texts, seed, f"{' + '.join(sources)}/healing"
+    )
 
 
 def identity() -> str:

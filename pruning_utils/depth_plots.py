@@ -24,7 +24,7 @@ BASELINES = {
 }
 
 
-def _look(entity: str) -> tuple[str, str]:
+def look_of(entity: str) -> tuple[str, str]:
     """Colour and marker of an entity; the same for all that have none of their own."""
     return ENTITIES.get(entity, ("#56B4E9", "v"))
 
@@ -80,7 +80,7 @@ def depth_curves(
         shown = table[table["panel"] == panel].sort_values("n_dropped")
         for series, points in shown.groupby("series", sort=False):
             twin = (dashed or {}).get(series)
-            colour, marker = _look(twin or series)
+            colour, marker = look_of(twin or series)
             of_twin = {"linestyle": "--", "markerfacecolor": "white"} if twin else {}
             x = points["n_dropped"] / (n_layers if isinstance(n_layers, int) else n_layers[panel])
             look = {
@@ -158,7 +158,7 @@ def place_losses(
         last = losses[(losses["panel"] == panel) & (losses["row"] == rows[-1])]
         heights = (last.set_index("start")["value"], ends.set_index("start")["distance"])
         for name, place in marked[panel].items():
-            colour, marker = _look(name)
+            colour, marker = look_of(name)
             for axis, height in zip(grid[-2:, column], heights, strict=True):
                 (handles[name],) = axis.plot(
                     place, height[place], marker, color=colour, markersize=6, linestyle="none"
@@ -167,6 +167,44 @@ def place_losses(
         row.set_ylabel("loss (nats)")
     grid[-1, 0].set_ylabel("angular distance")
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 5))
+    return figure
+
+
+def place_levels(table: pd.DataFrame, *, baselines: pd.DataFrame, label: str) -> Figure:
+    """What single blocks leave, by the place of their first layer: a panel a model.
+
+    Args:
+        table: Columns ``panel``, ``series`` (what chose the block), ``start`` (its first layer,
+            0-based), ``value``, ``low`` and ``high``.
+        baselines: Columns ``panel``, ``name`` and ``value``: thin lines.
+        label: What the value is, with its unit.
+    """
+    need_columns(table, "panel", "series", "start", "value", "low", "high")
+    panels = list(table["panel"].unique())
+    figure, axes = new_figure(WIDE, 2.4, len(panels), sharey=True)
+    handles: dict = {}
+    for axis, panel in zip(axes, panels, strict=True):
+        shown = table[table["panel"] == panel]
+        for series, points in shown.groupby("series", sort=False):
+            colour, marker = look_of(str(series))
+            handles[series] = axis.errorbar(
+                points["start"],
+                points["value"],
+                [points["value"] - points["low"], points["high"] - points["value"]],
+                color=colour,
+                marker=marker,
+                markersize=4.5,
+                linestyle="none",
+                linewidth=0.8,
+            )
+        lines = baselines[baselines["panel"] == panel]
+        for name, level in zip(lines["name"], lines["value"], strict=True):
+            handles[name] = axis.axhline(
+                level, color="0.35", linestyle=BASELINES[name], linewidth=0.7, zorder=0
+            )
+        axis.set(title=NAMES.get(panel, panel), xlabel="first removed layer (0-based)")
+    axes[0].set_ylabel(label)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=3)
     return figure
 
 

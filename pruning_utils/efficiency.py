@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from pruning_utils import models, runtime
-from pruning_utils.engine import passes
+from pruning_utils.engine import passes, wrappers
 from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.later import flop_counter, nn, torch
 
@@ -22,8 +22,10 @@ def stored_parameters(model: nn.Module) -> dict[str, int]:
         weights hold two parameters a byte).
 
     Raises:
-        ValueError: If the weights are quantised: their number is then not that of the tensors.
+        ValueError: If the weights are quantised: their number is then not that of the tensors; or
+            if weights are missing, or it is no model of transformers.
     """
+    wrappers.refuse_wrapped(model)
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "parameters of quantised weights cannot be counted by their tensors: count before "
@@ -41,9 +43,19 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each counted once.
 
     The scales of quantised weights count too.
+
+    Args:
+        model: A model, or a layer of one, whose weights are in memory.
+
+    Raises:
+        ValueError: If a weight is not there (device ``meta``), or it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module of PyTorch, got {model!r}")
     found = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"the weights must be in memory, but {name} is on the device meta")
         state = getattr(tensor, "quant_state", None)
         scales = getattr(state, "absmax", None)
         scales_of_scales = getattr(getattr(state, "state2", None), "absmax", None)
@@ -62,9 +74,15 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
 
     Args:
         model: A causal language model.
-        batch_size: Texts in the pass.
-        n_tokens: Tokens of each text.
+        batch_size: Texts in the pass, at least 1.
+        n_tokens: Tokens of each text, at most the model's context length.
+
+    Raises:
+        ValueError: If a number is out of range, or the model is none of transformers.
     """
+    wrappers.refuse_wrapped(model)
+    whole_number("batch_size", batch_size, 1)
+    whole_number("n_tokens", n_tokens, 1, models.context_length(model.config))
     device = model.get_input_embeddings().weight.device
     counter = flop_counter.FlopCounterMode(display=False)
     with (
@@ -175,8 +193,8 @@ def machine_limits(
     Args:
         dtype: ``auto`` (bfloat16 where the device multiplies it natively, float32 elsewhere),
             ``bfloat16``, ``float16`` or ``float32``.
-        size: Rows of the square matrices of the product. The matrix that is read has 16 times as
-            many rows, so that no cache holds it.
+        size: Rows of the square matrices of the product, at least 1. The matrix that is read has
+            16 times as many rows, so that no cache holds it.
         repeats: Measurements, of which the fastest counts, at least 1.
 
     Returns:
@@ -184,8 +202,9 @@ def machine_limits(
         matrix for one vector.
 
     Raises:
-        ValueError: If ``repeats`` is below 1, or the dtype is unknown.
+        ValueError: If a number is below 1, or the dtype is unknown.
     """
+    whole_number("size", size, 1)
     whole_number("repeats", repeats, 1)
     kind, device = runtime.resolve_dtype(dtype), runtime.choose_device()
     square = torch.ones(size, size, dtype=kind, device=device)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from pruning_utils import models
-from pruning_utils.engine import benchmarks, memory, passes, prefixes
+from pruning_utils.engine import benchmarks, memory, passes, prefixes, wrappers
 from pruning_utils.engine.checks import refuse_nan, whole_number
 from pruning_utils.engine.later import nn, torch
 
@@ -226,14 +226,16 @@ def evaluate_tasks(
             of the question.
 
     Raises:
-        ValueError: If an argument is out of range, a task unknown or its data out of reach, all
-            before any scoring; or if a log-likelihood is not finite.
+        ValueError: If an argument is out of range, the model is none of transformers or inside
+            something else, a task unknown or its data out of reach, all before any scoring; or if
+            a log-likelihood is not finite.
     """
+    wrappers.refuse_wrapped(model)
     batch_size = whole_number("batch_size", batch_size, 1)
     loaded = load_tasks(tasks, num_fewshot=num_fewshot, limit=limit, shot_order=shot_order)
     if answers_only:
         benchmarks.leave_questions_out(loaded)
-    with _quiet_libraries(), passes.evaluation_mode(model), torch.no_grad():
+    with quiet_libraries(), passes.evaluation_mode(model), torch.no_grad():
         scorer = prefixes.language_model(model, tokenizer, batch_size)
         parts = [_score(scorer, name, found, limit) for name, found in loaded.items()]
     columns = ["task", "question_id", "correct", "correct_norm", "p_right", "nll"]
@@ -261,7 +263,7 @@ def load_tasks(
     whole_number("num_fewshot", num_fewshot, 0)
     shot_order = whole_number("shot_order", shot_order, 0)
     whole_number("limit", 1 if limit is None else limit, 1, sys.maxsize)
-    with _quiet_libraries():
+    with quiet_libraries():
         return {
             name: benchmarks.load(name, num_fewshot, limit, shot_order)
             for name in dict.fromkeys(names)
@@ -269,7 +271,7 @@ def load_tasks(
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Let the libraries underneath report errors only.
 
     Their levels come back afterwards, and the random state that they draw from.

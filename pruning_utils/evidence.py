@@ -317,13 +317,15 @@ def statistic_interval(
         are NaN where the statistic is NaN for a resample.
 
     Raises:
-        ValueError: If there are fewer than 2 observations, or one is NaN.
+        ValueError: If there are fewer than 2 observations, one is NaN, or the confidence is out of
+            range.
     """
     values = np.asarray(observations, dtype=np.float64)
     if values.ndim == 0 or len(values) < 2 or np.isnan(values).any():
         raise ValueError(
             f"an interval needs at least 2 observations without NaN, got shape {values.shape}"
         )
+    number("confidence", confidence, "in (0, 1)", lambda share: 0 < share < 1)
     drawn = []
     for chunk in range(RESAMPLES // CHUNK):
         weights = _resample_counts(len(values), seed, chunk) / len(values)

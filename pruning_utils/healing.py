@@ -128,13 +128,13 @@ def heal(
         history = trainer.train(
             trained,
             run,
-            loss=_mean_loss,
+            loss=mean_loss,
             in_bfloat16=trainer.holds(model, torch.bfloat16),
             evaluations=EVALUATIONS,
             saves=SAVES,
         )
         count = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
-        healed = _finished(trained, model, method, merge)
+        healed = finished(trained, model, method, merge)
     trainer.refuse_overflow(healed, model)
     return HealedModel(healed, history, count)
 
@@ -313,7 +313,7 @@ def _is_feed_forward(name: str) -> bool:
     return not any(part in name for part in NOT_FEED_FORWARD)
 
 
-def _mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Mean loss in nats over every token but the first of each window.
 
     Args:
@@ -323,7 +323,7 @@ def _mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return head_losses.mean_loss(model, ids)
 
 
-def _finished(trained: nn.Module, model: nn.Module, method: str, merge: bool) -> nn.Module:
+def finished(trained: nn.Module, model: nn.Module, method: str, merge: bool) -> nn.Module:
     """The model to return: merged where asked, in the model's own dtypes, in evaluation mode."""
     if merge and method == "qlora":
         trained = _merged_into_copy(trained, model)

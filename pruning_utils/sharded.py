@@ -114,7 +114,7 @@ def heal(
         return None
     whole = healing.trainable_copy(model, settings)
     whole.load_state_dict(weights, strict=False)
-    healed = healing._finished(whole, model, settings["method"], merge)
+    healed = healing.finished(whole, model, settings["method"], merge)
     trainer.refuse_overflow(healed, model)
     return HealedModel(healed, history, count)
 
@@ -275,7 +275,7 @@ class Training:
             with runtime.atomic_path(folder / HISTORY) as temporary:
                 temporary.write_text(json.dumps(self.rows))
             trainer.seal(folder)
-            saved = sorted(self.run.folder.glob("checkpoint-*"), key=trainer._step_of)
+            saved = sorted(self.run.folder.glob("checkpoint-*"), key=trainer.step_of)
             for path in saved[:-2]:
                 shutil.rmtree(path)
         self.team.wait_for_everyone()
@@ -299,7 +299,7 @@ class Training:
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
-        step = trainer._step_of(folder)
+        step = trainer.step_of(folder)
         (share_of_peak,) = self.schedule.lr_lambdas
         rate = self.run.settings["learning_rate"] * share_of_peak(step)
         self.schedule.last_epoch, self.schedule._last_lr = step, [rate]

@@ -93,7 +93,7 @@ def measure_similarity(
     passes.refuse_missing_weights(model)
     batches = memory.BatchSize(whole_number("batch_size", batch_size, 1))
     rows, lengths = align_right_padded(input_ids, attention_mask)
-    sums, device = _RunningSums(len(models.decoder_layers(model))), passes.input_device(model)
+    sums, device = RunningSums(len(models.decoder_layers(model))), passes.input_device(model)
 
     def add(samples: slice) -> None:
         """Add a micro-batch to the sums: all of it, or nothing."""
@@ -109,7 +109,7 @@ def measure_similarity(
         sums = larger
 
     with (
-        _LayerStates(model) as states,
+        LayerStates(model) as states,
         torch.no_grad(),
         tqdm(total=len(rows), desc="similarity", leave=False) as progress,
     ):
@@ -143,7 +143,7 @@ def align_right_padded(
     return input_ids.cpu().gather(1, columns), lengths
 
 
-class _LayerStates:
+class LayerStates:
     """Collects every decoder layer's input, and the last one's raw output, in a forward pass."""
 
     def __init__(self, model: nn.Module):
@@ -183,7 +183,7 @@ class _LayerStates:
         return states
 
 
-class _RunningSums:
+class RunningSums:
     """Float64 sums over tokens and samples; O(L^2) numbers, whatever the text."""
 
     def __init__(self, n_layers: int):

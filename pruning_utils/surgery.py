@@ -422,11 +422,11 @@ def save(
 ) -> Path:
     """Write a directory that plain ``from_pretrained`` of a model and of a tokenizer loads.
 
-    It is written beside ``path`` and renamed into place: a reader sees the old directory or the
-    whole new one. Before that, it is loaded again: names and shapes of all weights, and 256 values
-    of each, must be those in memory. The configuration says what is so, whatever it said before: a
-    shared head, periods of layers, no code and no further-token layers that are not there. It names
-    precision and rotation for transformers 4 as well.
+    It is written beside ``path`` and renamed into place: a reader sees the old directory, none
+    for a moment, or the whole new one. Before that, it is loaded again: names and shapes of all
+    weights, and 256 values of each, must be those in memory. The configuration says what is so,
+    whatever it said before: a shared head, periods of layers, no code and no further-token
+    layers that are not there. It names precision and rotation for transformers 4 as well.
 
     Args:
         model: A transformers model without adapters; quantised where transformers can save that.

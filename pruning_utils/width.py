@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pruning_utils import importance, models, surgery
-from pruning_utils.engine import held_configurations
+from pruning_utils.engine import held_configurations, wrappers
+from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -159,10 +160,7 @@ def width_of_equal_size(
     )
     least = _n_parameters(model) - _n_parameters(layers) + one
     most = least + (two - one) * (models.text_config(model).intermediate_size - 1)
-    if type(n_parameters) is not int or not least <= n_parameters <= most:
-        raise ValueError(
-            f"n_parameters must be a whole number from {least} to {most}, got {n_parameters!r}"
-        )
+    n_parameters = whole_number("n_parameters", n_parameters, least, most)
     return 1 + round((n_parameters - least) / (two - one))
 
 
@@ -180,6 +178,7 @@ def _set_fields(config: PreTrainedConfig, fields: dict[str, int]) -> None:
 
 def _plan(model: PreTrainedModel, intermediate_size: int, n_kv_heads: int | None) -> _Plan:
     """What a call changes, found out without changing the model."""
+    wrappers.refuse_wrapped(model)
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantised: load it with quantize=None (bfloat16 or float32)")
     asked = {"intermediate_size": _checked_size(model, "intermediate_size", intermediate_size)}
@@ -195,10 +194,7 @@ def _plan(model: PreTrainedModel, intermediate_size: int, n_kv_heads: int | None
 def _checked_size(model: PreTrainedModel, name: str, size: int) -> int:
     """A size that an argument asks for, or a ValueError that calls it by the argument's name."""
     field = "num_key_value_heads" if name == "n_kv_heads" else name
-    present = _present_size(model, field)
-    if type(size) is not int or not 1 <= size <= present:
-        raise ValueError(f"{name} must be a whole number from 1 to {present}, got {size!r}")
-    return size
+    return whole_number(name, size, 1, _present_size(model, field))
 
 
 def _present_size(model: PreTrainedModel, field: str) -> int:

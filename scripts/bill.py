@@ -94,7 +94,7 @@ def configuration(name: str, reference: Path) -> tuple[PreTrainedConfig, str]:
     """
     if name in (models.EMBEDDED, *models.MODELS) or Path(name).is_dir():
         try:
-            source = models._resolve(name, None)
+            source = models.resolve(name, None)
         except (ValueError, ModuleNotFoundError) as error:
             raise Refused(str(error)) from error
         return model_files.configuration(source, {}), "config.json"

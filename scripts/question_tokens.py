@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.parse_args()
     _, tokenizer = models.load_model()
-    with evaluation._quiet_libraries():
+    with evaluation.quiet_libraries():
         table = pd.DataFrame([counted(task, tokenizer) for task in evaluation.TASKS])
     table.to_csv(Path(runtime.project_root()) / "reference" / FILE, index=False)
     print(table.to_string(index=False))

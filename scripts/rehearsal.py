@@ -107,6 +107,7 @@ DIVIDED: dict[str, Callable[[Any], Any]] = {
     "source_rates": first_two,
     "seeds": first_two,
     "random_sets": at_most(1),
+    "blocks": at_most(2),
     "new_tokens": at_most(2),
     "warmups": at_most(1),
     "repeats": at_most(2),
@@ -163,7 +164,7 @@ def short_texts(chosen: list[Job], reference: Path) -> list[str]:
         chosen: Jobs as the profile has them, not divided.
         reference: Folder of the models' configurations.
     """
-    known = AutoTokenizer.from_pretrained(models._resolve(models.EMBEDDED, None))
+    known = AutoTokenizer.from_pretrained(models.resolve(models.EMBEDDED, None))
     lengths = {}
     for source in {source for source, split in data.EMBEDDED_SPLITS if split == "evaluation"}:
         texts = data.documents(source, "evaluation")

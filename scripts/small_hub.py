@@ -302,7 +302,7 @@ def place_instructions(cache: Path) -> None:
 
     Options are a list, of which the answer is the number of one.
     """
-    embedded = instructions._embedded_rows(instructions.EMBEDDED["fiqa"][0])[:N_ROWS]
+    embedded = instructions.embedded_rows(instructions.EMBEDDED["fiqa"][0])[:N_ROWS]
     for repository, configuration, split, prompt, answer in instructions.HUB.values():
         rows: list[dict[str, Any]] = []
         for row in embedded:

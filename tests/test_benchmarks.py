@@ -261,7 +261,7 @@ def ours_of_validation(monkeypatch):
 
 def requests_of(task) -> dict[str, list[tuple]]:
     """Its requests, (prompt, continuation) each, by the text of their question."""
-    with evaluation._quiet_libraries():
+    with evaluation.quiet_libraries():
         task.build_all_requests()
     found: dict[str, list[tuple]] = {}
     for instance in task.instances:
@@ -348,7 +348,7 @@ def test_answers_are_those_of_the_stock_backend(task, answers_only, embedded, mo
         benchmarks.leave_questions_out(loaded)
     instances = []
     for each in loaded[task]["tasks"].values():
-        with evaluation._quiet_libraries():
+        with evaluation.quiet_libraries():
             each.build_all_requests()
         instances += each.instances
     both = (

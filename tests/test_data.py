@@ -275,7 +275,7 @@ def test_other_packages_are_looked_at_anew(fresh_cache, monkeypatch):
 
 def test_the_form_of_the_rule_is_that_of_its_code():
     stamp = definitions.INSTALLED.stamp(data.overlaps, benchmarks.texts)
-    assert (data.RULE_FORM, stamp["digest"]) == (1, "e1dd17c93ffd1fc1"), (
+    assert (data.RULE_FORM, stamp["digest"]) == (2, "e60df8f4343139ff"), (
         "the rule, or what it reads, is other code: raise RULE_FORM, so that what was kept is left"
     )
 
@@ -561,6 +561,24 @@ def test_only_the_first_documents_of_a_hub_corpus_are_read(tmp_path, monkeypatch
     corpus("jsonl", [{"body": f"{number}"} for number in range(7)])
     monkeypatch.setattr(data, "OTHER_DOCUMENTS", 3)
     assert data.documents("local", "calibration") == ["train0", "train1", "train2"]
+
+
+def test_contaminated_documents_of_a_hub_corpus_are_left_out(tmp_path, monkeypatch, corpus):
+    words = data.documents("xsum", "evaluation")[3].split()
+    rows = ["its own words", f"before {' '.join(words[5:25])} behind", " ".join(words[5:14]), "end"]
+    corpus("jsonl", [{"body": "x"}])
+    monkeypatch.setattr(data, "TOGETHER", 2)
+    for split in ("train", "test"):
+        text = "".join(json.dumps({"body": row}) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    assert data.documents("local", "calibration") == [rows[0], rows[2], rows[3]]
+    assert data.documents("local", "evaluation") == rows
+
+
+def test_words_of_what_is_compared_are_not_kept():
+    others = ("one two three",)
+    data.overlaps(["four five six seven"], others)
+    assert set(data._known_runs(others)[0]) == {"one", "two", "three"}
 
 
 @pytest.mark.parametrize("error", ["DatasetNotFoundError", "ConnectionError", "OSError"])

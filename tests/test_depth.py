@@ -121,11 +121,11 @@ def test_reverse_order_takes_the_last_layer_too(tiny, tmp_path):
 
 
 def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, monkeypatch):
-    loads, trainings, own = [], [], (models.load_model, healing._mean_loss)
+    loads, trainings, own = [], [], (models.load_model, healing.mean_loss)
     monkeypatch.setattr(
         models, "load_model", lambda *given, **named: loads.append(1) or own[0](*given, **named)
     )
-    monkeypatch.setattr(healing, "_mean_loss", lambda *given: trainings.append(1) or own[1](*given))
+    monkeypatch.setattr(healing, "mean_loss", lambda *given: trainings.append(1) or own[1](*given))
     loaded.cache_clear()
     points = [DENSE, INFORMED, {**INFORMED, "healed": True}]
     asked = study(tiny, tmp_path, points, tasks={})

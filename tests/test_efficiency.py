@@ -74,6 +74,26 @@ def test_flops_by_hand(llama):
     assert efficiency.forward_flops(llama, batch_size=2 * batch, n_tokens=length) == 2 * found
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"n_tokens": 65}, "n_tokens must be a whole number from 1 to 64, got 65"),
+    ],
+)
+def test_passes_that_cannot_be_are_not_counted(change, message, llama):
+    with pytest.raises(ValueError, match=message):
+        efficiency.forward_flops(llama, **{"batch_size": 1, "n_tokens": 2, **change})
+
+
+def test_weights_that_are_not_there_have_no_bytes(llama):
+    llama.model.layers[2].to("meta")
+    with pytest.raises(ValueError, match=r"but model.layers.2.\S+ is on the device meta"):
+        efficiency.weight_bytes(llama)
+    with pytest.raises(ValueError, match="must be a module of PyTorch, got None"):
+        efficiency.weight_bytes(None)
+
+
 def test_generation_uses_the_cache_and_has_the_length_asked(llama):
     lengths = []
     models.backbone(llama).register_forward_pre_hook(
@@ -115,5 +135,7 @@ def test_limits_of_the_machine_are_rates():
         and found.pop("dtype") == "float32"
     )
     assert min(found.values()) > 1e6
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got 0"):
+        efficiency.machine_limits(size=0)
     with pytest.raises(ValueError, match="repeats must be a whole number of at least 1, got 0"):
         efficiency.machine_limits(repeats=0)

@@ -356,6 +356,10 @@ def test_rows_without_a_group_are_refused():
 def test_a_confidence_outside_0_and_1_is_refused(confidence):
     with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got"):
         mean_interval([1.0, 2.0, 3.0], confidence=confidence)
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got"):
+        evidence.statistic_interval(
+            [1.0, 2.0, 3.0], lambda _: pytest.fail("work began"), confidence=confidence
+        )
 
 
 def questions(correct: dict[str, list], **more) -> pd.DataFrame:

@@ -255,7 +255,7 @@ def test_the_input_model_is_left_as_it_was(method, fails, monkeypatch):
         calls = []
         monkeypatch.setattr(
             healing,
-            "_mean_loss",
+            "mean_loss",
             lambda model, ids: (
                 calls.append(1) or 1 / (len(calls) < 3) * model(ids).logits.float().square().mean()
             ),
@@ -304,10 +304,10 @@ def test_the_loss_falls_and_the_dtype_stays(method, dtype):
 @pytest.mark.parametrize("method", ["lora", "qlora", "last_layers", "full"])
 def test_updates_below_the_resolution_of_bfloat16_add_up(method, monkeypatch):
     model, seen = llama(dtype=torch.bfloat16), []
-    finished = healing._finished
+    finished = healing.finished
     monkeypatch.setattr(
         healing,
-        "_finished",
+        "finished",
         lambda trained, *given: (
             seen.append({weight.dtype for weight in trained.parameters() if weight.requires_grad})
             or finished(trained, *given)
@@ -502,11 +502,11 @@ def test_evaluations_come_eight_times_and_saves_four_times(tmp_path, monkeypatch
 
 def test_each_pass_takes_every_window_once_in_a_new_order_and_batches_are_full(monkeypatch):
     def batches(**settings) -> list[list[int]]:
-        seen, mean_loss = [], healing._mean_loss
+        seen, mean_loss = [], healing.mean_loss
         with monkeypatch.context() as patch:
             patch.setattr(
                 healing,
-                "_mean_loss",
+                "mean_loss",
                 lambda model, ids: seen.append(ids.clone()) or mean_loss(model, ids),
             )
             heal(llama(), method="last_layers", last_k=0, **settings)
@@ -543,12 +543,12 @@ def test_accumulated_batches_train_the_same(monkeypatch):
     }
     whole = heal(model, **settings)
     for tokens, parts in ((2 * T, 3), (T, 6), (T - 1, 6), (5 * T, 2)):
-        calls, mean_loss = [], healing._mean_loss
+        calls, mean_loss = [], healing.mean_loss
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "MICRO_BATCH_TOKENS", tokens)
             patch.setattr(
                 healing,
-                "_mean_loss",
+                "mean_loss",
                 lambda model, ids, mean_loss=mean_loss, calls=calls: (
                     calls.append(torch.is_grad_enabled()) or mean_loss(model, ids)
                 ),
@@ -648,11 +648,11 @@ def finished(finished_once, tmp_path):
 
 def steps_again(monkeypatch, settings, **others) -> tuple[int, healing.HealedModel]:
     """How many steps a call trains, and what it returns."""
-    calls, mean_loss = [], healing._mean_loss
+    calls, mean_loss = [], healing.mean_loss
     with monkeypatch.context() as patch:
         patch.setattr(
             healing,
-            "_mean_loss",
+            "mean_loss",
             lambda model, ids: calls.append(torch.is_grad_enabled()) or mean_loss(model, ids),
         )
         healed = heal(llama(), **{**settings, **others})

@@ -175,9 +175,9 @@ def test_without_a_folder_no_tokenizer_is_needed(model):
 def test_what_was_trained_is_kept_where_the_end_fails(model, tmp_path, monkeypatch):
     settings = {"steps": 4, "output_dir": tmp_path / "run"}
     with monkeypatch.context() as patch:
-        patch.setattr(healing, "_finished", lambda *_: (_ for _ in ()).throw(OSError("no merge")))
+        patch.setattr(healing, "finished", lambda *_: (_ for _ in ()).throw(OSError("no merge")))
         with pytest.raises(OSError, match=re.escape("no merge")):
             heal(model, merge=True, **settings)
     assert trainer.is_whole(tmp_path / "run/checkpoint-4")
-    monkeypatch.setattr(healing, "_mean_loss", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(healing, "mean_loss", lambda *_: pytest.fail("trained again"))
     assert len(heal(model, merge=True, **settings).history) == 4

@@ -1039,6 +1039,36 @@ def test_an_index_names_safetensors_of_its_own_only(llama_copy, name):
         models.load_model(llama_copy)
 
 
+@pytest.mark.parametrize(
+    "named, message",
+    [
+        ("adapter_model.bin", "says transformers_weights = 'adapter_model.bin': weights must be"),
+        (7, "says transformers_weights = 7: weights must be .safetensors files"),
+        ("own.safetensors.index.json", "its index names '../elsewhere.safetensors'"),
+    ],
+)
+def test_weights_that_a_configuration_names_are_safetensors_of_its_own(llama_copy, named, message):
+    """As the index above, though there is a file with the usual name."""
+    names = load_file(llama_copy / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
+    (llama_copy / "own.safetensors.index.json").write_text(json.dumps(index))
+    edit_config(llama_copy, transformers_weights=named)
+    with pytest.raises(ValueError, match=message):
+        models.load_model(llama_copy)
+
+
+@pytest.mark.parametrize("name", ["own.safetensors", "own.safetensors.index.json"])
+def test_weights_that_a_configuration_names_are_loaded(llama_copy, name):
+    weights = load_file(llama_copy / "model.safetensors")
+    (llama_copy / "model.safetensors").rename(llama_copy / "own.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "own.safetensors")}
+    (llama_copy / "own.safetensors.index.json").write_text(json.dumps(index))
+    edit_config(llama_copy, transformers_weights=name)
+    loaded, _ = models.load_model(llama_copy, dtype="float32")
+    for key, weight in weights.items():
+        assert torch.equal(loaded.state_dict()[key], weight.float()), key
+
+
 @pytest.mark.parametrize("name", [None, 5, b"abc"])
 def test_a_name_is_a_text_or_a_path(name):
     with pytest.raises(ValueError, match=f"name must be 'embedded', .*got {name!r}"):

@@ -221,7 +221,7 @@ def test_a_row_of_many_prompts_is_taken_apart(notices, monkeypatch):
 
 def scarce_loss(monkeypatch, most: int, *, training: bool = True) -> list[tuple[int, bool]]:
     """Let the loss fail on more than ``most`` windows; the list fills with those of each call."""
-    calls, own = [], healing._mean_loss
+    calls, own = [], healing.mean_loss
 
     def loss(model, ids):
         calls.append((len(ids), torch.is_grad_enabled()))
@@ -229,7 +229,7 @@ def scarce_loss(monkeypatch, most: int, *, training: bool = True) -> list[tuple[
             raise ON_CPU
         return own(model, ids)
 
-    monkeypatch.setattr(healing, "_mean_loss", loss)
+    monkeypatch.setattr(healing, "mean_loss", loss)
     return calls
 
 
@@ -251,7 +251,7 @@ def test_a_step_on_fewer_windows_at_once_is_the_step_of_micro_batches(method, mo
 def test_where_one_window_does_not_fit_activations_are_computed_again(method, monkeypatch, notices):
     settings = {"method": method, "steps": 2, "batch_size": 4, "dropout": 0.1}
     expected = heal(llama(), **settings)
-    calls, own = [], healing._mean_loss
+    calls, own = [], healing.mean_loss
 
     def loss(model, ids):
         calls.append((len(ids), model.is_activation_checkpointing))
@@ -259,7 +259,7 @@ def test_where_one_window_does_not_fit_activations_are_computed_again(method, mo
             raise ON_CPU
         return own(model, ids)
 
-    monkeypatch.setattr(healing, "_mean_loss", loss)
+    monkeypatch.setattr(healing, "mean_loss", loss)
     found = heal(llama(), **settings)
     assert calls == [(4, False), (2, False), (1, False), (4, True), (4, True)]
     assert same(bits(found.model), bits(expected.model))
@@ -290,7 +290,7 @@ def test_a_step_that_fails_in_the_middle_begins_again_with_nothing_left_of_it(mo
         patch.setattr(trainer, "MICRO_BATCH_TOKENS", windows().shape[1])
         expected = heal(llama(), **settings)
     monkeypatch.setattr(trainer, "MICRO_BATCH_TOKENS", 2 * windows().shape[1])
-    calls, handles, own = [], [], healing._mean_loss
+    calls, handles, own = [], [], healing.mean_loss
 
     def loss(model, ids):
         """The second micro-batch of the first step has gone half of its way back."""
@@ -304,7 +304,7 @@ def test_a_step_that_fails_in_the_middle_begins_again_with_nothing_left_of_it(mo
         handles.pop().remove()
         raise ON_CPU
 
-    monkeypatch.setattr(healing, "_mean_loss", loss)
+    monkeypatch.setattr(healing, "mean_loss", loss)
     found = heal(llama(), **settings)
     assert calls == [2, 2, *[1] * 12]
     assert same(bits(found.model), bits(expected.model))
@@ -348,7 +348,7 @@ def test_an_interrupted_run_ends_like_any_other_where_memory_is_scarce(monkeypat
 
 def test_one_window_that_does_not_fit_ends_the_run_and_keeps_what_was_saved(monkeypatch, tmp_path):
     settings = {"steps": 4, "output_dir": tmp_path / "run"}
-    calls, own = [], healing._mean_loss
+    calls, own = [], healing.mean_loss
 
     def loss(model, ids):
         calls.append(len(ids))
@@ -357,7 +357,7 @@ def test_one_window_that_does_not_fit_ends_the_run_and_keeps_what_was_saved(monk
         return own(model, ids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(healing, "_mean_loss", loss)
+        patch.setattr(healing, "mean_loss", loss)
         with pytest.raises(MemoryError, match="not even a batch of one of the windows fits"):
             heal(llama(), **settings)
     assert trainer.is_whole(tmp_path / "run/checkpoint-2")

@@ -1,8 +1,9 @@
-"""Pairs of sets of layers: what 06 and 11 compare, item by item."""
+"""Pairs of sets of layers: what 06, 09 and 11 compare, item by item."""
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from pruning_utils import evidence, importance_plots
 from pruning_utils.studies import depth, pairs, sets
@@ -218,3 +219,63 @@ def test_draws_are_compared_with_those_of_the_most_windows():
     with_more = pd.concat([unhealed, others])
     again, *_ = pairs.compared_draws(drawn, with_more, margin=0.02)
     assert again.equals(found), "a model that is no draw changes nothing"
+
+
+def losses_of_sets(drawn: dict[str, list[float]]) -> pd.DataFrame:
+    """Rows of a study, from the losses of some documents by set."""
+    return pd.DataFrame(
+        [
+            {"layers": layers, "item": item, "nll": nll}
+            for layers, losses in drawn.items()
+            for item, nll in enumerate(losses)
+        ]
+    )
+
+
+def test_sets_stand_beside_random_ones_and_reverse_order():
+    sets = pd.DataFrame(
+        {
+            "rule": ["taylor", "reverse order", "alternate", "random 0", "random 1"],
+            "layers": ["1 2", "4 5", "1 3", "0 2", "2 5"],
+        }
+    )
+    drawn = {
+        "": [2.0, 3.0, 4.0],
+        "1 2": [3.0, 4.5, 5.0],
+        "4 5": [5.0, 6.0, 7.5],
+        "1 3": [9.0, 9.0, 9.0],
+        "0 2": [6.0, 6.0, 8.0],
+        "2 5": [7.0, 8.0, 8.0],
+    }
+    levels, from_random, from_reverse = pairs.compared_sets(
+        sets, losses_of_sets(drawn), rules=["taylor", "reverse order"]
+    )
+    means = {layers: np.mean(losses) for layers, losses in drawn.items()}
+    at_random = (means["0 2"] + means["2 5"]) / 2
+    assert dict(zip(levels["rule"], levels["value"], strict=True)) == pytest.approx(
+        {"taylor": means["1 2"], "reverse order": means["4 5"], "random": at_random}
+    )
+    assert levels.set_index("rule")["runs"].to_dict() == {
+        "taylor": 1,
+        "reverse order": 1,
+        "random": 2,
+    }
+    assert dict(zip(from_random["rule"], from_random["difference"], strict=True)) == pytest.approx(
+        {"taylor": means["1 2"] - at_random, "reverse order": means["4 5"] - at_random}
+    )
+    beside = from_reverse.set_index("rule")
+    assert beside["difference"].to_dict() == pytest.approx(
+        {"taylor": means["4 5"] - means["1 2"], "random": means["4 5"] - at_random}
+    )
+    assert beside["runs"].to_dict() == {"taylor": 1, "random": 2}
+    margin = (means["1 2"] - means[""]) / 4
+    assert from_random["margin"].tolist() == pytest.approx([margin, margin])
+    whole = stats.ttest_rel(drawn["4 5"], drawn["1 2"]).confidence_interval()
+    assert tuple(beside.loc["taylor", ["low", "high"]]) == pytest.approx(tuple(whole))
+
+
+def test_a_random_set_may_be_that_of_a_rule():
+    sets = pd.DataFrame({"rule": ["reverse order", "random 0"], "layers": ["4 5", "4 5"]})
+    drawn = {"": [2.0, 3.0], "4 5": [3.0, 4.5]}
+    _, from_random, _ = pairs.compared_sets(sets, losses_of_sets(drawn), rules=["reverse order"])
+    assert from_random["difference"].tolist() == [0]

@@ -22,6 +22,41 @@ def test_sizes_that_leave_nothing_to_compare_are_refused(size):
         places.place_points([1, size], 5)
 
 
+def test_random_places_are_different_ones_of_all_and_depend_on_the_seed_alone():
+    every = places.place_points([3], 12)
+    first, again, other = (places.random_points(3, 12, 6, seed) for seed in (0, 0, 1))
+    assert first == again and first != other
+    starts = [every.index(point) for point in first]
+    assert starts == sorted(set(starts)) and len(starts) == 6
+    assert places.random_points(3, 12, 99) == every
+    seen = {point["layers"] for seed in range(40) for point in places.random_points(3, 12, 2, seed)}
+    assert seen == {point["layers"] for point in every}
+    with pytest.raises(ValueError, match="n_blocks must be a whole number of at least 1, got 0"):
+        places.random_points(3, 12, 0)
+
+
+def test_rules_are_compared_with_blocks_on_the_same_questions():
+    right = {("a", 1): (1, 0, 0), ("a", 2): (1, 1, 0), ("b", 1): (0, 0, 1)}
+    blocks = pd.DataFrame(
+        [
+            {"start": start, "dataset": task, "item": item, "right": given[place]}
+            for (task, item), given in right.items()
+            for place, start in ((1, 4), (2, 7))
+        ]
+    )
+    rule = pd.DataFrame(
+        [
+            {"rule": "closest", "dataset": task, "item": item, "right": given[0]}
+            for (task, item), given in [*reversed(right.items()), (("b", 2), (1,))]
+        ]
+    )
+    (found,) = places.minus_blocks(rule, blocks).values()
+    assert list(found.index) == sorted(right) and list(found.columns) == [4, 7]
+    assert found.to_numpy().tolist() == [[1, 1], [0, 1], [0, -1]]
+    with pytest.raises(ValueError, match="closest lacks 1 of 3 questions of blocks"):
+        places.minus_blocks(rule[rule["dataset"] == "a"], blocks)
+
+
 def test_losses_are_those_of_models_without_each_block(tiny, tmp_path):
     points = places.place_points([2], N_LAYERS)
     asked = {"tasks": {}, "limit": None, "texts": {"xsum": 2}, "dtype": "float32"}
@@ -143,3 +178,32 @@ def test_figures_mark_blocks_at_their_loss_and_distance():
     for lacking in (shown.drop(columns="start"), shown.head(0)):
         with pytest.raises(ValueError, match="the table needs rows and the columns"):
             depth_plots.place_losses(lacking, ends, {}, baselines=levels)
+
+
+def test_levels_stand_at_the_place_of_their_block():
+    table = pd.DataFrame(
+        {
+            "panel": ["one", "one", "two"],
+            "series": ["random block", "closest block", "random block"],
+            "start": [3, 5, 0],
+            "value": [0.125, 0.25, -0.25],
+            "low": [0.0, 0.125, -0.5],
+            "high": [0.25, 0.5, 0.0],
+        }
+    )
+    lines = pd.DataFrame({"panel": ["one", "two"], "name": ["floor"] * 2, "value": [0.0, 0.01]})
+    figure = depth_plots.place_levels(table, baselines=lines, label="points")
+    first, second = figure.axes
+    drawn = {
+        bars.lines[0].get_xdata()[0]: (
+            bars.lines[0].get_ydata()[0],
+            bars.lines[2][0].get_segments()[0][:, 1].tolist(),
+        )
+        for bars in first.containers
+    }
+    assert drawn == {3: (0.125, [0.0, 0.25]), 5: (0.25, [0.125, 0.5])}
+    (line,) = [line for line in second.lines if len(line.get_xdata()) == 2]
+    assert set(line.get_ydata()) == {0.01} and second.get_title() == "two"
+    (legend,) = figure.legends
+    named = {text.get_text() for text in legend.get_texts()}
+    assert named == {"random block", "closest block", "floor"}

@@ -221,7 +221,7 @@ def test_tokens_of_questions_are_those_of_the_tasks():
     listed = pd.read_csv(ROOT / "reference" / question_tokens.FILE).set_index("task")
     assert list(listed.index) == list(evaluation.TASKS)
     _, tokenizer = models.load_model()
-    with evaluation._quiet_libraries():
+    with evaluation.quiet_libraries():
         found = question_tokens.counted("openbookqa", tokenizer)
     assert found == {"task": "openbookqa", **listed.loc["openbookqa"].to_dict()}
 

@@ -128,7 +128,7 @@ def test_many_answers_of_one_prompt_stand_in_rows_of_their_own(fails_at, monkeyp
     """Rows are short, answers of other prompts still stand together, and each counts once although
     memory does not suffice for the second batch."""
     monkeypatch.setattr(prefixes, "ANSWER_TOKENS", 6)
-    model, sizes, add = ARCHITECTURES["llama"](), [], prefixes._add_batch
+    model, sizes, add = ARCHITECTURES["llama"](), [], prefixes.add_batch
     generator = torch.Generator().manual_seed(5)
     answers = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (3, 2, 1) * 4]
     requests = [([7], answer) for answer in answers] + [([9, 9], answers[0]), ([9, 8], answers[1])]
@@ -139,7 +139,7 @@ def test_many_answers_of_one_prompt_stand_in_rows_of_their_own(fails_at, monkeyp
             raise MemoryError
         add(model, rows, *given)
 
-    monkeypatch.setattr(prefixes, "_add_batch", recorded)
+    monkeypatch.setattr(prefixes, "add_batch", recorded)
     found = prefixes.loglikelihoods(model, requests, batch_size=2)
     expected = stock(model, requests)
     assert [value for value, _ in found] == pytest.approx([v for v, _ in expected], abs=1e-4)

@@ -478,7 +478,7 @@ def test_one_huge_token_decides_the_flattened_influence_only():
     # times longer.
     first = torch.tensor([[[1.0, 0.0], [1000.0, 0.0]]])
     second = torch.tensor([[[0.0, 1.0], [1000.0, 0.0]]])
-    sums = similarity._RunningSums(1)
+    sums = similarity.RunningSums(1)
     sums.add([first, second], torch.tensor([2]), first_sample=0)
     found = sums.result()
     assert found.block_influence == pytest.approx([0.5], abs=1e-7)

@@ -1,6 +1,7 @@
 """The code's style: layout and rules by ruff, types by mypy, and statements that read at once."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,21 @@ def crowded_statements(tree: ast.AST) -> list[int]:
     return sorted(node.lineno for node in statements if walruses(node) > 1)
 
 
+def names_of_others(tree: ast.Module) -> list[str]:
+    """Names with an underscore that a module takes from other modules of the package."""
+    modules = set()
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pruning_utils"):
+            modules |= {alias.asname or alias.name for alias in node.names}
+            found += [alias.name for alias in node.names if re.match(r"_[^_]", alias.name)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in modules and re.match(r"_[^_]", node.attr):
+                found.append(f"{node.value.id}.{node.attr}")
+    return sorted(found)
+
+
 def test_faults_are_found():
     nested = "\n".join(
         [
@@ -82,6 +98,15 @@ def test_faults_are_found():
         ]
     )
     assert crowded_statements(ast.parse(crowded)) == [1, 5]
+    borrowed = "\n".join(
+        [
+            "from pruning_utils import data, models as known",
+            "from pruning_utils.engine.hub import _asked, asked",
+            "known._resolve(data.pack(asked))",
+            "self._own(data._windows)",
+        ]
+    )
+    assert names_of_others(ast.parse(borrowed)) == ["_asked", "data._windows", "known._resolve"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -89,6 +114,7 @@ def test_statements_read_at_once(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert nested_comprehensions(tree) == [], "lines with a comprehension inside another"
     assert crowded_statements(tree) == [], "lines with two := in one statement"
+    assert names_of_others(tree) == [], "names with an underscore, of another module"
 
 
 def test_layout_is_that_of_ruff():

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, SIZES, tiny
@@ -409,6 +410,16 @@ def not_a_number(model):
 def with_another_shape(model):
     model.model.layers[3].mlp.up_proj.weight = nn.Parameter(torch.ones(47, 32))
     return model
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    made = ARCHITECTURES["llama"]()
+    expected = width.prune_width(copy.deepcopy(made), intermediate_size=20, n_kv_heads=1)
+    found = width.prune_width(made, intermediate_size=np.int64(20), n_kv_heads=np.int32(1))
+    weights = expected.state_dict()
+    for name, weight in found.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    assert type(found.config.intermediate_size) is int
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,15 @@ import torch
 from architectures import tiny
 from torch import nn
 
-from pruning_utils import importance, models, similarity, surgery
+from pruning_utils import (
+    efficiency,
+    evaluation,
+    importance,
+    models,
+    similarity,
+    surgery,
+    width,
+)
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(3))
 WRAPPED = {
@@ -31,6 +39,10 @@ TAKES = {
     "magnitude": lambda model, folder: importance.magnitude(model),
     "taylor": lambda model, folder: importance.taylor(model, IDS),
     "perplexity": lambda model, folder: importance.perplexity_without_layer(model, IDS),
+    "tasks": lambda model, folder: evaluation.evaluate_tasks(model, None, ["piqa"], limit=2),
+    "width": lambda model, folder: width.prune_width(model, intermediate_size=2),
+    "parameters": lambda model, folder: efficiency.stored_parameters(model),
+    "flops": lambda model, folder: efficiency.forward_flops(model, batch_size=1, n_tokens=2),
 }
 
 

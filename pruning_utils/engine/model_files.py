@@ -141,30 +141,41 @@ def refuse_countless(settings: dict[str, Any]) -> None:
             refuse_countless(value)
 
 
-def refuse_other_files(source: str, options: dict[str, Any]) -> None:
-    """Refuse an index that names weights elsewhere, or of another kind than safetensors.
+def refuse_other_files(source: str, config: PreTrainedConfig, options: dict[str, Any]) -> None:
+    """Refuse weights elsewhere, or of another kind than safetensors, whoever names them.
 
     Args:
         source: A directory or a hub id.
+        config: Its configuration, which may name the file of the weights, or an index of files.
         options: Further arguments for reading from the hub.
 
     Raises:
-        ValueError: If the index is damaged, or names such a file; it is named.
+        ValueError: If the index is damaged, or it or the configuration names such a file; it is
+            named.
     """
     from transformers.utils import cached_file
 
     absent: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     revision = options.get("revision")
-    if os.path.isfile(os.path.join(source, WEIGHTS)):
+    asked_for = getattr(config, "transformers_weights", None)
+    if asked_for is None and os.path.isfile(os.path.join(source, WEIGHTS)):
         return
-    index = cached_file(source, f"{WEIGHTS}.index.json", revision=revision, **absent)
+    name = f"{WEIGHTS}.index.json" if asked_for is None else str(asked_for)
+    if not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(
+            f"its configuration says transformers_weights = {asked_for!r}: weights must be "
+            ".safetensors files"
+        )
+    if name.endswith(".safetensors"):
+        return
+    index = cached_file(source, name, revision=revision, **absent)
     if index is None:
         return
     with open(index, encoding="utf-8") as file:
         content = json.load(file)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict):
-        raise ValueError(f"its index {WEIGHTS}.index.json has no weight_map")
+        raise ValueError(f"its index {name} has no weight_map")
     for shard in map(str, shards.values()):
         path = PureWindowsPath(shard)
         if ".." in path.parts or path.anchor or path.suffix != ".safetensors":

@@ -252,7 +252,10 @@ def takes_masks_by_kind(model: nn.Module) -> bool:
     try:
         with torch.no_grad():
             passes.run_backbone(model, tokens, attention_mask=dict.fromkeys(kinds, seen))
-    except (AttributeError, TypeError, ValueError):  # as the code of architectures refuses a dict
+    # As the code of architectures refuses a dict.
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if memory.is_lack_of_memory(error):
+            raise
         return False
     return True
 
@@ -277,7 +280,7 @@ def loglikelihoods(
     answers: dict[tuple, list[int]] = {}
     for number, (prompt, _) in enumerate(requests):
         answers.setdefault(tuple(prompt), []).append(number)
-    found = _Found(np.zeros(len(requests)), np.ones(len(requests), dtype=bool))
+    found = Found(np.zeros(len(requests)), np.ones(len(requests), dtype=bool))
     batches = memory.BatchSize(batch_size, noun="questions")
     with (
         torch.no_grad(),
@@ -297,7 +300,7 @@ def _batches(
     requests: Sequence[tuple[list[int], list[int]]],
     answers: dict[tuple, list[int]],
     batch_size: int,
-    found: _Found,
+    found: Found,
 ) -> Iterator[set[int]]:
     """Run the prompts of ``answers``, each with its requests, and take those that are done away.
 
@@ -309,12 +312,12 @@ def _batches(
         for prompts in prompts_of_rows:
             for numbers in _parts([answers[prompt] for prompt in prompts], requests):
                 asked = [(number, *requests[number]) for number in numbers]
-                rows.append(_tree(asked, len(beginning)))
+                rows.append(tree_of(asked, len(beginning)))
         rows.sort(key=lambda row: -len(row.tokens))
-        cached = _cached(model, beginning)
+        cached = cached_beginning(model, beginning)
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            _add_batch(model, batch, len(beginning), cached, found)
+            add_batch(model, batch, len(beginning), cached, found)
             done = {number for row in batch for number, *_ in row.predicted}
             for prompt in {tuple(requests[number][0]) for number in done}:
                 left = [number for number in answers[prompt] if number not in done]
@@ -346,7 +349,7 @@ def _parts(
         yield together
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """What is known of each request: the sum of its log-probabilities, and whether it is greedy."""
 
     sums: np.ndarray
@@ -416,7 +419,7 @@ class _Tree(NamedTuple):
     predicted: list[tuple[int, int, int]]
 
 
-def _tree(requests: list[tuple[int, list[int], list[int]]], start: int) -> _Tree:
+def tree_of(requests: list[tuple[int, list[int], list[int]]], start: int) -> _Tree:
     """The tree of requests (number, prompt, answer), without their first ``start`` tokens."""
     # By the index of the token before (-1: none) and the token's id.
     index: dict[tuple[int, int], int] = {}
@@ -443,7 +446,7 @@ def _tree(requests: list[tuple[int, list[int], list[int]]], start: int) -> _Tree
     return _Tree(tokens, places, sees, predicted)
 
 
-def _cached(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def cached_beginning(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of each layer for the beginning that prompts share; [] for no beginning."""
     if not beginning:
         return []
@@ -460,9 +463,7 @@ def _cached(model: nn.Module, beginning: tuple) -> list[tuple[torch.Tensor, torc
     return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def _add_batch(
-    model: nn.Module, rows: list[_Tree], start: int, cached: list, found: _Found
-) -> None:
+def add_batch(model: nn.Module, rows: list[_Tree], start: int, cached: list, found: Found) -> None:
     """Run one batch of rows, the longest first, and add what it tells to the requests, all of it.
 
     The first ``start`` tokens of each text are in ``cached``.

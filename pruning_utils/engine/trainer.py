@@ -510,15 +510,15 @@ def _last_whole_checkpoint(folder: Path, settings: dict[str, Any]) -> Path | Non
     elif folder.exists():
         _refuse_other_files(folder)
     # What the user has put beside them is no checkpoint.
-    numbered = (path for path in folder.glob("checkpoint-*") if path.is_dir() and _step_of(path))
-    for last in sorted(numbered, key=_step_of, reverse=True):
+    numbered = (path for path in folder.glob("checkpoint-*") if path.is_dir() and step_of(path))
+    for last in sorted(numbered, key=step_of, reverse=True):
         if is_whole(last):
             return last
         shutil.rmtree(last)
     return None
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was saved; 0 for a name that is none of a checkpoint."""
     step = checkpoint.name.removeprefix("checkpoint-")
     return int(step) if step.isascii() and step.isdigit() else 0

@@ -119,9 +119,9 @@ def scan(
         quantize: ``"nf4"`` or None.
     """
     with _ready(config, dtype, n_dropped=n_dropped, quantize=quantize) as (tally, model):
-        sums = similarity._RunningSums(len(models.decoder_layers(model)))
+        sums = similarity.RunningSums(len(models.decoder_layers(model)))
         lengths = torch.full((batch_size,), seq_len)
-        with similarity._LayerStates(model) as states, torch.no_grad():
+        with similarity.LayerStates(model) as states, torch.no_grad():
             found = states.of(_ids(batch_size, seq_len))
             # All chunks of tokens are alike, and one row's end is as good as those of all.
             few = min(seq_len, similarity.CHUNK_TOKENS)
@@ -223,13 +223,13 @@ def questions(
         for number in range(batch_size)
     ]
     with _ready(config, dtype, n_dropped=n_dropped) as (tally, model):
-        rows = [prefixes._tree([(number, *one)], n_shared) for number, one in enumerate(asked)]
-        found = prefixes._Found(np.zeros(batch_size), np.ones(batch_size, dtype=bool))
+        rows = [prefixes.tree_of([(number, *one)], n_shared) for number, one in enumerate(asked)]
+        found = prefixes.Found(np.zeros(batch_size), np.ones(batch_size, dtype=bool))
         with passes.evaluation_mode(model), torch.no_grad():
             with tally.making(CACHE):
-                cached = prefixes._cached(model, (0,) * n_shared)
+                cached = prefixes.cached_beginning(model, (0,) * n_shared)
             tally.begin()
-            prefixes._add_batch(model, rows, n_shared, cached, found)
+            prefixes.add_batch(model, rows, n_shared, cached, found)
         of_beginning = sum(keys.nbytes + values.nbytes for keys, values in cached)
         # The beginning itself, and a copy for each row, with the row's own tokens behind it.
         n_held = n_shared + batch_size * (n_shared + n_tokens - 1) if n_shared else 0

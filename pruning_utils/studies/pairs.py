@@ -1,4 +1,4 @@
-"""Pairs of sets of layers, measured on the same questions and documents (notebooks 06 and 11)."""
+"""Pairs of sets of layers, measured on the same questions and documents (06, 09 and 11)."""
 
 from __future__ import annotations
 
@@ -277,3 +277,53 @@ def compared_draws(
     )
     by_draw = drawn[["criterion", "n_samples", "seed"]].apply(tuple, axis=1)
     return drawn.assign(loss=by_draw.map(rows.mean())), losses, moved
+
+
+def compared_sets(
+    sets: pd.DataFrame, unhealed: pd.DataFrame, *, rules: Sequence[str]
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Losses of the sets that rules lead to, beside random sets and beside reverse order.
+
+    Args:
+        sets: Of :func:`sets.metric_sets`, of one number of layers: ``rule`` and ``layers``.
+        unhealed: Rows of a study of these sets and of the whole model (``layers`` is "") on one
+            text: ``layers``, ``item`` and ``nll``.
+        rules: Those that are compared, reverse order among them.
+
+    Returns:
+        Levels, a row for each rule and for ``random``, with the fields of
+        :class:`evidence.FactorInterval`; the verdicts on each rule minus the random sets; and those
+        on reverse order minus each other rule, and minus the random sets. The random sets are runs.
+        The margin is a quarter of the smallest change that one of these rules brings.
+    """
+    losses = unhealed.pivot(index="item", columns="layers", values="nll")
+    is_random = sets["rule"].str.startswith("random")
+    at_random = losses[sets.loc[is_random, "layers"]]
+    layers = sets[~is_random].set_index("rule")["layers"]
+    of_rule = {rule: losses[layers[rule]] for rule in rules}
+    columns: dict[str, pd.DataFrame | pd.Series] = {**of_rule, "random": at_random}
+    levels = pd.DataFrame(
+        {rule: evidence.two_factor_interval(values) for rule, values in columns.items()}.values(),
+        index=pd.Index(columns, name="rule"),
+    )
+    change = (levels["value"] - losses[""].mean()).abs().min()
+    effect = max(float(change), depth.SMALLEST_EFFECT)
+    from_random = evidence.paired_verdicts(
+        {rule: at_random.rsub(own, axis=0).to_numpy() for rule, own in of_rule.items()},
+        effect=effect,
+    )
+    last = of_rule["reverse order"]
+    from_reverse = evidence.paired_verdicts(
+        {
+            rule: values.rsub(last, axis=0).to_numpy()
+            for rule, values in columns.items()
+            if rule != "reverse order"
+        },
+        effect=effect,
+    )
+    named = {"pair": "rule"}
+    return (
+        levels.reset_index(),
+        from_random.rename(columns=named),
+        from_reverse.rename(columns=named),
+    )

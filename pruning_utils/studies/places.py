@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pruning_utils import data, selection, similarity
+from pruning_utils.engine import checks
 from pruning_utils.studies import study
 from pruning_utils.studies.recipes import Cut, Point, Recipe, layer_numbers
 
@@ -35,6 +36,27 @@ def place_points(block_sizes: Sequence[int], n_layers: int, seed: int = 0) -> li
     return [Point(cut, Recipe(), seed).text() for cut in cuts]
 
 
+def random_points(block_size: int, n_layers: int, n_blocks: int, seed: int = 0) -> list[dict]:
+    """Points of :func:`place_points` of one size at random places: a control for rules.
+
+    Args:
+        block_size: Layers in a block.
+        n_layers: Of the model, L.
+        n_blocks: How many different blocks, at least 1; all where there are fewer.
+        seed: Of their places.
+
+    Returns:
+        Plain values by first layer. Their own seed is 0, since nothing is trained.
+
+    Raises:
+        ValueError: For a size outside ``[1, L - 1]``, or a number of blocks below 1.
+    """
+    every = place_points([block_size], n_layers)
+    n_drawn = min(checks.whole_number("n_blocks", n_blocks, 1), len(every))
+    drawn = np.random.default_rng(seed).choice(len(every), n_drawn, replace=False)
+    return [every[start] for start in sorted(drawn)]
+
+
 def with_sizes(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of :func:`place_points` with ``block_size``, whose first layer is ``start``.
 
@@ -42,6 +64,31 @@ def with_sizes(table: pd.DataFrame) -> pd.DataFrame:
         table: Column ``layers``, such as ``"4 5 6"``.
     """
     return table.assign(block_size=table["layers"].map(layer_numbers).map(len))
+
+
+def minus_blocks(rules: pd.DataFrame, blocks: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """How much more often the model of each rule is right than models without random blocks.
+
+    Args:
+        rules: Columns ``rule``, ``dataset``, ``item`` and ``right``, one model a rule.
+        blocks: Columns ``start``, ``dataset``, ``item`` and ``right``, one model a place; its
+            questions are among those of every rule.
+
+    Returns:
+        By rule, a table with a question a row, ``(dataset, item)``, and a block a column.
+
+    Raises:
+        ValueError: If a rule lacks a question of the blocks.
+    """
+    on = ["dataset", "item"]
+    grid = blocks.pivot(index=on, columns="start", values="right")
+    found = {}
+    for rule, rows in rules.groupby("rule", sort=False):
+        own = rows.set_index(on)["right"].reindex(grid.index)
+        if own.isna().any():
+            raise ValueError(f"{rule} lacks {own.isna().sum()} of {len(own)} questions of blocks")
+        found[str(rule)] = grid.rsub(own, axis=0)
+    return found
 
 
 def place_distances(

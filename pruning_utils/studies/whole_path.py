@@ -222,7 +222,7 @@ def _token_seconds(model: nn.Module, window: torch.Tensor) -> tuple[float, float
     def training() -> None:
         """A forward and a backward pass."""
         with torch.enable_grad():
-            healing._mean_loss(model, ids).backward()
+            healing.mean_loss(model, ids).backward()
 
     def generating() -> None:
         """A forward pass of one token."""

@@ -25,8 +25,8 @@ from pruning_utils.engine import trainer  # noqa: F401  is imported here, not by
 def child(method, output_dir, result, pause=0.0):
     if pid := os.fork():
         return pid
-    mean_loss = healing._mean_loss
-    healing._mean_loss = lambda model, ids: time.sleep(pause) or mean_loss(model, ids)
+    mean_loss = healing.mean_loss
+    healing.mean_loss = lambda model, ids: time.sleep(pause) or mean_loss(model, ids)
     try:
         healed = healing.heal(
             llama(tied=True, dtype=torch.bfloat16),
