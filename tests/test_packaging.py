@@ -45,6 +45,7 @@ ORDER = (
     "offload",
     "engine.beginnings",
     "engine.kept_texts",
+    "engine.overlapping",
     "engine.passes",
     "engine.head_losses",
     "engine.benchmarks",
