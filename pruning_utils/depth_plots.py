@@ -91,8 +91,15 @@ def depth_curves(
                 **of_twin,
             }
             (handles[series],) = axis.plot(x, points["value"], **look)
+            # Bands lie over each other: their edges tell them apart, in grey too.
             axis.fill_between(
-                x, points["low"], points["high"], color=colour, alpha=0.18, linewidth=0
+                x,
+                points["low"],
+                points["high"],
+                facecolor=(colour, 0.1),
+                edgecolor=(colour, 0.6),
+                linewidth=0.5,
+                linestyle=":" if twin else "-",
             )
         for name, style in BASELINES.items():
             is_here = (baselines["panel"] == panel) & (baselines["name"] == name)

@@ -465,9 +465,13 @@ def unhealed_metrics(values: Values, n_layers: int) -> list[Table]:
     gone = depth.layers_in(values["depths"][0] / depth.SIZES["smollm2-135m"].n_layers, n_layers)
     rules = [f"rule {number}" for number in range(N_RULES + values["random_sets"])]
     cuts = (Point(), *(Point(rule, gone) for rule in rules))
-    first = dict([next(iter(values["scored_on"]["texts"].items()))])
+    texts = values["scored_on"]["texts"]
+    judged_on = {first(texts): texts[first(texts)]}
     own = bare(of_scores(values, without_keys=("rates", "rated")))
-    return [scores(values), replace(own, name="unhealed", points=cuts, is_most=True, texts=first)]
+    return [
+        scores(values),
+        replace(own, name="unhealed", points=cuts, is_most=True, texts=judged_on),
+    ]
 
 
 def how_to_heal(values: Values, n_layers: int) -> list[Table]:
@@ -633,7 +637,7 @@ def recommended_model(values: Values, n_layers: int) -> list[Table]:
     ]
     paper = [way for way in ("head + 3", "head + 3, tied") if way in grids["reverse order"]]
     named = [("reverse order", way) for way in paper]
-    # What is best here is known afterwards; the first other one stands for it.
+    # The best candidate is known afterwards; the first other one stands for it.
     every = [(rule, way) for rule, grid in grids.items() for way in grid]
     named.append(first(key for key in every if key not in named))
     trained = [

@@ -247,7 +247,7 @@ def test_sets_stand_beside_random_ones_and_reverse_order():
         "0 2": [6.0, 6.0, 8.0],
         "2 5": [7.0, 8.0, 8.0],
     }
-    levels, from_random, from_reverse = pairs.compared_sets(
+    levels, compared = pairs.compared_sets(
         sets, losses_of_sets(drawn), rules=["taylor", "reverse order"]
     )
     means = {layers: np.mean(losses) for layers, losses in drawn.items()}
@@ -260,22 +260,25 @@ def test_sets_stand_beside_random_ones_and_reverse_order():
         "reverse order": 1,
         "random": 2,
     }
-    assert dict(zip(from_random["rule"], from_random["difference"], strict=True)) == pytest.approx(
-        {"taylor": means["1 2"] - at_random, "reverse order": means["4 5"] - at_random}
+    found = compared.set_index(["rule", "against"])
+    assert found["difference"].to_dict() == pytest.approx(
+        {
+            ("taylor", "random"): means["1 2"] - at_random,
+            ("reverse order", "random"): means["4 5"] - at_random,
+            ("reverse order", "taylor"): means["4 5"] - means["1 2"],
+        }
     )
-    beside = from_reverse.set_index("rule")
-    assert beside["difference"].to_dict() == pytest.approx(
-        {"taylor": means["4 5"] - means["1 2"], "random": means["4 5"] - at_random}
-    )
-    assert beside["runs"].to_dict() == {"taylor": 1, "random": 2}
+    assert found["runs"].tolist() == [2, 2, 1]
     margin = (means["1 2"] - means[""]) / 4
-    assert from_random["margin"].tolist() == pytest.approx([margin, margin])
-    whole = stats.ttest_rel(drawn["4 5"], drawn["1 2"]).confidence_interval()
-    assert tuple(beside.loc["taylor", ["low", "high"]]) == pytest.approx(tuple(whole))
+    assert found["margin"].tolist() == pytest.approx([margin] * 3)
+    last = found.loc["reverse order", "taylor"]
+    student = stats.ttest_rel(drawn["4 5"], drawn["1 2"])
+    assert (last["low"], last["high"]) == pytest.approx(tuple(student.confidence_interval()))
+    # One family: the smallest of its p-values is multiplied by the number of its pairs.
+    assert found["p_holm"].min() == pytest.approx(3 * found["p"].min())
 
 
-def test_a_random_set_may_be_that_of_a_rule():
-    sets = pd.DataFrame({"rule": ["reverse order", "random 0"], "layers": ["4 5", "4 5"]})
-    drawn = {"": [2.0, 3.0], "4 5": [3.0, 4.5]}
-    _, from_random, _ = pairs.compared_sets(sets, losses_of_sets(drawn), rules=["reverse order"])
-    assert from_random["difference"].tolist() == [0]
+def test_sets_of_two_numbers_of_layers_are_refused():
+    sets = pd.DataFrame({"rule": ["taylor", "taylor"], "layers": ["1", "1 2"]})
+    with pytest.raises(ValueError, match="one number of layers, but taylor has two"):
+        pairs.compared_sets(sets, losses_of_sets({"": [2.0, 3.0]}), rules=["taylor"])

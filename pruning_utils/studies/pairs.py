@@ -281,7 +281,7 @@ def compared_draws(
 
 def compared_sets(
     sets: pd.DataFrame, unhealed: pd.DataFrame, *, rules: Sequence[str]
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Losses of the sets that rules lead to, beside random sets and beside reverse order.
 
     Args:
@@ -292,38 +292,33 @@ def compared_sets(
 
     Returns:
         Levels, a row for each rule and for ``random``, with the fields of
-        :class:`evidence.FactorInterval`; the verdicts on each rule minus the random sets; and those
-        on reverse order minus each other rule, and minus the random sets. The random sets are runs.
-        The margin is a quarter of the smallest change that one of these rules brings.
+        :class:`evidence.FactorInterval`; and the verdicts, all in one family, with ``rule`` and
+        what it is ``against``: each rule minus ``random``, and reverse order minus each other rule.
+        The random sets are runs. The margin is a quarter of the smallest change that one of these
+        rules, or the random sets, bring.
+
+    Raises:
+        ValueError: If a rule has several sets, as with several numbers of layers.
     """
+    repeated = sets.loc[sets["rule"].duplicated(), "rule"]
+    if len(repeated):
+        raise ValueError(f"sets must be of one number of layers, but {repeated.iloc[0]} has two")
     losses = unhealed.pivot(index="item", columns="layers", values="nll")
     is_random = sets["rule"].str.startswith("random")
     at_random = losses[sets.loc[is_random, "layers"]]
-    layers = sets[~is_random].set_index("rule")["layers"]
-    of_rule = {rule: losses[layers[rule]] for rule in rules}
-    columns: dict[str, pd.DataFrame | pd.Series] = {**of_rule, "random": at_random}
-    levels = pd.DataFrame(
-        {rule: evidence.two_factor_interval(values) for rule, values in columns.items()}.values(),
-        index=pd.Index(columns, name="rule"),
-    )
+    layers_of = sets[~is_random].set_index("rule")["layers"]
+    measured = {rule: losses[[layers_of[rule]]] for rule in rules} | {"random": at_random}
+    levels = pd.DataFrame([evidence.two_factor_interval(values) for values in measured.values()])
     change = (levels["value"] - losses[""].mean()).abs().min()
-    effect = max(float(change), depth.SMALLEST_EFFECT)
-    from_random = evidence.paired_verdicts(
-        {rule: at_random.rsub(own, axis=0).to_numpy() for rule, own in of_rule.items()},
-        effect=effect,
-    )
-    last = of_rule["reverse order"]
-    from_reverse = evidence.paired_verdicts(
+    last = "reverse order"
+    compared = [(rule, "random") for rule in rules]
+    compared += [(last, rule) for rule in rules if rule != last]
+    found = evidence.paired_verdicts(
         {
-            rule: values.rsub(last, axis=0).to_numpy()
-            for rule, values in columns.items()
-            if rule != "reverse order"
+            f"{rule} - {other}": measured[rule].to_numpy() - measured[other].to_numpy()
+            for rule, other in compared
         },
-        effect=effect,
+        effect=max(float(change), depth.SMALLEST_EFFECT),
     )
-    named = {"pair": "rule"}
-    return (
-        levels.reset_index(),
-        from_random.rename(columns=named),
-        from_reverse.rename(columns=named),
-    )
+    names = pd.DataFrame(compared, columns=["rule", "against"])
+    return levels.assign(rule=list(measured)), pd.concat([names, found], axis=1)
