@@ -210,6 +210,7 @@ def place_levels(table: pd.DataFrame, *, baselines: pd.DataFrame, label: str) ->
                 level, color="0.35", linestyle=BASELINES[name], linewidth=0.7, zorder=0
             )
         axis.set(title=NAMES.get(panel, panel), xlabel="first removed layer (0-based)")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[0].set_ylabel(label)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=3)
     return figure

@@ -47,6 +47,7 @@ __all__ = [
 ]
 RESAMPLES = 20_000
 CHUNK = 1_000  # resamples that are drawn at once
+FEW = 24  # items from which on simulations hold the intervals
 CLAIMS = ("above 0", "below 0", "equal")
 LEVEL = 0.95
 # The margin of an equality is at most this share of what pruning itself changes.
@@ -455,7 +456,8 @@ def paired_verdicts(
     J. Statist. 6, 65-70). It is "equal" if the two one-sided tests of Schuirmann (1987, J.
     Pharmacokin. Biopharm. 15, 657-680) against both ends of the margin have, also after Holm.
     All intervals have one level, 95 %, without correction: an interval may exclude 0 where, among
-    so many pairs, the difference cannot be told.
+    so many pairs, the difference cannot be told. Nor can that of few items, fewer than
+    :data:`FEW`, whose differences are all alike: without spread there is no test.
 
     Args:
         differences: By name, one difference an item, shape ``(n,)``, or ``(n, runs)`` for several
@@ -542,6 +544,12 @@ def _tested_pair(
     # The tail of the nearer end of the margin, seen from its own side.
     towards_margin = variances.tail_beyond(parts, abs(margin - size))
     is_within = size < margin
+    p = 2 * variances.tail_beyond(parts, size)
+    p_equal = towards_margin if is_within else 1 - towards_margin
+    p_beyond = 1.0 if is_within else 2 * towards_margin
+    if found.standard_error == 0 and found.n < FEW:
+        # A few observations that are all alike do not say how far others may lie.
+        p = p_equal = p_beyond = 1.0
     first_step = variances.half_width(parts, 0.05 / (2 * pairs))
     return {
         "difference": found.value,
@@ -551,9 +559,9 @@ def _tested_pair(
         "high_90": narrow.high,
         "n": found.n,
         "runs": found.runs,
-        "p": 2 * variances.tail_beyond(parts, size),
-        "p_equal": towards_margin if is_within else 1 - towards_margin,
-        "p_beyond": 1.0 if is_within else 2 * towards_margin,
+        "p": p,
+        "p_equal": p_equal,
+        "p_beyond": p_beyond,
         "margin": margin,
         "detectable": float(first_step + variances.half_width(parts, 0.2)),
     }

@@ -172,9 +172,14 @@ def question_answering(values: Values, n_layers: int) -> list[Table]:
     papers = replace(chosen, n_calibration=0, tasks=scored["papers"])
     limit, many = scored["n_questions"], scored["more_questions"]
     every = [task for task in [*scored["tasks"], *scored["papers"]] if task != "winogrande"]
+    control = values["control"]
+    starts = range(min(control["blocks"], n_layers - tenth + 1))
+    blocks = tuple(Point(f"{tenth} at place {start}", tenth) for start in starts)
+    at_random = replace(chosen, n_calibration=0, limit=control["n_questions"])
     return [
         replace(chosen, name="unhealed", points=curves, limit=limit),
         replace(chosen, name="answers", points=more, limit=many),
+        replace(at_random, name="blocks", points=blocks),
         replace(papers, name="papers", points=(Point(),), limit=many),
         Table("floors", "floor", tuple(every), limit=many, dtype=values["dtype"]),
     ]

@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tiny_model import StandIn
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -104,7 +105,7 @@ def asked(monkeypatch):
 
 
 def evaluate(task: str, **named) -> evaluation.Evaluation:
-    return evaluation.evaluate_tasks(nn.Identity(), None, [task], **named)
+    return evaluation.evaluate_tasks(StandIn(), None, [task], **named)
 
 
 # --- the questions --------------------------------------------------------------------------------

@@ -522,6 +522,7 @@ def test_the_notebooks_mappings_are_settings_or_have_keys_that_the_user_chooses(
     mappings = {name for values in defaults for name, _ in parameters.mappings_in(values)}
     assert set(parameters.CHOSEN_KEYS) <= mappings
     assert {name for name in mappings if not parameters.has_chosen_keys(name)} == {
+        "control",
         "fit",
         "goal",
         "healing",

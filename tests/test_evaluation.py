@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from tiny_model import StandIn
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -374,7 +375,7 @@ def test_scores_worked_by_hand(toy, monkeypatch):
         goal("q1", "x", "éé", 1),
         goal("q2", "no", "yes, it is", 1),
     )
-    result = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa"])
+    result = evaluation.evaluate_tasks(StandIn(), None, ["piqa"])
     rows = result.questions.set_index("question_id").sort_index()
     # q0: -2 beats -3; by character -2/2 = -1 loses to -3/6. q1: -4 beats -4.5; by character -4/1
     # loses to -4.5/2. q2: -1 beats -1 - ln 3, and by character -1/10 beats it all the more.
@@ -409,7 +410,7 @@ def test_balanced_accuracy_worked_by_hand(toy, monkeypatch):
         {"passage": "", "question": f"q{number}", "label": int(number < 3)} for number in range(5)
     ]
     with_rows(monkeypatch, "validation", *rows)
-    summary, questions = evaluation.evaluate_tasks(nn.Identity(), None, ["boolq"])
+    summary, questions = evaluation.evaluate_tasks(StandIn(), None, ["boolq"])
     assert summary.metric.tolist() == ["acc", "p_right", "nll", "balanced_acc"]
     # Labels are compared as they are, whatever their lengths: -1 against -2, or the other way
     # round.
@@ -425,7 +426,7 @@ def test_balanced_accuracy_worked_by_hand(toy, monkeypatch):
 def test_one_question_has_no_standard_error(toy, monkeypatch):
     row = goal("q0", "ab", "cd", 0) | {"passage": "p", "question": "q"}
     with_rows(monkeypatch, "validation", row)
-    summary = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "boolq"]).summary
+    summary = evaluation.evaluate_tasks(StandIn(), None, ["piqa", "boolq"]).summary
     assert summary.stderr.isna().all() and summary.value.notna().all()
 
 
@@ -433,13 +434,13 @@ def test_one_question_has_no_standard_error(toy, monkeypatch):
 def test_log_likelihoods_must_be_finite(toy, broken):
     toy.loglikelihood_of = lambda *_: broken
     with pytest.raises(ValueError, match="must be finite, got .* for piqa"):
-        evaluation.evaluate_tasks(nn.Identity(), None, ["piqa"], limit=2)
+        evaluation.evaluate_tasks(StandIn(), None, ["piqa"], limit=2)
 
 
 def test_smaller_limits_are_contained(toy):
     tables = {
         limit: evaluation.evaluate_tasks(
-            nn.Identity(), None, ["openbookqa", "social_iqa"], limit=limit
+            StandIn(), None, ["openbookqa", "social_iqa"], limit=limit
         ).questions
         for limit in (20, 40, None)
     }
@@ -457,7 +458,7 @@ def test_smaller_limits_are_contained(toy):
 
 def test_limit_beyond_the_benchmark_takes_all(toy):
     assert (
-        len(evaluation.evaluate_tasks(nn.Identity(), None, ["openbookqa"], limit=10**6).questions)
+        len(evaluation.evaluate_tasks(StandIn(), None, ["openbookqa"], limit=10**6).questions)
         == 500
     )
 
@@ -467,7 +468,7 @@ def test_another_order_has_the_same_shots_and_questions(toy):
     for shot_order in (0, 1, 2, 1):
         toy.requests.clear()
         questions = evaluation.evaluate_tasks(
-            nn.Identity(), None, ["social_iqa"], num_fewshot=4, limit=5, shot_order=shot_order
+            StandIn(), None, ["social_iqa"], num_fewshot=4, limit=5, shot_order=shot_order
         ).questions
         (shots,) = {tuple(prompt.split("\n\n")[:-1]) for prompt, _ in toy.requests}
         solved.append(shots)
@@ -481,7 +482,7 @@ def test_shots_are_never_scored(toy, limit):
     """Where the package has no other split, they are the last 16 of the scored one."""
     rows, _, _ = benchmarks._rows("allenai/winogrande", "winogrande_xl")
     questions = evaluation.evaluate_tasks(
-        nn.Identity(), None, ["winogrande"], num_fewshot=3, limit=limit
+        StandIn(), None, ["winogrande"], num_fewshot=3, limit=limit
     ).questions
     assert len(questions) == (30 if limit == 30 else 1267 - 16)
     (solved,) = {tuple(prompt.split("\n\n")[:-1]) for prompt, _ in toy.requests}
@@ -492,16 +493,14 @@ def test_shots_are_never_scored(toy, limit):
     }
     shot_ids = {by_sentence[text] for text in solved}
     assert len(shot_ids) == 3 and not shot_ids & set(questions.question_id)
-    without = evaluation.evaluate_tasks(nn.Identity(), None, ["winogrande"]).questions
+    without = evaluation.evaluate_tasks(StandIn(), None, ["winogrande"]).questions
     assert len(without) == 1267 and shot_ids < set(without.question_id)
     assert questions.question_id.tolist() == without.question_id[: len(questions)].tolist()
 
 
 def test_shots_of_another_split_leave_all_questions_to_score(toy):
     rows, _, shots = benchmarks._rows("allenai/openbookqa", "main")
-    questions = evaluation.evaluate_tasks(
-        nn.Identity(), None, ["openbookqa"], num_fewshot=16
-    ).questions
+    questions = evaluation.evaluate_tasks(StandIn(), None, ["openbookqa"], num_fewshot=16).questions
     assert sorted(questions.question_id) == list(range(500))
     (solved,) = {tuple(prompt.split("\n\n")[:-1]) for prompt, _ in toy.requests}
     assert solved == tuple(
@@ -589,7 +588,7 @@ def test_prompts_to_the_letter(task, toy, monkeypatch):
     """The one that gets the higher log-likelihood is the one that counts as right."""
     only_first_rows(monkeypatch)
     toy.loglikelihood_of = lambda *pair: -1.0 - (pair != PROMPTS[task])
-    result = evaluation.evaluate_tasks(nn.Identity(), None, [task], limit=1)
+    result = evaluation.evaluate_tasks(StandIn(), None, [task], limit=1)
     n_choices = {"winogrande": 2, "piqa": 2, "social_iqa": 3, "lambada_openai": 1}
     assert len(set(toy.requests)) == n_choices.get(task, 10 if task == "basic_skills" else 4)
     assert PROMPTS[task] in toy.requests
@@ -599,7 +598,7 @@ def test_prompts_to_the_letter(task, toy, monkeypatch):
 
 def test_boolq_prompt(toy, monkeypatch):
     only_first_rows(monkeypatch)
-    evaluation.evaluate_tasks(nn.Identity(), None, ["boolq"])
+    evaluation.evaluate_tasks(StandIn(), None, ["boolq"])
     (prompt, no), (again, yes) = toy.requests
     assert prompt == again and (no, yes) == (" no", " yes")
     assert prompt.startswith(
@@ -614,7 +613,7 @@ def test_boolq_prompt(toy, monkeypatch):
 def test_gsm8k_prompt(toy, monkeypatch):
     """Eight solved problems stand before each one."""
     only_first_rows(monkeypatch)
-    evaluation.evaluate_tasks(nn.Identity(), None, ["gsm8k_chain"])
+    evaluation.evaluate_tasks(StandIn(), None, ["gsm8k_chain"])
     ((prompt, chain),) = toy.requests
     *solved, asked = prompt.split("\n\n")
     assert len(solved) == 8
@@ -773,7 +772,7 @@ def test_cut_prompts_are_reported(small, caplog):
 def test_bad_requests_are_refused(arguments, message, monkeypatch):
     monkeypatch.setattr(prefixes, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match=message):
-        evaluation.evaluate_tasks(nn.Identity(), None, **{"tasks": ["piqa"], **arguments})
+        evaluation.evaluate_tasks(StandIn(), None, **{"tasks": ["piqa"], **arguments})
 
 
 # --- tasks that lm-eval brings --------------------------------------------------------------------
@@ -844,9 +843,7 @@ def test_official_tasks_keep_their_prefix(toy, official):
     toy.loglikelihood_of = lambda prompt, answer: {" one": -1.0, " two": -2.0, " three": -3.0}.get(
         answer, -9.0
     )
-    result = evaluation.evaluate_tasks(
-        nn.Identity(), None, ["lm-eval:piqa", "piqa", "other"], limit=2
-    )
+    result = evaluation.evaluate_tasks(StandIn(), None, ["lm-eval:piqa", "piqa", "other"], limit=2)
     assert result.questions.task.tolist() == 2 * ["lm-eval:piqa"] + 2 * ["piqa"] + 2 * [
         "lm-eval:other"
     ]
@@ -865,19 +862,19 @@ def test_official_tasks_without_choices_have_no_questions(toy, official):
     toy.loglikelihood_rolling = lambda requests: [
         -3.0 * len(request.args[0]) for request in requests
     ]
-    result = evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "text"], limit=2)
+    result = evaluation.evaluate_tasks(StandIn(), None, ["piqa", "text"], limit=2)
     assert set(result.questions.task) == {"piqa"} and result.questions.correct.dtype == np.int64
     # Three nats a character, which is a byte here.
     theirs = result.summary[result.summary.task == "lm-eval:text"]
     assert theirs.metric.tolist() == ["bits_per_byte"]
     assert value(theirs, "bits_per_byte") == pytest.approx(3 / math.log(2))
-    only = evaluation.evaluate_tasks(nn.Identity(), None, ["text"]).questions
+    only = evaluation.evaluate_tasks(StandIn(), None, ["text"]).questions
     assert not len(only) and only.columns.tolist() == result.questions.columns.tolist()
 
 
 def test_official_groups_are_listed_whole(toy, official):
     toy.loglikelihood_of = lambda prompt, answer: -float(len(answer))
-    summary = evaluation.evaluate_tasks(nn.Identity(), None, ["lm-eval:sums"]).summary
+    summary = evaluation.evaluate_tasks(StandIn(), None, ["lm-eval:sums"]).summary
     assert summary[summary.metric == "acc"].set_index("task").n.to_dict() == {
         "lm-eval:piqa": 3,
         "lm-eval:other": 3,
@@ -894,7 +891,7 @@ def test_unreachable_hub_is_one_clear_error(official, monkeypatch):
     with pytest.raises(
         ValueError, match="task 'far' could not be read from the hub: Couldn't reach"
     ):
-        evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", "far"])
+        evaluation.evaluate_tasks(StandIn(), None, ["piqa", "far"])
 
 
 @pytest.mark.parametrize("name", ["nope", "lm-eval:nope", "lm-eval:basic_skills", "../piqa"])
@@ -903,14 +900,14 @@ def test_unknown_task_is_refused_before_any_work(official, monkeypatch, name):
     with pytest.raises(
         ValueError, match="unknown task .*hellaswag, winogrande, arc_easy, .*, basic_skills"
     ):
-        evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", name])
+        evaluation.evaluate_tasks(StandIn(), None, ["piqa", name])
 
 
 @pytest.mark.parametrize("name", [None, 3])
 def test_what_is_no_name_of_a_task_is_refused_before_any_work(monkeypatch, name):
     monkeypatch.setattr(prefixes, "language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match="tasks must be a list .*piqa, openbookqa.*, got "):
-        evaluation.evaluate_tasks(nn.Identity(), None, ["piqa", name])
+        evaluation.evaluate_tasks(StandIn(), None, ["piqa", name])
 
 
 def test_lm_eval_brings_its_own_tasks(monkeypatch, tmp_path):

@@ -683,3 +683,18 @@ def test_verdicts():
     assert evidence.UNTESTABLE == "not testable here"
     with pytest.raises(ValueError, match="'near 0'"):
         verdict(Interval(0, 0, 0), claimed="near 0")
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3])
+def test_differences_without_spread_allow_no_test(constant):
+    found = evidence.paired_verdicts(
+        {"alike": np.full(3, constant), "apart": np.array([0.1, -0.2, 0.15])}, margin=0.5
+    ).set_index("pair")
+    assert found.loc["alike", "verdict"] == evidence.UNTOLD
+    assert found.loc["alike", ["p_holm", "p_equal_holm", "p_beyond_holm"]].tolist() == [1, 1, 1]
+    assert found.loc["alike", "difference"] == constant
+
+
+def test_many_questions_without_any_difference_are_equal():
+    found = evidence.paired_verdicts({"few": np.zeros(23), "many": np.zeros(24)}, margin=0.1)
+    assert found["verdict"].tolist() == [evidence.UNTOLD, "equal"]
