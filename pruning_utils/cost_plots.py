@@ -10,11 +10,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pruning_utils.depth_plots import look_of
+from pruning_utils.depth_plots import look_of, with_ends
 from pruning_utils.plots import NAMES, WIDE, colour_of, need_columns, new_figure
 
 # --- levels beside differences, times, and sizes --------------------------------------------------
@@ -36,24 +35,6 @@ PRECISIONS = {
     "int8": ("s", "LLM.int8"),
     "nf4": ("^", "NF4"),
 }
-
-
-def _with_ends(
-    axis: Axes, rows: pd.DataFrame, places: np.ndarray | pd.Series, series: str
-) -> ErrorbarContainer:
-    """A curve of ``value`` with bars from ``low`` to ``high``."""
-    colour, marker = look_of(series)
-    return axis.errorbar(
-        places,
-        rows["value"],
-        [rows["value"] - rows["low"], rows["high"] - rows["value"]],
-        color=colour,
-        marker=marker,
-        markersize=3,
-        linewidth=0.9,
-        elinewidth=0.8,
-        capsize=1.5,
-    )
 
 
 def _thin_lines(axis: Axes, panel: str, baselines: pd.DataFrame | None, handles: dict) -> None:
@@ -90,7 +71,7 @@ def token_times(table: pd.DataFrame, *, baselines: pd.DataFrame | None = None) -
                 (handles[series],) = axis.plot(places, rows["value"], color="black", linewidth=0.7)
             else:
                 # Beside each other, so that no bar hides another.
-                handles[SERIES[series]] = _with_ends(axis, rows, places + 0.07 * number, series)
+                handles[SERIES[series]] = with_ends(axis, rows, places + 0.07 * number, series)
         _thin_lines(axis, panel, baselines, handles)
         axis.set_xticks(range(len(batches)), batches)
         if panel == panels[0]:
@@ -125,7 +106,7 @@ def times_and_causes(
         for (series, size), rows in table[table["panel"] == panel].groupby(
             ["series", "size"], sort=False
         ):
-            drawn = _with_ends(axis, rows, rows["x"], series)
+            drawn = with_ends(axis, rows, rows["x"], series)
             if size == hollow:
                 drawn.lines[0].set_markerfacecolor("white")
             else:
@@ -190,7 +171,7 @@ def levels_and_differences(
         _thin_lines(axis, panel, baselines, handles)
         for number, (series, rows) in enumerate(shown.groupby("series", sort=False)):
             places = rows["place"] + step * number
-            handles[SERIES.get(series, series)] = _with_ends(axis, rows, places, series)
+            handles[SERIES.get(series, series)] = with_ends(axis, rows, places, series)
         if tops and panel in tops:
             _mark_above(axis, shown, tops[panel])
         axis.set(title=NAMES.get(panel, panel), ylabel=labels[panel][0])

@@ -37,8 +37,8 @@ from pruning_utils.engine.overlapping import overlaps
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# At most this many documents are tokenised at once. The first steps are smaller, so that a few
-# windows need only a few documents.
+# At most this many documents are tokenised, or compared, at once. Windows begin with fewer, so that
+# a few of them need only a few documents.
 TOGETHER = 256
 # Of that rule, and of what it reads: another number for other code, so that what was kept is left.
 RULE_FORM = 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, new_figure
@@ -27,6 +29,33 @@ BASELINES = {
 def look_of(entity: str) -> tuple[str, str]:
     """Colour and marker of an entity; the same for all that have none of their own."""
     return ENTITIES.get(entity, ("#56B4E9", "v"))
+
+
+def with_ends(
+    axis: Axes, rows: pd.DataFrame, places: np.ndarray | pd.Series, series: str, **look: Any
+) -> ErrorbarContainer:
+    """A curve of ``value`` with bars from ``low`` to ``high``.
+
+    Args:
+        axis: Where it is drawn.
+        rows: Columns ``value``, ``low`` and ``high``.
+        places: Where each row stands on the horizontal axis.
+        series: Whose colour and marker it has.
+        **look: Arguments of matplotlib's ``errorbar`` that are to be others.
+    """
+    colour, marker = look_of(series)
+    own = {"markersize": 3, "linewidth": 0.9, "elinewidth": 0.8, "capsize": 1.5, **look}
+    bars = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+    return axis.errorbar(places, rows["value"], bars, color=colour, marker=marker, **own)
+
+
+def _thin_lines(axis: Axes, panel: str, baselines: pd.DataFrame, handles: dict) -> None:
+    """The levels of a panel that are no curve, added to the legend's handles."""
+    lines = baselines[baselines["panel"] == panel]
+    for name, level in zip(lines["name"], lines["value"], strict=True):
+        handles[name] = axis.axhline(
+            level, color="0.35", linestyle=BASELINES[name], linewidth=0.7, zorder=0
+        )
 
 
 def _panels(n_panels: int, columns: int, height: float, margin: float) -> tuple[Figure, np.ndarray]:
@@ -153,11 +182,7 @@ def place_losses(
             axis.fill_between(
                 shown["start"], shown["low"], shown["high"], color=dark, alpha=0.2, linewidth=0
             )
-            lines = baselines[baselines["panel"] == panel]
-            for name, level in zip(lines["name"], lines["value"], strict=True):
-                handles[name] = axis.axhline(
-                    level, color="0.35", linestyle=BASELINES[name], linewidth=0.7, zorder=0
-                )
+            _thin_lines(axis, panel, baselines, handles)
             axis.set_title(f"{NAMES.get(panel, panel)}: {title}", fontsize=8)
         ends = distances[distances["panel"] == panel].sort_values("start")
         grid[-1, column].plot(ends["start"], ends["distance"], **look)
@@ -193,22 +218,9 @@ def place_levels(table: pd.DataFrame, *, baselines: pd.DataFrame, label: str) ->
     for axis, panel in zip(axes, panels, strict=True):
         shown = table[table["panel"] == panel]
         for series, points in shown.groupby("series", sort=False):
-            colour, marker = look_of(str(series))
-            handles[series] = axis.errorbar(
-                points["start"],
-                points["value"],
-                [points["value"] - points["low"], points["high"] - points["value"]],
-                color=colour,
-                marker=marker,
-                markersize=4.5,
-                linestyle="none",
-                linewidth=0.8,
-            )
-        lines = baselines[baselines["panel"] == panel]
-        for name, level in zip(lines["name"], lines["value"], strict=True):
-            handles[name] = axis.axhline(
-                level, color="0.35", linestyle=BASELINES[name], linewidth=0.7, zorder=0
-            )
+            look = {"markersize": 4.5, "linestyle": "none"}
+            handles[series] = with_ends(axis, points, points["start"], str(series), **look)
+        _thin_lines(axis, panel, baselines, handles)
         axis.set(title=NAMES.get(panel, panel), xlabel="first removed layer (0-based)")
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[0].set_ylabel(label)

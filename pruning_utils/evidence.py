@@ -23,6 +23,7 @@ from pruning_utils.engine.verdict_rows import FAILS, HOLDS, UNTESTABLE, UNTOLD
 
 __all__ = [
     "FAILS",
+    "FEW",
     "HOLDS",
     "RESAMPLES",
     "UNTESTABLE",
