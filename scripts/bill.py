@@ -15,20 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import configurations
 import pandas as pd
 import torch
 import work
 from jobs import Job
 from parameters import Refused
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from pruning_utils import embedded, healing, importance, models, runtime
-from pruning_utils.engine import benchmarks, hub, model_files, trainer
+from pruning_utils.engine import benchmarks, trainer
 from pruning_utils.planning import machines, stages
 from pruning_utils.planning.machines import Machine
 from pruning_utils.studies import recipes, study
 
-CONFIGURATIONS = "model_configurations.csv"
 QUESTIONS = "question_tokens.csv"
 BATCH = 8  # windows or questions in a pass of evaluation
 SAVES_AT_ONCE = 3  # a training keeps two, and deletes an older one once the next is there
@@ -77,52 +77,6 @@ class Line:
     seconds: float
     worst: Cost
     disk: float
-
-
-# --- configurations -------------------------------------------------------------------------------
-
-
-@functools.cache
-def configuration(name: str, reference: Path) -> tuple[PreTrainedConfig, str]:
-    """A model's configuration, and where it was read.
-
-    Of an embedded model or a directory it is config.json; of a hub id the file in the local cache
-    of the hub where it is there, else its row in reference/model_configurations.csv.
-
-    Raises:
-        Refused: If none of them is there.
-    """
-    if name in (models.EMBEDDED, *models.MODELS) or Path(name).is_dir():
-        try:
-            source = models.resolve(name, None)
-        except (ValueError, ModuleNotFoundError) as error:
-            raise Refused(str(error)) from error
-        return model_files.configuration(source, {}), "config.json"
-    with hub.asked_or_cached():
-        try:
-            found = model_files.configuration(name, {"local_files_only": True})
-            return found, "config.json in the hub's cache"
-        except (OSError, ValueError):
-            pass
-    return stated_configuration(name, reference), f"reference/{CONFIGURATIONS}"
-
-
-def stated_configuration(name: str, reference: Path) -> PreTrainedConfig:
-    """A model's configuration by its row in reference/model_configurations.csv.
-
-    Raises:
-        Refused: If it has none.
-    """
-    table = pd.read_csv(reference / CONFIGURATIONS).set_index("model")
-    if name not in table.index:
-        raise Refused(
-            f"no configuration of {name}: download its config.json, or add it to "
-            f"reference/{CONFIGURATIONS}; there are: {', '.join(table.index)}"
-        )
-    row = table.loc[name]
-    words = ("model_type", "tied", "source")
-    sizes = {key: int(row[key]) for key in row.index if key not in words}
-    return AutoConfig.for_model(row["model_type"], **sizes, tie_word_embeddings=bool(row["tied"]))
 
 
 # --- one model on one machine ---------------------------------------------------------------------
@@ -464,7 +418,7 @@ class Bill:
 
     def of_model(self, name: str) -> tuple[Costs, str]:
         """The costs of a model; models with one configuration have the same."""
-        config, source = configuration(name, self.reference)
+        config, source = configurations.configuration(name, self.reference)
         key = config.to_json_string()
         if key not in self.costs:
             self.costs[key] = Costs(config, self.machine, self.questions)

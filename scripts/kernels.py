@@ -9,9 +9,9 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import nbformat
 import notebook_files
@@ -19,7 +19,7 @@ import papermill
 from jobs import Failed, Job
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
-from papermill.engines import Engine, papermill_engines
+from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 ENGINE = "stoppable"
@@ -33,13 +33,26 @@ START_TIMEOUT = 300
 TAKEN = "Address already in use"
 # How often a kernel is started that finds its ports taken.
 STARTS = 3
-# Objects of libraries stay, and each training begins with a full collection of garbage: what is
-# there after a cell is left alone by the next ones.
+# Seconds between two saves of a copy while its notebook runs.
+SAVED_EVERY = 5
+# Objects of libraries stay, and each training begins with a full collection of garbage. What is
+# there after a cell, or once libraries were imported within one, is left alone from then on.
 FEW_TO_COLLECT = """
-def few_to_collect(result, gc=__import__("gc")):
-    gc.collect()
-    gc.freeze()
-get_ipython().events.register("post_run_cell", few_to_collect)
+def few_to_collect(gc=__import__("gc"), modules=__import__("sys").modules):
+    collect, n_known = gc.collect, 0
+    def collect_and_freeze(*generation):
+        nonlocal n_known
+        found = collect(*generation)
+        if len(modules) > n_known + 100:
+            gc.freeze()
+            n_known = len(modules)
+        return found
+    def after_cell(result):
+        collect()
+        gc.freeze()
+    gc.collect = collect_and_freeze
+    get_ipython().events.register("post_run_cell", after_cell)
+few_to_collect()
 del few_to_collect
 """
 
@@ -95,13 +108,31 @@ def send_signal(client: PapermillNotebookClient, number: int) -> None:
             os.killpg(group, number)
 
 
+@contextlib.contextmanager
+def seldom_saved(nb_man: NotebookExecutionManager) -> Iterator[None]:
+    """Let papermill save a copy every few seconds, and not twice a cell with all its figures."""
+    save, next_time = nb_man.save, 0.0
+
+    def save_seldom(**given: Any) -> None:
+        nonlocal next_time
+        if time.monotonic() >= next_time:
+            save(**given)
+            next_time = time.monotonic() + SAVED_EVERY
+
+    nb_man.save = save_seldom
+    try:
+        yield
+    finally:
+        nb_man.save = save
+
+
 class StoppableEngine(Engine):
     """Gives a kernel an environment and a folder; papermill's own engine gives it the driver's."""
 
     @classmethod
     def execute_managed_notebook(
         cls,
-        nb_man: object,
+        nb_man: NotebookExecutionManager,
         kernel_name: str,
         *,
         kernels: Kernels,
@@ -112,32 +143,34 @@ class StoppableEngine(Engine):
     ) -> None:
         """Run all cells; what the kernel says of itself, when interrupted say, goes to a log.
 
-        ``first`` is what the kernel executes before all cells.
+        ``first`` is what the kernel executes before all cells. At the end papermill saves the copy
+        once more, failed or not.
         """
-        for start in range(1, STARTS + 1):
-            client = PapermillNotebookClient(
-                nb_man,
-                kernel_name=kernel_name,
-                startup_timeout=START_TIMEOUT,
-                iopub_timeout=START_TIMEOUT,
-                timeout=None,
-                stderr_file=kernels.stderr,
-                extra_arguments=["--log-level=ERROR", f"--IPKernelApp.exec_lines={first}"],
-                resources={"metadata": {"path": str(folder)}},
-            )
-            kernels.clients.add(client)
-            try:
-                client.execute(env=kernels.environment, stderr=log)
-                return
-            except RuntimeError:
-                said = Path(log.name).read_text(encoding="utf-8", errors="replace")
-                if kernels.stopped or start == STARTS or TAKEN not in said:
-                    raise
-                # What a later start says is its own.
-                log.seek(0)
-                log.truncate()
-            finally:
-                kernels.clients.discard(client)
+        with seldom_saved(nb_man):
+            for start in range(1, STARTS + 1):
+                client = PapermillNotebookClient(
+                    nb_man,
+                    kernel_name=kernel_name,
+                    startup_timeout=START_TIMEOUT,
+                    iopub_timeout=START_TIMEOUT,
+                    timeout=None,
+                    stderr_file=kernels.stderr,
+                    extra_arguments=["--log-level=ERROR", f"--IPKernelApp.exec_lines={first}"],
+                    resources={"metadata": {"path": str(folder)}},
+                )
+                kernels.clients.add(client)
+                try:
+                    client.execute(env=kernels.environment, stderr=log)
+                    return
+                except RuntimeError:
+                    said = Path(log.name).read_text(encoding="utf-8", errors="replace")
+                    if kernels.stopped or start == STARTS or TAKEN not in said:
+                        raise
+                    # What a later start says is its own.
+                    log.seek(0)
+                    log.truncate()
+                finally:
+                    kernels.clients.discard(client)
 
 
 papermill_engines.register(ENGINE, StoppableEngine)
@@ -164,7 +197,7 @@ def execute(job: Job, project: Path, output: Path, kernels: Kernels) -> Notebook
                 kernels=kernels,
                 folder=job.path.parent,
                 log=log,
-                first=FEW_TO_COLLECT if job.profile == "smoke" else "",
+                first=FEW_TO_COLLECT if job.values["profile"] == "smoke" else "",
             )
     except (PapermillExecutionError, RuntimeError, TimeoutError) as error:
         if kernels.stopped:

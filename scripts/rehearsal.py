@@ -3,6 +3,9 @@
 What is long is divided: steps, windows, questions, the rates and seeds that are tried. What could
 fail stays: the models' names and configurations, every table, every depth, method and rule. The
 profile in the notebooks is ``smoke``, where verdicts and checks of numbers count for nothing.
+
+The smoke profile itself has nothing to divide. The tests rehearse most of its notebooks, which
+takes a third of the time that the real weights take.
 """
 
 from __future__ import annotations
@@ -15,17 +18,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bill
+import configurations
 import modes
 import notebook_files
 import small_hub
 import work
 from jobs import Job, Refused
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from pruning_utils import data, embedded, models, results, runtime
 
 NAME = "rehearsal"
+# What stands in for the embedded model has its name at the hub.
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Other models of the papers, and the notebooks that they go through.
 OTHERS = (
     "meta-llama/Llama-2-13b-hf",
@@ -131,21 +136,36 @@ def divided(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def rehearsed(job: Job, model: str | None = None) -> Job:
     """A job of a profile, as it is rehearsed; with another model under a name of its own."""
-    values = divided(job.values)
-    if model:
-        values["model"] = model
-    for dotted, value in OF_NOTEBOOK.get(job.name, {}).items():
+    is_short = job.profile == modes.TEMPORARY
+    values: dict[str, Any] = dict(job.values) if is_short else divided(job.values)
+    values["model"] = model or at_hub(str(job.values["model"]))
+    of_notebook = {} if is_short else OF_NOTEBOOK.get(job.name, {})
+    for dotted, value in of_notebook.items():
         parameter, key = dotted.split(".")
         values[parameter] = {**values[parameter], key: value}
     own = notebook_files.parameters_of(notebook_files.read_notebook(job.path), job.name)
     changes = {name: value for name, value in values.items() if value != own[name]}
-    profile = f"{NAME}-{results.slug(model)}" if model else NAME
+    profile = f"{NAME}-{modes.TEMPORARY}" if is_short else NAME
+    if model:
+        profile = f"{profile}-{results.slug(model)}"
     return replace(job, profile=profile, values=values, changes=changes)
 
 
+def at_hub(model: str) -> str:
+    """The name under which a stand-in of a model lies in the hub's cache."""
+    return SMOLLM2 if model == models.EMBEDDED else model
+
+
+def configuration(name: str, reference: Path) -> PreTrainedConfig:
+    """The configuration of a real model, by its name at the hub."""
+    if name == SMOLLM2:
+        return configurations.configuration(models.EMBEDDED, reference)[0]
+    return configurations.stated_configuration(name, reference)
+
+
 def model_names(chosen: list[Job]) -> list[str]:
-    """The models that these notebooks load, by name."""
-    named = [str(job.values["model"]) for job in chosen]
+    """The models that these notebooks load, by their names at the hub."""
+    named = [at_hub(str(job.values["model"])) for job in chosen]
     for job in chosen:
         scored: Any = job.values.get("scored_on", {})
         named += scored.get("peers", [])
@@ -184,7 +204,7 @@ def short_texts(chosen: list[Job], reference: Path) -> list[str]:
 
 def documents_of(job: Job, reference: Path) -> Iterator[tuple[str, int, int]]:
     """Texts that a notebook evaluates on, tokens that a document must have, and documents."""
-    config, _ = bill.configuration(str(job.values["model"]), reference)
+    config, _ = configurations.configuration(str(job.values["model"]), reference)
     n_layers = config.get_text_config(decoder=True).num_hidden_layers
     for table in work.tables_of(job.name, job.values, n_layers):
         # There windows are packed, and may hold several documents.
@@ -233,13 +253,15 @@ def rehearse(
     faults = short_texts(chosen, reference)
     if faults:
         raise Refused("\n".join(faults))
-    further = OTHERS if others else ()
+    # The smoke profile is for the code of the notebooks, whatever the model.
+    is_short = chosen[0].profile == modes.TEMPORARY
+    further = OTHERS if others and not is_short else ()
     names = dict.fromkeys([*model_names(chosen), *further])
     home = project / "regressed" / f"{NAME}-hub"
     if recompute and home.exists():
         shutil.rmtree(home)  # stand-ins of another form may lie there
     try:
-        small_hub.place(home, {name: bill.stated_configuration(name, reference) for name in names})
+        small_hub.place(home, {name: configuration(name, reference) for name in names})
     except ValueError as error:
         raise Refused(str(error)) from error
     os.environ.update(small_hub.environment(home))

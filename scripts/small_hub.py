@@ -79,6 +79,16 @@ class Form:
 LLAMA_2 = Form({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, begins="<s>")
 VICUNA = Form({**LLAMA_2.special, "pad_token": "<unk>"}, begins="<s>")
 FORMS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Form(
+        {
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": "<|im_end|>",
+        },
+        in_bytes=True,
+        chat=CHAT_ML,
+    ),
     "meta-llama/Llama-2-7b-hf": LLAMA_2,
     "meta-llama/Llama-2-13b-hf": LLAMA_2,
     "meta-llama/Llama-2-70b-hf": LLAMA_2,

@@ -14,15 +14,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 
-@pytest.fixture(scope="module", autouse=True)
+n_modules = 0
+
+
+@pytest.fixture(autouse=True)
 def few_to_collect() -> None:
-    """What is there before a module of tests is left alone by all later collections of garbage.
+    """What libraries have brought along is left alone by all later collections of garbage.
 
     Each training begins with a full one, which otherwise looks at every object of the libraries. A
     fifth of the time of tests that train went there.
     """
-    gc.collect()
-    gc.freeze()
+    global n_modules
+    if len(sys.modules) > n_modules + 100:
+        gc.collect()
+        gc.freeze()
+        n_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

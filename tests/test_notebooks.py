@@ -14,10 +14,12 @@ import nbformat
 import notebook_files
 import parameters
 import pytest
+import rehearsal
+import small_hub
 from PIL import Image
 from smoke_groups import SHARED_TABLES, folder_name, scope
 
-from pruning_utils import engine, pages, results, runtime
+from pruning_utils import data, engine, pages, results, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pruning_utils"
@@ -38,6 +40,8 @@ PARAMETERS = {digits: notebook_files.parameters_of(book, digits) for digits, boo
 MOST_PARAMETERS = 12
 # 00 has no verdicts, and 13 says what it finds of any model in a computed cell.
 UNSAID = ("00_quickstart", "13_your_own_model")
+# Run with the embedded model's own weights at the smoke profile; the others with a stand-in.
+REAL = ("00_quickstart", "01_layer_similarity", "02_depth_and_question_answering")
 
 
 def run(*command, cwd=ROOT, **variables):
@@ -64,7 +68,7 @@ def test_notebooks_that_share_tables_run_on_one_worker():
     scopes = {path.stem[:2]: scope(test.format(path.stem)) for path in NOTEBOOKS}
     for group in SHARED_TABLES:
         assert len({scopes[digits] for digits in group}) == 1
-    assert len(set(scopes.values())) == len(SHARED_TABLES) + 3, "00, 01 and 13 stand alone"
+    assert len(set(scopes.values())) == len(SHARED_TABLES) + 4, "00, 01, 02 and 13 stand alone"
     assert scope("tests/test_data.py::test_a[02_x]") == "tests/test_data.py::test_a[02_x]"
 
 
@@ -185,16 +189,47 @@ def test_what_computes_is_imported_only_to_compute(tmp_path):
             run("-c", f"import {module}", PYTHONPATH=path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
-def test_smoke_notebook_gives_the_recorded_numbers(name, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / folder_name(name)
-    run("scripts/run_notebooks.py", "--profile", "smoke", "--only", name, "--output", folder)
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory) -> dict[str, str]:
+    """What a notebook needs in its environment to find the stand-in of the embedded model."""
+    home = tmp_path_factory.mktemp("hub")
+    config = rehearsal.configuration(rehearsal.SMOLLM2, ROOT / "reference")
+    texts = data.documents("xsum", "calibration")
+    small_hub.place_model(home / "hub", rehearsal.SMOLLM2, config, texts)
+    return small_hub.environment(home)
+
+
+def smoke_run(name: str, folder: Path, *options: str, **variables: str) -> None:
+    """Run a notebook at the smoke profile."""
+    words = ["--profile", "smoke", "--only", name, "--output", folder, *options]
+    run("scripts/run_notebooks.py", *words, **variables)
+
+
+def assert_recorded(name: str, folder: Path, recorded: str) -> None:
+    """That an executed notebook shows the summary numbers of a file in tests/summaries."""
     executed = nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4)
     new = comparisons.summary_table({name: notebook_files.summary_rows(executed)})
-    recorded = comparisons.read_summaries(ROOT / "tests" / "summaries" / "smoke.csv")
-    compared = comparisons.compare_summaries(recorded[recorded["notebook"] == name], new)
+    old = comparisons.read_summaries(ROOT / "tests" / "summaries" / f"{recorded}.csv")
+    compared = comparisons.compare_summaries(old[old["notebook"] == name], new)
     assert compared and [row for row in compared if row.fault] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_smoke_notebook_gives_the_recorded_numbers(name, tmp_path_factory):
+    """With the real weights; ``make regress`` runs the others with them too."""
+    folder = tmp_path_factory.getbasetemp() / folder_name(name)
+    smoke_run(name, folder)
+    assert_recorded(name, folder, "smoke")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in REAL])
+def test_smoke_notebook_on_a_stand_in_gives_the_recorded_numbers(name, stand_in, tmp_path_factory):
+    """A narrow model of as many layers: the code of the cells is asked, not the weights."""
+    folder = tmp_path_factory.getbasetemp() / f"narrow {folder_name(name)}"
+    smoke_run(name, folder, "-p", f"model={rehearsal.SMOLLM2}", **stand_in)
+    assert_recorded(name, folder, "rehearsal-smoke")
 
 
 @pytest.mark.slow

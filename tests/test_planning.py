@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bill  # noqa: E402
+import configurations  # noqa: E402
 import jobs  # noqa: E402
 import question_tokens  # noqa: E402
 import run_notebooks  # noqa: E402
@@ -381,7 +382,7 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path, capsys):
 
 def test_a_model_of_unknown_sizes_is_refused():
     with pytest.raises(jobs.Refused, match=r"no configuration of some/model: download .*Llama-2"):
-        bill.configuration("some/model", ROOT / "reference")
+        configurations.configuration("some/model", ROOT / "reference")
 
 
 @pytest.mark.parametrize("profile", ["a100"])
@@ -394,10 +395,10 @@ def test_sizes_of_the_papers_models_are_those_that_they_publish(profile):
         "Qwen/Qwen1.5-7B": 7_721_324_544,
     }
     for name, count in published.items():
-        config, _ = bill.configuration(name, ROOT / "reference")
+        config, _ = configurations.configuration(name, ROOT / "reference")
         assert stages.n_parameters(config) == count, name
     named = {job.values["model"] for job in jobs.plan(ROOT, profile, [], {}, False)}
-    assert named <= set(pd.read_csv(ROOT / "reference" / bill.CONFIGURATIONS)["model"])
+    assert named <= set(pd.read_csv(ROOT / "reference" / configurations.CONFIGURATIONS)["model"])
 
 
 def test_time_is_bound_by_arithmetic_or_by_reading():

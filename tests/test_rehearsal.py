@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import bill  # noqa: E402
 import jobs  # noqa: E402
 import rehearsal  # noqa: E402
 import small_hub  # noqa: E402
@@ -33,7 +32,7 @@ LLAMA, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B-Instruct"
 def home(tmp_path_factory) -> Path:
     """A hub's cache with every model that is known."""
     folder = tmp_path_factory.mktemp("hub")
-    configured = {name: bill.stated_configuration(name, REFERENCE) for name in small_hub.FORMS}
+    configured = {name: rehearsal.configuration(name, REFERENCE) for name in small_hub.FORMS}
     small_hub.place(folder, configured)
     return folder
 
@@ -60,7 +59,7 @@ def hub(home, monkeypatch) -> None:
 @pytest.mark.parametrize("name", small_hub.FORMS)
 def test_a_small_model_is_the_real_one_but_for_its_width(name, hub):
     model, tokenizer = models.load_model(name, dtype="float32")
-    real, config = bill.stated_configuration(name, REFERENCE), model.config
+    real, config = rehearsal.configuration(name, REFERENCE), model.config
     for field in (
         "num_hidden_layers",
         "num_attention_heads",
@@ -128,13 +127,22 @@ def test_a_model_of_a_hub_answers(hub):
 
 
 def test_a_model_of_unknown_tokenizer_is_refused(tmp_path):
-    config = bill.stated_configuration(LLAMA, REFERENCE)
-    with pytest.raises(ValueError, match="no small tokenizer is known for a/b; there are: meta"):
+    config = rehearsal.configuration(LLAMA, REFERENCE)
+    with pytest.raises(ValueError, match="no small tokenizer is known for a/b; there are: Hug"):
         small_hub.place(tmp_path, {"a/b": config})
     assert not list(tmp_path.iterdir())
 
 
 # --- values ---------------------------------------------------------------------------------------
+
+
+def test_of_the_smoke_profile_the_model_alone_is_another():
+    for job in jobs.plan(ROOT, "smoke", [], {}, False):
+        found = rehearsal.rehearsed(job)
+        assert found.profile == "rehearsal-smoke"
+        assert found.values == {**job.values, "model": rehearsal.SMOLLM2}
+        assert found.changes == {**job.changes, "model": rehearsal.SMOLLM2}
+        assert job.values["model"] == "embedded", "the job itself stays"
 
 
 def test_what_is_long_is_divided_and_what_could_fail_stays():
