@@ -31,8 +31,8 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
     scores, sets, shapes, depth, speeds, costs, rates: importance, selection, surgery, width,
     healing, evaluation, efficiency
 08  Adapters or all weights: what brings a pruned model back?
-    scores, sets, depth, costs, rates: importance, selection, surgery, healing, evaluation,
-    efficiency
+    scores, sets, depth, costs, quantised, rates: importance, selection, surgery, healing,
+    evaluation, efficiency
 09  Does it matter how the layers are chosen?
     scores, sets, depth, pairs, rates: similarity, importance, selection, surgery, healing,
     evaluation, efficiency

@@ -28,6 +28,7 @@ EVERY_MODEL = (
     "05_robustness",
     "06_block_importance",
     "07_depth_against_width",
+    "08_lora_against_continued_pretraining",
     "09_seven_metrics",
     "10_how_to_heal",
     "11_one_shot_or_iterative",
@@ -426,6 +427,29 @@ def adapters_or_all(values: Values, n_layers: int) -> list[Table]:
     ]
 
 
+def quantised_unhealed(values: Values, n_layers: int) -> list[Table]:
+    """What notebook 08 asks a second model: unhealed losses by precision, in the first's shares."""
+    of_first = depth.SIZES["smollm2-135m"].n_layers
+    quantised, drawn = values["quantised"], scores(values)
+    own = bare(of_scores(values, without_keys=("rates", "timed", "first_steps", "chained_depths")))
+    own = replace(own, healing=without(own.healing, "equal_steps"))
+    kept = [
+        (Point("perplexity+", depth.layers_in(n / of_first, n_layers)) if n else Point(), precision)
+        for n in quantised["depths"]
+        for precision in quantised["precisions"]
+    ]
+    return [
+        replace(drawn, points=drawn.points[:1]),
+        replace(
+            own,
+            name="quantised",
+            points=tuple(point for point, _ in kept),
+            texts=values["scored_on"]["texts"],
+        ),
+        Table("storage", "other", tuple(kept)),
+    ]
+
+
 def seven_metrics(values: Values, n_layers: int) -> list[Table]:
     scored, healing = values["scored_on"], values["healing"]
     depths, seed = values["depths"], values["seed"]
@@ -734,6 +758,7 @@ OF_SECOND = {
     "05_robustness": orders_of_shots,
     "06_block_importance": unhealed_importance,
     "07_depth_against_width": times_of_shapes,
+    "08_lora_against_continued_pretraining": quantised_unhealed,
     "09_seven_metrics": unhealed_metrics,
     "10_how_to_heal": costs_of_ways,
     "11_one_shot_or_iterative": unhealed_draws,

@@ -79,6 +79,7 @@ ORDER = (
     "studies.beginnings",
     "studies.depth",
     "studies.pairs",
+    "studies.quantised",
     "studies.places",
     "studies.scores",
     "studies.shots",
