@@ -169,8 +169,9 @@ def levels_and_differences(
     for axis, below, panel in zip(axes, axes[len(panels) :], panels, strict=False):
         shown = levels[levels["panel"] == panel]
         _thin_lines(axis, panel, baselines, handles)
-        for number, (series, rows) in enumerate(shown.groupby("series", sort=False)):
-            places = rows["place"] + step * number
+        by_series = list(shown.groupby("series", sort=False))
+        for number, (series, rows) in enumerate(by_series):
+            places = rows["place"] + 1.5 * step * (number - (len(by_series) - 1) / 2)
             handles[SERIES.get(series, series)] = with_ends(axis, rows, places, series)
         if tops and panel in tops:
             _mark_above(axis, shown, tops[panel])
@@ -178,7 +179,7 @@ def levels_and_differences(
         _difference_bars(below, pairs[pairs["panel"] == panel], step)
         below.set(ylabel=labels[panel][1])
         below.set_xticks(list(ticks), list(ticks.values()))
-        below.set_xlim(min(ticks) - 4 * step, max(ticks) + 6 * step)
+        below.set_xlim(min(ticks) - 4 * step, max(ticks) + 4 * step)
         below.margins(y=0.12)
     figure.supxlabel(xlabel, fontsize=8)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=5)
