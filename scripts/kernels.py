@@ -40,9 +40,9 @@ SAVED_EVERY = 5
 FEW_TO_COLLECT = """
 def few_to_collect(gc=__import__("gc"), modules=__import__("sys").modules):
     collect, n_known = gc.collect, 0
-    def collect_and_freeze(*generation):
+    def collect_and_freeze(generation=2):
         nonlocal n_known
-        found = collect(*generation)
+        found = collect(generation)
         if len(modules) > n_known + 100:
             gc.freeze()
             n_known = len(modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 
 from pruning_utils import evidence
@@ -57,7 +58,8 @@ def added_losses(losses: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFram
         titles: By text what it is called.
     """
     base, *others = losses["precision"].unique()
-    pairs, effects = {}, {}
+    pairs: dict[str, np.ndarray] = {}
+    effects: dict[str, float] = {}
     for name, title in titles.items():
         rows = _by_model(losses, name)
         for precision in others:
@@ -97,9 +99,8 @@ def quantised_or_pruned(
         documents), and the whole megabytes of both.
     """
     smallest = losses["precision"].unique()[-1]
-    size = levels.drop_duplicates(["layers", "precision"]).set_index(["layers", "precision"])[
-        "size"
-    ]
+    sizes = levels.drop_duplicates(["layers", "precision"])
+    size = sizes.set_index(["layers", "precision"])["size"].to_dict()
     found = []
     for name, title in titles.items():
         rows = _by_model(losses, name)
