@@ -136,19 +136,23 @@ def divided(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def rehearsed(job: Job, model: str | None = None) -> Job:
     """A job of a profile, as it is rehearsed; with another model under a name of its own."""
-    is_short = job.profile == modes.TEMPORARY
-    values: dict[str, Any] = dict(job.values) if is_short else divided(job.values)
+    values: dict[str, Any] = dict(job.values) if is_short(job) else divided(job.values)
     values["model"] = model or at_hub(str(job.values["model"]))
-    of_notebook = {} if is_short else OF_NOTEBOOK.get(job.name, {})
+    of_notebook = {} if is_short(job) else OF_NOTEBOOK.get(job.name, {})
     for dotted, value in of_notebook.items():
         parameter, key = dotted.split(".")
         values[parameter] = {**values[parameter], key: value}
     own = notebook_files.parameters_of(notebook_files.read_notebook(job.path), job.name)
     changes = {name: value for name, value in values.items() if value != own[name]}
-    profile = f"{NAME}-{modes.TEMPORARY}" if is_short else NAME
+    profile = f"{NAME}-{modes.TEMPORARY}" if is_short(job) else NAME
     if model:
         profile = f"{profile}-{results.slug(model)}"
     return replace(job, profile=profile, values=values, changes=changes)
+
+
+def is_short(job: Job) -> bool:
+    """Whether a job has nothing to divide; it is for the notebook's code, whatever the model."""
+    return job.profile == modes.TEMPORARY
 
 
 def at_hub(model: str) -> str:
@@ -253,9 +257,7 @@ def rehearse(
     faults = short_texts(chosen, reference)
     if faults:
         raise Refused("\n".join(faults))
-    # The smoke profile is for the code of the notebooks, whatever the model.
-    is_short = chosen[0].profile == modes.TEMPORARY
-    further = OTHERS if others and not is_short else ()
+    further = OTHERS if others and not is_short(chosen[0]) else ()
     names = dict.fromkeys([*model_names(chosen), *further])
     home = project / "regressed" / f"{NAME}-hub"
     if recompute and home.exists():

@@ -131,7 +131,8 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="run a profile on small random models with the configurations of its own, and on "
         "local texts in place of the hub's, with steps and counts divided (minutes); numbers are "
-        "compared with tests/summaries/rehearsal.csv, and a stopped rehearsal goes on",
+        "compared with tests/summaries/rehearsal.csv, those of smoke with rehearsal-smoke.csv; a "
+        "stopped rehearsal goes on",
     )
     parser.add_argument(
         "--price", type=positive, metavar="DOLLARS", help="with --plan: of an hour, for the bill"

@@ -46,6 +46,8 @@ WAYS = {
     "head + 3, tied": "last_layers last_k=3 untie=false",
 }
 TRIAL_SEED = 100
+# Keys of healing that are no settings of the trainings of 08.
+COMPARED_IN_08 = ("rates", "timed", "first_steps", "chained_depths", "equal_steps")
 Values = Mapping[str, Any]
 
 
@@ -396,8 +398,7 @@ def adapters_or_all(values: Values, n_layers: int) -> list[Table]:
     rates, steps, timed = healing["rates"], healing["steps"], healing["timed"]
     rule, quantised = "perplexity+", values["quantised"]
     best = {method: middle(method, grid, steps) for method, grid in rates.items()}
-    own = of_scores(values, without_keys=("rates", "timed", "first_steps", "chained_depths"))
-    own = replace(own, healing=without(own.healing, "equal_steps"))
+    own = of_scores(values, without_keys=COMPARED_IN_08)
     tried = [(rule, n, method, grid) for n in depths for method, grid in rates.items()]
     trained = [Point(), *(Point(rule, n) for n in depths)]
     trained += [
@@ -431,8 +432,7 @@ def quantised_unhealed(values: Values, n_layers: int) -> list[Table]:
     """What notebook 08 asks a second model: unhealed losses by precision, in the first's shares."""
     of_first = depth.SIZES["smollm2-135m"].n_layers
     quantised, drawn = values["quantised"], scores(values)
-    own = bare(of_scores(values, without_keys=("rates", "timed", "first_steps", "chained_depths")))
-    own = replace(own, healing=without(own.healing, "equal_steps"))
+    own = bare(of_scores(values, without_keys=COMPARED_IN_08))
     kept = [
         (Point("perplexity+", depth.layers_in(n / of_first, n_layers)) if n else Point(), precision)
         for n in quantised["depths"]

@@ -1548,6 +1548,67 @@ def test_seconds_in_words(seconds, words):
     assert modes.in_words(seconds) == words
 
 
+# --- kernels --------------------------------------------------------------------------------------
+
+
+class Saving:
+    """What papermill saves a copy with."""
+
+    def __init__(self) -> None:
+        self.n_saved = 0
+
+    def save(self) -> None:
+        self.n_saved += 1
+
+
+def test_a_copy_is_saved_every_few_seconds_and_as_before_at_the_end(monkeypatch):
+    now, manager = [100.0], Saving()
+    monkeypatch.setattr(kernels.time, "monotonic", lambda: now[0])
+    with pytest.raises(OSError, match="lost"), kernels.seldom_saved(manager):
+        manager.save()
+        manager.save()
+        assert manager.n_saved == 1
+        now[0] += kernels.SAVED_EVERY
+        manager.save()
+        assert manager.n_saved == 2
+        raise OSError("the kernel is lost")
+    manager.save()
+    manager.save()
+    assert manager.n_saved == 4
+
+
+def test_a_kernel_leaves_libraries_alone_when_it_collects_garbage():
+    """Those that are imported within a cell too; what a cell makes afterwards is collected."""
+    said = """
+import gc, types, weakref
+class Shell:
+    events = types.SimpleNamespace(register=lambda name, hook: hooks.update({name: hook}))
+class Node: pass
+def get_ipython(): return Shell
+hooks = {}
+"""
+    said += kernels.FEW_TO_COLLECT
+    said += """
+import sys
+gc.collect()
+first = gc.get_freeze_count()
+for number in range(200):
+    sys.modules[f"library_{number}"] = types.ModuleType(f"library_{number}")
+library = [[] for _ in range(10_000)]
+gc.collect()
+assert gc.get_freeze_count() >= first + 10_000
+frozen, node = gc.get_freeze_count(), Node()
+node.itself, seen = node, weakref.ref(node)
+del node
+gc.collect()
+assert seen() is None and gc.get_freeze_count() <= frozen
+kept = [[] for _ in range(10_000)]
+hooks["post_run_cell"](None)
+assert gc.get_freeze_count() > frozen + 9_000
+"""
+    subprocess.run([sys.executable, "-c", said], check=True)
+
+
 # --- make and the workflow --------------------------------------------------------------------
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -19,7 +19,7 @@ import small_hub
 from PIL import Image
 from smoke_groups import SHARED_TABLES, folder_name, scope
 
-from pruning_utils import data, engine, pages, results, runtime
+from pruning_utils import engine, pages, results, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pruning_utils"
@@ -194,8 +194,7 @@ def stand_in(tmp_path_factory) -> dict[str, str]:
     """What a notebook needs in its environment to find the stand-in of the embedded model."""
     home = tmp_path_factory.mktemp("hub")
     config = rehearsal.configuration(rehearsal.SMOLLM2, ROOT / "reference")
-    texts = data.documents("xsum", "calibration")
-    small_hub.place_model(home / "hub", rehearsal.SMOLLM2, config, texts)
+    small_hub.place(home, {rehearsal.SMOLLM2: config})
     return small_hub.environment(home)
 
 
