@@ -12,6 +12,9 @@ from pruning_utils.engine import passes, wrappers
 from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.later import flop_counter, nn, torch
 
+# Names under which a model gives and takes what it keeps from one token to the next.
+CACHES = ("past_key_values", "cache_params")
+
 
 def stored_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters, each tensor counted once however many modules share it.
@@ -33,9 +36,12 @@ def stored_parameters(model: nn.Module) -> dict[str, int]:
         )
     tensors = list({id(weight): weight for weight in model.parameters()}.values())
     total = sum(weight.numel() for weight in tensors)
-    layers = sum(
-        weight.numel() for layer in models.decoder_layers(model) for weight in layer.parameters()
-    )
+    of_layers = {
+        id(weight): weight.numel()
+        for layer in models.decoder_layers(model)
+        for weight in layer.parameters()
+    }
+    layers = sum(of_layers.values())
     return {"layers": layers, "other": total - layers, "total": total, "bytes": weight_bytes(model)}
 
 
@@ -84,7 +90,9 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
     whole_number("batch_size", batch_size, 1)
     whole_number("n_tokens", n_tokens, 1, models.context_length(model.config))
     device = model.get_input_embeddings().weight.device
-    counter = flop_counter.FlopCounterMode(display=False)
+    # It does not know the product of each token with the weights of its experts.
+    of_experts = {torch.ops.aten._grouped_mm: _grouped_operations}
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=of_experts)
     with (
         torch.no_grad(),
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
@@ -92,6 +100,11 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
     ):
         model(torch.zeros(batch_size, n_tokens, dtype=torch.long, device=device), use_cache=False)
     return counter.get_total_flops()
+
+
+def _grouped_operations(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
+    """Of rows ``(n, D)`` in groups, each multiplied by the matrix of its group, ``(E, D, F)``."""
+    return 2 * left[0] * left[1] * right[-1]
 
 
 def generation_speed(
@@ -165,13 +178,14 @@ def generation_speed(
 
 def _generation_moments(model: nn.Module, tokens: torch.Tensor, new_tokens: int) -> list[float]:
     """Seconds on the clock at the start and after each new token."""
-    from transformers import DynamicCache
-
-    cache, moments = DynamicCache(), [_now()]
+    kept: dict[str, object] = {}
+    moments = [_now()]
     with torch.no_grad():
         for _ in range(new_tokens):
-            logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            tokens = logits[:, -1:].argmax(-1)
+            output = model(tokens, **kept, use_cache=True, logits_to_keep=1)
+            # Each architecture makes the cache that it needs, of states of another kind too.
+            kept = {name: output[name] for name in CACHES if output.get(name) is not None}
+            tokens = output.logits[:, -1:].argmax(-1)
             moments.append(_now())
     return moments
 

@@ -153,7 +153,7 @@ def _is_file(source: str | None) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # with a mark of the byte order or without
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} could not be read: {error}") from error
 
@@ -165,7 +165,7 @@ def _rows(path: Path) -> list[dict]:
         raise ValueError(f"{path.name} must hold a JSON object a line: {error}") from error
     for row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{path.name} must hold a JSON object a line, got {row!r}")
+            raise ValueError(f"{path.name} must hold a JSON object a line, got {row!r:.80}")
     return rows
 
 
@@ -190,6 +190,11 @@ def _hub_rows(
         ) from error
 
 
+def _whole_text(value: object) -> str:
+    """A value as a text. Half a character, as text that was cut off leaves, becomes ``?``."""
+    return str(value).strip().encode("utf-8", "replace").decode("utf-8")
+
+
 def _pair(row: dict, prompt: tuple[str, ...], answer: str, source: str) -> tuple[str, str]:
     """Question and answer of a row.
 
@@ -209,6 +214,6 @@ def _pair(row: dict, prompt: tuple[str, ...], answer: str, source: str) -> tuple
     elif isinstance(given[answer], list):
         # Several answers are right: the first one is taken.
         given[answer] = given[answer][0] if given[answer] else None
-    texts = {field: "" if value is None else str(value).strip() for field, value in given.items()}
+    texts = {field: "" if value is None else _whole_text(value) for field, value in given.items()}
     parts = [texts[field] for field in prompt if texts[field]]
     return "\n".join(parts), texts[answer]

@@ -97,7 +97,7 @@ def load_model(
             **storage,
         )
         model_files.refuse_other_weights(report)
-        model_files.refuse_picture_needed(model)
+        model_files.refuse_picture_needed(model, model.device)
         if quantize and not any(
             "bitsandbytes" in type(part).__module__ for part in decoder_layers(model).modules()
         ):

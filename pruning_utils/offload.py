@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pruning_utils import models, runtime
 from pruning_utils.embedded import quiet_loading
-from pruning_utils.engine import hub, model_files
+from pruning_utils.engine import hub, model_files, passes
 from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.later import torch
 
@@ -82,7 +82,7 @@ def load_model(
                 **options,
             )
             model_files.refuse_other_weights(report)
-            model_files.refuse_picture_needed(model)
+            model_files.refuse_picture_needed(model, passes.input_device(model))
     except BaseException:
         shutil.rmtree(folder)
         raise

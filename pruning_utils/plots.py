@@ -66,7 +66,8 @@ ENTITIES = {
     "rank 8": ("#0072B2", "^"),
     "rank 32": ("#CC79A7", "s"),
 }
-matplotlib.style.use(STYLE)
+# Nothing of the user's own settings, so that figures are alike everywhere.
+matplotlib.style.use(["default", STYLE])
 
 
 def colour_of(entity: str) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pruning_utils import __version__, runtime, surgery
+from pruning_utils.engine import model_files, passes
 from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
@@ -178,14 +179,10 @@ def logit_difference(
     """Largest absolute difference of the logits of a model and of what plain transformers loads
     from a folder, given token ids of shape ``(N, T)``; ``loading`` are keywords of its
     ``from_pretrained``, such as ``gguf_file``."""
-    from transformers import AutoModelForCausalLM
-
-    loaded = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **loading)
-        .to(model.device)
-        .eval()
-    )
-    input_ids = input_ids.to(model.device)
+    kind = model_files.auto_class(model.config)
+    device = passes.input_device(model)
+    loaded = kind.from_pretrained(folder, dtype=model.dtype, **loading).to(device).eval()
+    input_ids = input_ids.to(device)
     with torch.no_grad():
         return float((model(input_ids).logits - loaded(input_ids).logits).abs().max())
 

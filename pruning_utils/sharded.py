@@ -344,9 +344,10 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> int:
     """Heal and save a model: 0 if all went well, 1 with one line if not."""
     given = vars(parser().parse_args(words))
-    name, out, text = given.pop("model"), Path(given.pop("out")), given.pop("text")
+    name, out, text = given.pop("model"), given.pop("out"), given.pop("text")
     seq_len, dtype = given.pop("seq_len"), given.pop("dtype")
     try:
+        out = surgery.directory_to_write(out)
         given["warmup_steps"] = min(given["warmup_steps"], given["steps"])
         model, tokenizer = models.load_model(name, dtype=dtype, device="cpu")
         count = given["steps"] * given["batch_size"]

@@ -62,6 +62,7 @@ OTHER_LISTS = re.compile(
 )
 # Kinds of layers whose caches count no tokens.
 WITHOUT_LENGTH = frozenset(("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"))
+HAS_A_KIND = re.compile(r"has_\w+_layers")  # whether a kind of layer is there at all
 ABSENT = "absent"  # stands for the value of an attribute that a module does not have
 MARKER = "pruning_utils.json"  # tells our directories from somebody else's
 
@@ -328,7 +329,10 @@ def _attribute_changes(
         # What is outside the layers may serve a kind of layer that has gone altogether.
         if is_same or (is_outside and other == ABSENT):
             continue
-        if other not in _renumbered(value, other, kept, n_layers):
+        allowed = _renumbered(value, other, kept, n_layers)
+        if is_outside and value is True and HAS_A_KIND.fullmatch(attribute):
+            allowed.append(False)
+        if other not in allowed:
             raise ValueError(f"{path}.{attribute} is {value}, and would be {other} after a reload")
         changes.append((path, attribute, other))
     return changes
@@ -413,6 +417,25 @@ def drop_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedMode
     return model
 
 
+def directory_to_write(path: str | os.PathLike, *, overwrite: bool = False) -> Path:
+    """The directory that :func:`save` would write, with links followed, if it may.
+
+    Args:
+        path: As for :func:`save`, with ``overwrite``.
+        overwrite: See above.
+
+    Raises:
+        ValueError: If it is a file or holds something else.
+    """
+    found = Path(path).resolve()  # a link stays a link, and "." has a name
+    ours = found.is_dir() and (overwrite or (found / MARKER).is_file() or not any(found.iterdir()))
+    if found.exists() and not ours:
+        raise ValueError(
+            f"path must be a new or empty directory, or one written by surgery.save, got {path}"
+        )
+    return found
+
+
 def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -449,12 +472,7 @@ def save(
     passes.refuse_missing_weights(model)
     wrappers.refuse_compiled_parts(model)
     asked = Path(path)
-    path = asked.resolve()  # a link stays a link, and "." has a name
-    ours = path.is_dir() and (overwrite or (path / MARKER).is_file() or not any(path.iterdir()))
-    if path.exists() and not ours:
-        raise ValueError(
-            f"path must be a new or empty directory, or one written by this function, got {asked}"
-        )
+    path = directory_to_write(asked, overwrite=overwrite)
     _refuse_adapters(model)
     # On some CPUs bitsandbytes repacks 4-bit weights when it first evaluates, rounds their scales
     # and unpacks them wrongly as soon as a state dict is asked for.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import notebook_files
 import yaml
-from parameters import Refused, Values, literal, setting_keys
+from parameters import Refused, Values, literal, setting_keys, twice_in
 
 # The profile whose executed notebooks are the committed ones.
 COMMITTED = "cpu"
@@ -114,7 +114,7 @@ def plan(
             "--only"
         )
     sections = read_profile(project / "profiles", profile, list(paths))
-    commanded = {name: literal(text) for name, text in given.items()}
+    commanded = {name: literal(name, text) for name, text in given.items()}
     if recompute:
         commanded["recompute"] = True
     defaults = {name: own_defaults(path) for name, path in paths.items()}
@@ -129,6 +129,11 @@ def plan(
             values.give(commanded, known=setting_keys([defaults[name]]))
             jobs.append(Job(path, profile, values.now, values.changes()))
         faults += values.faults
+        if values.now["profile"] != profile and not values.faults:
+            faults.append(
+                f"{name}: its results would be those of {values.now['profile']!r}; the profile "
+                f"must say all: {{profile: {profile}}}"
+            )
     if faults:
         raise Refused("\n".join(faults))
     return jobs
@@ -140,14 +145,15 @@ def chosen_names(names: list[str], only: list[str]) -> list[str]:
     Raises:
         Refused: If a beginning is no notebook's, or there is no notebook at all.
     """
+    if not names:
+        raise Refused("there are no notebooks in the checkout")
     unknown = []
     for start in only:
-        if not any(name.startswith(start) for name in names):
-            unknown.append(start)
-    if unknown or not names:
-        raise Refused(
-            f"no notebook {' or '.join(unknown)}; there are: {', '.join(names) or 'none'}"
-        )
+        # An empty word would choose all: a variable of the shell may not be set.
+        if not start or not any(name.startswith(start) for name in names):
+            unknown.append(start or "''")
+    if unknown:
+        raise Refused(f"no notebook {' or '.join(unknown)}; there are: {', '.join(names)}")
     return [name for name in names if not only or name.startswith(tuple(only))]
 
 
@@ -173,9 +179,12 @@ def read_profile(folder: Path, profile: str, notebooks: list[str]) -> dict[str, 
     if profile not in known:
         raise Refused(f"no profile {profile}; there are: {', '.join(known) or 'none'}")
     try:
-        sections = yaml.safe_load((folder / f"{profile}.yaml").read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        text = (folder / f"{profile}.yaml").read_text(encoding="utf-8")
+        sections, twice = yaml.safe_load(text) or {}, twice_in(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Refused(f"profile {profile} is no YAML: {error}") from error
+    if twice:
+        raise Refused(f"profile {profile} says twice: {', '.join(twice)}")
     allowed = ["all", *notebooks]
     if not _maps_to_mappings(sections):
         raise Refused(

@@ -36,10 +36,12 @@ STARTS = 3
 # Seconds between two saves of a copy while its notebook runs.
 SAVED_EVERY = 5
 # Objects of libraries stay, and each training begins with a full collection of garbage. What is
-# there after a cell, or once libraries were imported within one, is left alone from then on.
+# there after a cell, or once libraries were imported within one, is left alone from then on. What
+# they make while they are imported stays too, and is looked through less often.
 FEW_TO_COLLECT = """
 def few_to_collect(gc=__import__("gc"), modules=__import__("sys").modules):
     collect, n_known = gc.collect, 0
+    gc.set_threshold(20_000, 20, 20)
     def collect_and_freeze(generation=2):
         nonlocal n_known
         found = collect(generation)
@@ -69,6 +71,9 @@ class Kernels:
     """
 
     def __init__(self, variables: Mapping[str, str], *, stderr: TextIO | None):
+        # Another Python's kernel may have the same name there. Results are recorded with the
+        # versions of the packages of this one.
+        os.environ.pop("JUPYTER_PATH", None)
         self.environment = {**os.environ, "PRUNING_UTILS_TEXT_BARS": "1", **variables}
         self.stderr = stderr
         self.stopped = False
@@ -210,7 +215,8 @@ def execute(job: Job, project: Path, output: Path, kernels: Kernels) -> Notebook
         notebook_files.scrub(notebook)
     except ValueError as error:
         raise Failed(f"{job.name}: {error}\n  so far: {partial}") from error
-    traces = notebook_files.machine_traces(notebook, [project, output])
+    asked = paths_in(job.changes)
+    traces = notebook_files.machine_traces(notebook, [project, output], asked=asked)
     if traces:
         shown = "\n    ".join(traces)
         raise Failed(
@@ -219,6 +225,17 @@ def execute(job: Job, project: Path, output: Path, kernels: Kernels) -> Notebook
         )
     shutil.rmtree(partial.parent)
     return notebook
+
+
+def paths_in(value: object) -> list[str]:
+    """Texts in a value, and inside what it holds, that are absolute paths."""
+    if isinstance(value, str):
+        return [value] if os.path.isabs(value) else []
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if not isinstance(value, (list, tuple)):
+        return []
+    return [path for one in value for path in paths_in(one)]
 
 
 def failed_cell(job: Job, error: Exception, partial: Path) -> str:

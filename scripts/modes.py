@@ -307,16 +307,24 @@ def print_comparisons(compared: list[comparisons.Comparison], *, all_of_them: bo
 def replace_committed(jobs: list[Job], project: Path, output: Path) -> None:
     """Copy a reproduction's tables, records, figures and notebooks over the committed ones.
 
+    What other notebooks have left there, finished or not, stays where it is.
+
     Raises:
         Refused: If a record of either is damaged, before anything is replaced.
     """
-    for source in output.glob("results/*/*/run.json"):
+    tables: list[Path] = []
+    found: list[Path] = []
+    for job in jobs:
+        folder = output / "results" / job.profile / job.name
+        tables += folder.glob("run.json")
+        found += [*folder.glob("*.csv"), *(output / "figures").rglob(f"{job.name}*.*")]
+    for source in tables:
         for place in (source, project / source.relative_to(output)):
             sound_records(place.parent)
-    for source in sorted([*output.glob("results/*/*/*.csv"), *output.glob("figures/*")]):
+    for source in sorted(found):
         with runtime.atomic_path(project / source.relative_to(output)) as target:
             shutil.copyfile(source, target)
-    for source in sorted(output.glob("results/*/*/run.json")):
+    for source in sorted(tables):
         folder = project / source.relative_to(output).parent
         with records.locked(folder):
             merged = {**records.read_records(folder), **records.read_records(source.parent)}

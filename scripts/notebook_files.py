@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -163,20 +165,28 @@ def _scrubbed_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookN
     return kept
 
 
-def machine_traces(notebook: NotebookNode, roots: list[Path]) -> list[str]:
+def machine_traces(
+    notebook: NotebookNode, roots: list[Path], *, asked: Iterable[str] = ()
+) -> list[str]:
     """Places in the outputs that name a folder of this machine or an address in its memory.
 
     Args:
         notebook: An executed notebook.
         roots: Folders to look for; this Python's, the home and the temporary folder are looked for
             anyway.
+        asked: What it was run on by name, such as the folder of a model: that may be named.
     """
-    own = [Path.home(), Path(sys.prefix), Path(tempfile.gettempdir())]
+    own = [Path(sys.prefix), Path(tempfile.gettempdir())]
+    with contextlib.suppress(RuntimeError):  # a user may have no home
+        own.append(Path.home())
     named = _any_of([*roots, *own])
+    said = sorted(asked, key=len, reverse=True)
     found = []
     for number, cell in enumerate(notebook.cells, start=1):
         for output in cell.get("outputs", []):
             text = _shown_text(output)
+            for name in said:
+                text = text.replace(name, "")
             matches = [*named.finditer(text), *ADDRESS.finditer(text)]
             for match in matches:
                 around = text[max(0, match.start() - 40) : match.end() + 40]
@@ -200,7 +210,7 @@ def _shown_text(output: NotebookNode) -> str:
     """What an output shows, images left out."""
     data = output.get("data", {})
     texts = {kind: shown for kind, shown in data.items() if not kind.startswith("image/")}
-    return output.get("text", "") + json.dumps(texts)
+    return output.get("text", "") + json.dumps(texts, ensure_ascii=False)
 
 
 def summary_rows(notebook: NotebookNode) -> list[dict]:

@@ -17,6 +17,7 @@ A parameter is set by its name. One value inside a mapping is set by a dotted na
 from __future__ import annotations
 
 import ast
+import datetime
 from collections.abc import Iterable
 
 import yaml
@@ -34,6 +35,9 @@ CHOSEN_KEYS = {
     "swapped.sets": "sets of layers",
     "shapes": "shapes of a smaller model",
 }
+# Texts that may look like numbers or dates: a branch may be called 1.0.
+TEXTS = ("model", "revision", "text.healing_source")
+NOTHING = ("None", "null", "~")
 # What may stand where the notebook's own value has another type: names in place of a word for them.
 OTHER_TYPES: dict[str, type] = {"healing.targets": list}
 
@@ -254,7 +258,8 @@ def type_fault(name: str, key: str, value: object, default: object) -> str:
     """The message where a value has another type than the notebook's own; "" if it fits.
 
     None fits everything, a whole number fits where a float is, and a list where a tuple is; for a
-    few names also what :data:`OTHER_TYPES` says.
+    few names also what :data:`OTHER_TYPES` says. What a list holds must be like what the notebook's
+    own holds: at its place, or where all of its own are alike, anywhere.
     """
     if value is None or default is None or isinstance(value, OTHER_TYPES.get(key, ())):
         return ""
@@ -266,22 +271,53 @@ def type_fault(name: str, key: str, value: object, default: object) -> str:
     kind = type(default)
     fits = isinstance(value, allowed.get(kind, (kind,)))
     # To Python a bool is a whole number too.
-    if fits and isinstance(value, bool) == isinstance(default, bool):
-        return ""
-    return f"{name}: {key} must be a {kind.__name__} like its default {default!r}, got {value!r}"
+    if not fits or isinstance(value, bool) != isinstance(default, bool):
+        return (
+            f"{name}: {key} must be a {kind.__name__} like its default {default!r}, got {value!r}"
+        )
+    if isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)) and default:
+        are_alike = len({type(one) for one in default}) == 1
+        for place, one in enumerate(value):
+            like = default[0 if are_alike else min(place, len(default) - 1)]
+            fault = type_fault(name, f"{key}[{place}]", one, like)
+            if fault:
+                return fault
+    return ""
 
 
-def literal(text: str) -> object:
+def twice_in(text: str) -> list[str]:
+    """Keys that stand twice in a mapping of a YAML text, of which the last would silently count."""
+    found: list[str] = []
+    nodes = [yaml.compose(text, yaml.SafeLoader)]
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            found += [key for place, key in enumerate(keys) if key in keys[:place]]
+            nodes += [value for _, value in node.value]
+    return list(dict.fromkeys(found))
+
+
+def literal(name: str, text: str) -> object:
     """A value of the command line: a Python literal such as ``3e-4``, else a YAML value.
+
+    Args:
+        name: Of the parameter. What :data:`TEXTS` names is a text, whatever it looks like.
+        text: The value.
 
     Raises:
         Refused: If it is neither.
     """
+    if name in TEXTS and text not in NOTHING:
+        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
         pass
     try:
-        return yaml.safe_load(text)
+        found = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise Refused(f"{text!r} is neither a Python literal nor YAML: {error}") from error
+    # To YAML 010 is eight, 1:30 ninety, and 2024-01-01 a date.
+    if isinstance(found, (int, float, datetime.date)) and not isinstance(found, bool):
+        raise Refused(f"{name}: write a number as Python does; {text!r} would be read as {found}")
+    return found

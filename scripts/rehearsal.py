@@ -260,26 +260,28 @@ def rehearse(
     further = OTHERS if others and not is_short(chosen[0]) else ()
     names = dict.fromkeys([*model_names(chosen), *further])
     home = project / "regressed" / f"{NAME}-hub"
-    if recompute and home.exists():
-        shutil.rmtree(home)  # stand-ins of another form may lie there
-    try:
-        small_hub.place(home, {name: configuration(name, reference) for name in names})
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    os.environ.update(small_hub.environment(home))
-    regress = functools.partial(
-        modes.regress,
-        project=project,
-        record=record,
-        keep=keep,
-        recompute=recompute,
-        at_once=at_once,
-    )
-    agree = regress([rehearsed(job) for job in chosen])
-    for name in further:
-        print(f"with {name}", flush=True)
-        jobs_of = [rehearsed(job, model=name) for job in chosen if job.name in WITH_OTHERS]
-        agree = regress(jobs_of) and agree
-    if not keep:
-        shutil.rmtree(home)
+    # Another rehearsal would read these models, and remove them at its end.
+    with modes.held(home):
+        if recompute:
+            shutil.rmtree(home)  # stand-ins of another form may lie there
+        try:
+            small_hub.place(home, {name: configuration(name, reference) for name in names})
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        os.environ.update(small_hub.environment(home))
+        regress = functools.partial(
+            modes.regress,
+            project=project,
+            record=record,
+            keep=keep,
+            recompute=recompute,
+            at_once=at_once,
+        )
+        agree = regress([rehearsed(job) for job in chosen])
+        for name in further:
+            print(f"with {name}", flush=True)
+            jobs_of = [rehearsed(job, model=name) for job in chosen if job.name in WITH_OTHERS]
+            agree = regress(jobs_of) and agree
+        if not keep:
+            shutil.rmtree(home)
     return agree

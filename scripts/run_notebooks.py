@@ -196,6 +196,8 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
             "-p goes with neither --accept nor --record: what is committed and recorded is of the "
             "profile's own values"
         )
+    if options.recompute and (options.figures or options.plan):
+        parser.error("--recompute goes with neither --figures nor --plan, which compute nothing")
     if options.output and (computes_apart(options) or options.figures or options.plan):
         parser.error(
             "--output goes with none of --regress, --rehearse, --reproduce, --figures and --plan: "
@@ -286,6 +288,8 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
     project = (options.project or modes.runtime.project_root()).resolve()
     kept = project
     try:
+        if not options.project:
+            refuse_another_checkout(project)
         if signals:
             on_signals(signal.default_int_handler)
         # A folder of its own begins anew by dropping what is there; notebooks read what is left.
@@ -293,12 +297,17 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
         chosen = jobs.plan(project, options.profile, options.only, options.values, recompute)
         output = output_folder(options)
         kept = output or project
+        refuse_to_replace(options, project, output)
         agree = carried_out(options, chosen, project, output)
     except jobs.Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except jobs.Failed as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        # A full disk, or one that may only be read; tables and points that are whole stay.
+        print(f"error: {error}; {after_stop(options, kept)}", file=sys.stderr)
         return 1
     except running.Stopped as stop:
         where = " in " + ", ".join(stop.names) if stop.names else ""
@@ -315,6 +324,42 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
     return 0 if agree else 1
 
 
+def refuse_another_checkout(project: Path) -> None:
+    """Refuse to work on another checkout than that of these scripts, unless it is named.
+
+    A worktree may use the environment of another one, or have been copied with its own.
+
+    Raises:
+        Refused: If the installed package is that of another checkout.
+    """
+    from jobs import Refused
+
+    own = Path(__file__).resolve().parents[1]
+    if own != project:
+        raise Refused(
+            f"these are the scripts of {own}, but the installed package is that of {project}: "
+            f"remove {own / '.venv'} and run make setup there, or name a checkout with --project"
+        )
+
+
+def refuse_to_replace(options: argparse.Namespace, project: Path, output: Path | None) -> None:
+    """Refuse a run of other values whose results would lie in the place of the committed ones.
+
+    Raises:
+        Refused: If it would, or the checkout itself is the folder for them.
+    """
+    from jobs import Refused
+
+    if output == project:
+        raise Refused(f"--output must be another folder than the checkout, got {output}")
+    makes_none = options.figures or options.plan or computes_apart(options)
+    if options.values and output is None and not makes_none:
+        raise Refused(
+            f"-p {' '.join(options.values)} makes other results than those of the profile: give "
+            "--output DIR, so that they do not replace the ones here"
+        )
+
+
 def computes_apart(options: argparse.Namespace) -> bool:
     """Whether it is computed into a folder that nothing else reads."""
     return options.regress or options.rehearse or options.reproduce
@@ -324,9 +369,13 @@ def output_folder(options: argparse.Namespace) -> Path | None:
     """Where notebooks that are simply run write their results; None: in the checkout."""
     import modes
 
-    if options.output:
-        return options.output.resolve()
     makes_none = options.figures or options.plan
+    given = options.output
+    if not given and not makes_none and not computes_apart(options):
+        # What papermill's runs obey.
+        given = os.environ.get("PRUNING_UTILS_OUTPUT")
+    if given:
+        return Path(given).resolve()
     if options.profile != modes.TEMPORARY or makes_none or computes_apart(options):
         return None
     return modes.temporary_output()

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,7 @@ from jobs import Failed, Job, ready
 from kernels import Kernels, execute
 from nbformat import NotebookNode
 
-from pruning_utils import runtime
+from pruning_utils import embedded, runtime
 from pruning_utils.engine import definitions, records
 
 THREADS = "OMP_NUM_THREADS"
@@ -173,7 +174,23 @@ class Run:
             return
         # The digest is taken before the run: what is edited meanwhile is not what ran.
         started = (job, run_digest(job), time.monotonic())
-        self.running[pool.submit(execute, job, self.project, self.output, self.kernels)] = started
+        self.running[pool.submit(self._executed, job)] = started
+
+    def _executed(self, job: Job) -> NotebookNode:
+        """The executed copy. Its head shows the verdicts that were there when it began.
+
+        Where the run has changed them, and the copy is kept, it is run again: it reads its tables.
+        """
+        profile = str(job.values["profile"])
+        verdicts = self.output / "results" / profile / job.name / "verdicts.csv"
+        before = bytes_of(verdicts)
+        notebook = execute(job, self.project, self.output, self.kernels)
+        # Smoke's verdicts are nobody's findings.
+        if job.name not in self.keep or profile == "smoke" or bytes_of(verdicts) == before:
+            return notebook
+        values, changes = ({**of, "recompute": False} for of in (job.values, job.changes))
+        again = replace(job, values=values, changes=changes)
+        return execute(again, self.project, self.output, self.kernels)
 
     def _end(self, future: Future) -> None:
         job, digest, began = self.running.pop(future)
@@ -210,6 +227,11 @@ class Run:
         print(f"{begun} {outcome}", flush=True)
 
 
+def bytes_of(path: Path) -> bytes:
+    """What a file holds; nothing where it is not there."""
+    return path.read_bytes() if path.exists() else b""
+
+
 def threads_each(at_once: int) -> dict[str, str]:
     """A kernel's share of the cores as an environment variable; one that is set already stays."""
     if at_once == 1 or THREADS in os.environ:
@@ -230,5 +252,7 @@ def run_digest(job: Job) -> str:
     values = dict(job.values)
     for name in notebook_files.UNRECORDED:
         values.pop(name, None)
-    parts = [source, records.plain(values), definitions.INSTALLED.digest()]
+    # A notebook may look at all embedded models at hand.
+    at_hand = [name for name in embedded.MODELS if embedded.is_installed(name)]
+    parts = [source, records.plain(values), definitions.INSTALLED.digest(), at_hand]
     return records.digest(records.canonical(parts))

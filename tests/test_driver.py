@@ -251,9 +251,9 @@ def test_values_come_from_defaults_then_all_then_section_then_command(project):
         "recompute": True,
     }
     assert (
-        jobs.literal("embedded") == "embedded"
-        and jobs.literal("true") is True
-        and jobs.literal("[1, 2]") == [1, 2]
+        jobs.literal("model", "embedded") == "embedded"
+        and jobs.literal("recompute", "true") is True
+        and jobs.literal("seeds", "[1, 2]") == [1, 2]
     )
 
 
@@ -346,7 +346,7 @@ def test_the_command_line_sets_several_values_at_once(nested, monkeypatch):
     seen = []
     monkeypatch.setattr(running, "execute", lambda job, *_: seen.append(job) or executed(job))
     words = ["-p", "healing.rank=4", "healing.source=a=b", "-p", "steps=3", "-p", "model", "x=y"]
-    assert drive(nested, "--only", "00", *words) == 0
+    assert drive(nested, "--only", "00", "--output", str(nested / "mine"), *words) == 0
     (job,) = seen
     assert job.changes == {
         "healing": {**OTHERS, "rank": 4, "source": "a=b"},
@@ -359,8 +359,10 @@ def test_a_notebook_gets_the_whole_mapping(nested, capfd):
     write_notebook(
         nested / "notebooks" / "00_first.ipynb", "print(sorted(healing))", parameters=NESTED
     )
-    assert drive(nested, "--only", "00", "-p", "healing.rank=4") == 0
-    path = nested / "results" / "cpu" / "notebooks" / "00_first.ipynb"
+    output = nested / "mine"
+    words = ["--only", "00", "-p", "healing.rank=4"]
+    assert drive(nested, *words, "--output", str(output)) == 0
+    path = output / "notebooks" / "00_first.ipynb"
     cells = nbformat.read(path, as_version=4).cells
     assert cells[3].outputs[0].text == "['inner', 'rank', 'rate', 'source', 'targets']\n"
 
@@ -975,8 +977,29 @@ def test_nothing_is_replaced_where_a_record_is_damaged(tmp_path, damaged):
         (folder / "run.json").write_text("[]" if name == damaged else '{"embedded": {}}')
     before = files(tmp_path)
     with pytest.raises(modes.Refused, match=f"{damaged}/results.*run.json is damaged"):
-        modes.replace_committed([], tmp_path / "committed", tmp_path / "new")
+        job = jobs.Job(tmp_path / "00_first.ipynb", "cpu", {}, {})
+        modes.replace_committed([job], tmp_path / "committed", tmp_path / "new")
     assert files(tmp_path) == before
+
+
+def test_only_what_was_run_is_replaced(tmp_path):
+    """A stopped reproduction of others has left tables and figures there too."""
+    new, committed = tmp_path / "new", tmp_path / "committed"
+    for name in ("00_first", "01_second"):
+        for root in (new, committed):
+            folder = root / "results" / "cpu" / name
+            folder.mkdir(parents=True)
+            (folder / "embedded.csv").write_text(root.name)
+            (folder / "run.json").write_text(json.dumps({"embedded": {"commit": root.name}}))
+            (root / "figures").mkdir(exist_ok=True)
+            (root / "figures" / f"{name}_curves.png").write_text(root.name)
+            (root / "notebooks").mkdir(exist_ok=True)
+            (root / "notebooks" / f"{name}.ipynb").write_text(root.name)
+    job = jobs.Job(committed / "notebooks" / "00_first.ipynb", "cpu", {}, {})
+    modes.replace_committed([job], committed, new)
+    for path, content in files(committed).items():
+        is_new = "00_first" in path
+        assert (b"new" in content) == is_new and (b"committed" in content) != is_new, path
 
 
 def test_reproduce_goes_on_compares_and_accepts(project, capfd, monkeypatch):
@@ -1575,6 +1598,61 @@ def test_a_copy_is_saved_every_few_seconds_and_as_before_at_the_end(monkeypatch)
     manager.save()
     manager.save()
     assert manager.n_saved == 4
+
+
+def test_a_kernel_is_that_of_this_python(project, tmp_path, monkeypatch):
+    """Whatever another place calls by its name."""
+    spec = {"argv": ["false"], "display_name": "another", "language": "python"}
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    write_notebook(project / "notebooks" / "00_first.ipynb", "import sys; print(len(sys.prefix))")
+    assert drive(project, "--only", "00") == 0
+    cells = nbformat.read(project / "notebooks" / "00_first.ipynb", as_version=4).cells
+    assert cells[2].outputs[0].text == f"{len(sys.prefix)}\n"
+
+
+VERDICTS = """
+from pathlib import Path
+import os
+kept = Path(os.environ["PRUNING_UTILS_OUTPUT"]) / "results" / profile / "00_first" / "verdicts.csv"
+print(kept.read_text() if kept.exists() else "none")
+"""
+
+
+@pytest.mark.parametrize("profile", ["cpu", "smoke"])
+def test_the_head_of_a_kept_notebook_shows_the_verdicts_of_its_run(project, profile, tmp_path):
+    """Of smoke nobody reads them, and a second run would take as long as the first."""
+    ends = "kept.parent.mkdir(parents=True, exist_ok=True); kept.write_text('new')"
+    write_notebook(project / "notebooks" / "00_first.ipynb", VERDICTS, ends)
+    words = ["--only", "00", "--profile", profile]
+    assert drive(project, *words, "--output", str(tmp_path / "mine")) == 0
+    kept = tmp_path / "mine" / "notebooks" / "00_first.ipynb"
+    cells = nbformat.read(kept, as_version=4).cells
+    shown = next(cell for cell in cells if "kept.read_text" in cell.source).outputs[0].text
+    assert shown == ("new\n" if profile == "cpu" else "none\n")
+
+
+def test_a_model_that_is_given_by_its_folder_may_be_named(project, tmp_path, capsys):
+    """As pages do; other folders of this machine may not."""
+    folder = project / "models" / "mine"
+    source = "print('This run has model', model)"
+    write_notebook(project / "notebooks" / "00_first.ipynb", source)
+    words = ["--only", "00", "--output", str(tmp_path / "out"), "-p", f"model={folder}"]
+    assert drive(project, *words) == 0, capsys.readouterr().err
+    write_notebook(project / "notebooks" / "00_first.ipynb", source, f"print({str(project)!r})")
+    assert drive(project, *words) == 1
+    assert "name folders or addresses of this machine" in capsys.readouterr().err
+
+
+def test_other_values_do_not_replace_the_committed_results(project, tmp_path, capsys):
+    before = files(project)
+    assert drive(project, "--only", "00", "-p", "steps=3") == 2
+    said = capsys.readouterr().err
+    assert "-p steps makes other results" in said and "give --output DIR" in said
+    assert drive(project, "--only", "00", "--output", str(project)) == 2
+    assert "--output must be another folder than the checkout" in capsys.readouterr().err
+    assert files(project) == before
 
 
 def test_a_kernel_leaves_libraries_alone_when_it_collects_garbage():

@@ -111,6 +111,46 @@ def test_generation_uses_the_cache_and_has_the_length_asked(llama):
     assert (2 * 4 / whole).tolist() == pytest.approx(found["tokens_per_second"].tolist())
 
 
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next", "mamba", "gemma2", "jamba", "minimax"])
+def test_generation_keeps_what_each_architecture_keeps(name, monkeypatch):
+    """Also what is no cache of keys and values: the tokens are those of ``generate``."""
+    model = ARCHITECTURES[name]()
+    shown = []
+    forward = model.forward
+
+    def heard(ids, **given):
+        shown.append(ids)
+        return forward(ids, **given)
+
+    monkeypatch.setattr(model, "forward", heard)
+    efficiency.generation_speed(
+        model, batch_size=1, prompt_tokens=9, new_tokens=5, warmups=0, repeats=1
+    )
+    monkeypatch.undo()
+    prompt, *later = shown
+    assert [ids.shape for ids in later] == 4 * [(1, 1)]
+    own = model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.cat(later, 1).tolist() == own[:, 9:].tolist()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_flops_of_experts_are_those_of_their_products(name):
+    """However they are computed: in one product of groups, or expert by expert."""
+    model = ARCHITECTURES[name]()
+    found = efficiency.forward_flops(model, batch_size=2, n_tokens=16)
+    model.set_experts_implementation("eager")
+    assert found == efficiency.forward_flops(model, batch_size=2, n_tokens=16)
+
+
+def test_weights_that_layers_share_count_once(llama):
+    first, second = models.decoder_layers(llama)[:2]
+    before = efficiency.stored_parameters(llama)
+    second.mlp = first.mlp
+    after = efficiency.stored_parameters(llama)
+    shared = sum(weight.numel() for weight in first.mlp.parameters())
+    assert after["layers"] == before["layers"] - shared and after["other"] == before["other"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -61,6 +61,14 @@ def test_empty_fields_are_no_words(tokenizer, tmp_path):
     )
 
 
+def test_a_file_with_a_mark_of_its_byte_order_and_half_a_character(tokenizer, tmp_path):
+    """As editors and truncated scrapes leave them."""
+    row = '{"instruction": "Greet.", "input": "", "output": "Hi \\ud83d"}'
+    (tmp_path / "own.jsonl").write_text("\ufeff" + row, encoding="utf-8")
+    (text,) = instructions.instruction_texts(tokenizer, str(tmp_path / "own.jsonl"))
+    assert "assistant\nHi ?<|im_end|>" in text
+
+
 def test_contaminated_rows_are_left_out(tokenizer, tmp_path):
     asked, _, _ = benchmarks._rows("lighteval/siqa", None)
     question = max(asked, key=lambda row: len(row["context"].split()))
@@ -149,9 +157,9 @@ def test_what_cannot_be_read_is_refused(tokenizer, tmp_path, monkeypatch):
         instructions.instruction_texts(tokenizer, "alpaca")
     with pytest.raises(ValueError, match="missing.jsonl could not be read"):
         instructions.instruction_texts(tokenizer, str(tmp_path / "missing.jsonl"))
-    for content in ("{", "3", "null"):
+    for content in ("{", "3", "null", "[" + "1, " * 999 + "1]"):
         (tmp_path / "bad.jsonl").write_text(content)
-        with pytest.raises(ValueError, match="bad.jsonl must hold a JSON object a line"):
+        with pytest.raises(ValueError, match="bad.jsonl must hold a JSON object a line.{,99}$"):
             instructions.instruction_texts(tokenizer, str(tmp_path / "bad.jsonl"))
     plain = type("", (), {"chat_template": None})()
     with pytest.raises(ValueError, match="no chat template"):

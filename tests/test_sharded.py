@@ -153,6 +153,12 @@ def test_the_command_saves_a_model_that_loads(tiny, team, tmp_path, capsys):
     words = [tiny, "--out", str(out), *"--steps 2 --batch-size 2 --seq-len 16 --rank 2".split()]
     assert sharded.main([*words, "--dtype", "float64"]) == 1
     assert "sharded: dtype must be" in capsys.readouterr().err and not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert sharded.main([*words, "--dtype", "float32"]) == 1
+    assert "path must be a new or empty directory" in capsys.readouterr().err
+    assert not out.with_name("healed.training").exists(), "seen before the training"
+    (out / "notes.txt").unlink()
     assert sharded.main([*words, "--dtype", "float32"]) == 0
     assert f"saved in {out}; its last loss is" in capsys.readouterr().out
     before, after = (models.load_model(path)[0].state_dict() for path in (tiny, out))

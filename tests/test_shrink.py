@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from architectures import tiny as tiny_model_of
 from tiny_model import N_LAYERS
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pruning_utils import (
     cost_plots,
@@ -132,6 +133,24 @@ def test_times_are_a_line_over_the_layers(loaded, monkeypatch):
     )
 
 
+def test_sets_that_an_architecture_cannot_lose_are_left_out(monkeypatch, capsys):
+    """Without its layers of attention a cache could not count tokens, and half of them is one."""
+    model = tiny_model_of("Lfm2Config", layer_types=["conv"] * 5 + ["full_attention"] * 3)
+    windows = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(3))
+    sets = {"closest block": (5, 6, 7), "deepest but last": (4, 5, 6), "reverse order": (5, 6, 7)}
+    monkeypatch.setattr(plans, "_sets", lambda *given: {**sets, "block influence": (0, 1, 6)})
+    assert plans.token_times(model, repeats=1).at(8) > 0
+    _, *ranked = plans.candidates(model, windows, 3)
+    assert {one.rule for one in ranked} == {"deepest but last", "block influence"}
+    said = capsys.readouterr().err
+    assert "the layers of 'closest block' cannot go: Lfm2ForCausalLM cannot be cut" in said
+    with pytest.raises(ValueError, match="whose layers can go .*, got 'reverse order'"):
+        plans.choose(model, windows, 3, "reverse order")
+    monkeypatch.setattr(plans, "_sets", lambda *given: {"closest block": (5, 6, 7)})
+    with pytest.raises(ValueError, match="the layers of 'closest block' cannot go: Lfm2"):
+        plans.candidates(model, windows, 3)
+
+
 # --- the judgement --------------------------------------------------------------------------------
 
 
@@ -146,8 +165,10 @@ def found(losses, right, times=(10.0, 10.0), repeated=(0.0, 0.5, 0.25)) -> dict:
 
 
 def test_a_smaller_model_is_judged_by_its_whole_interval():
-    before = found([3.0, 4.0, 5.0], {"a": [1, 1, 1, 1], "b": [1, 0]})
-    smaller = found([3.2, 4.3, 5.1], {"a": [1, 1, 1, 1], "b": [1, 0]}, (5.0, 6.0))
+    answers = {"a": [1, 1, 1, 1] * 20, "b": [1, 0]}
+    repeated = [0.0, 0.5, 0.25] * 7
+    before = found([3.0, 4.0, 5.0], answers, repeated=repeated)
+    smaller = found([3.2, 4.3, 5.1], answers, (5.0, 6.0), repeated=repeated)
     table = judgements.judged(before, smaller, Limits(loss=0.5, accuracy=0.1)).set_index("measure")
     loss = table.loc["loss (nats per token)"]
     assert (loss["unpruned"], loss["smaller"]) == (4.0, pytest.approx(4.2))
@@ -161,6 +182,7 @@ def test_a_smaller_model_is_judged_by_its_whole_interval():
     assert repetition["unpruned"] == 0.25 and repetition["judgement"] == "fit"
     strict = judgements.judged(before, smaller, Limits(loss=0.01, accuracy=0.1, ms_per_token=5.5))
     assert strict["judgement"].tolist() == ["cannot be told", "fit", "fit", "cannot be told"]
+    before = found([3.0, 4.0, 5.0], {"a": [1, 1, 1, 1], "b": [1, 0]})
     answers = {"a": [0, 0, 0, 0], "b": [1, 0]}
     worse = found([9.0, 10.0, 11.1], answers, repeated=(0.9, 0.9, 0.9))
     judged = judgements.judged(before, worse, Limits(loss=0.5, accuracy=0.1, ms_per_token=1.0))
@@ -185,6 +207,18 @@ def test_shares_are_of_the_limit_whichever_side_it_is_on():
     (axis,) = drawn.axes
     assert [label.get_text() for label in axis.get_yticklabels()][0].startswith("loss (nats")
     assert axis.lines[0].get_xdata().tolist() == pytest.approx(shares["value"].tolist())
+
+
+@pytest.mark.parametrize(("n_items", "word"), [(8, judgements.UNTOLD), (400, judgements.FIT)])
+def test_no_change_of_few_items_is_no_proof(n_items, word):
+    """Of 8 questions, 3/8 of all may change though none of these did."""
+    answers = {"a": [1, 0] * (n_items // 4), "b": [1, 1] * (n_items // 4)}
+    one = found([2.0, 3.0], answers, repeated=[0.5] * n_items)
+    judgement = judgements.judged(one, one, Limits()).set_index("measure")
+    for measure in ("accuracy (mean of the tasks)", "repetition (share of 4-grams)"):
+        row = judgement.loc[measure]
+        assert row["high"] == -row["low"] == pytest.approx(3 / n_items) and row["change"] == 0
+        assert row["judgement"] == word
 
 
 @pytest.mark.parametrize(
@@ -221,6 +255,28 @@ def test_repetition_is_counted_in_what_follows(loaded):
         judgements.repetitions(model, prompts, n_tokens=3)
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 3.0},
+        {"num_beams": 3, "no_repeat_ngram_size": 2},
+        {"do_sample": True, "temperature": 5.0},
+        {"return_dict_in_generate": True},
+    ],
+)
+def test_no_setting_of_a_model_hides_that_it_repeats_itself(own, loaded):
+    model, tokenizer = loaded
+    prompts = data.document_windows(tokenizer, 3, 8)
+    expected = judgements.repetitions(model, prompts, n_tokens=12)
+    said = judgements.answer(model, tokenizer, "Why?", n_tokens=6)
+    before = model.generation_config
+    model.generation_config = GenerationConfig.from_dict({**before.to_dict(), **own})
+    kept = model.generation_config.to_dict()
+    assert judgements.repetitions(model, prompts, n_tokens=12) == expected
+    assert judgements.answer(model, tokenizer, "Why?", n_tokens=6) == said
+    assert model.generation_config.to_dict() == kept
+
+
 def test_what_measuring_takes_is_arithmetic(loaded, monkeypatch):
     _, tokenizer = loaded
     monkeypatch.setattr(whole_path, "question_tokens", lambda *given: 1000)
@@ -254,7 +310,42 @@ def test_an_answer_follows_the_chat_template(loaded):
     assert asked[-1] == "Why?"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('a system message first') }}",
+        "{{ messages[0]['content'][0]['text'] }}",
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}",
+    ],
+)
+def test_a_template_that_takes_no_question_is_left_out(template, loaded):
+    _, tokenizer = loaded
+    tokenizer.chat_template = template
+    ids = judgements.asked_ids(tokenizer, "Why?", 10**6)
+    assert tokenizer.decode(ids[0]) == "Why?"
+
+
+def test_a_chat_of_tokens_that_a_model_does_not_know_is_left_out(loaded):
+    _, tokenizer = loaded
+    marked = judgements.asked_ids(tokenizer, "Why?", 10**6)
+    plain = judgements.asked_ids(tokenizer, "Why?", int(marked.max()))
+    assert marked.shape[1] > plain.shape[1] and tokenizer.decode(plain[0]) == "Why?"
+
+
 # --- the whole ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_healing_the_head_keeps_to_the_goal(tiny, tmp_path, here):
+    """A tied head stays tied: with weights of its own the model would be larger than before."""
+    model, _ = models.load_model(tiny)
+    assert model.config.tie_word_embeddings
+    stored = efficiency.stored_parameters(model)
+    most = stored["total"] - stored["layers"] // N_LAYERS
+    asked = order(tiny, goal=Goal(max_parameters=most), method="last_layers", steps=2)
+    whole.shrink(asked, tmp_path / "small")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert saved.num_parameters() == most and saved.config.tie_word_embeddings
 
 
 @pytest.mark.slow
@@ -379,6 +470,7 @@ def test_fewer_documents_than_were_compared_in_memory_are_enough():
         ({"minutes": 0}, "minutes must be above 0, got 0"),
         ({"steps": 0}, "steps must be .*got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be above 0, got -1.0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"measured": Measured(documents=1)}, "documents must be"),
         ({"measured": Measured(tasks=("quiz",))}, "quiz"),
         ({"measured": Measured(tasks=())}, "the number of tasks must be .*got 0"),
@@ -418,6 +510,22 @@ def test_a_folder_that_holds_something_is_left_alone(tiny, tmp_path, here):
     with pytest.raises(ValueError, match="--out must be a new or empty folder, but .*small holds"):
         whole.shrink(order(tiny), tmp_path / "small")
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused(tiny, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(whole.os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(ValueError, match="disk is where a volume is mounted: name a new folder in"):
+        whole.shrink(order(tiny), tmp_path / "disk")
+    assert not here and [path.name for path in tmp_path.iterdir()] == ["disk"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_stays_one(is_there, tmp_path):
+    if is_there:
+        (tmp_path / "far").mkdir()
+    (tmp_path / "near").symlink_to(tmp_path / "far")
+    assert whole._free_folder(tmp_path / "near") == tmp_path / "far"
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".git"])

@@ -508,6 +508,17 @@ def test_quantised_weights_are_kept_as_they_are(options, tmp_path):
         torch.testing.assert_close(_logits(model), wanted, rtol=0, atol=0)
 
 
+def test_all_layers_of_a_kind_may_go(tmp_path):
+    kinds = [FULL] * 6 + [SLIDING] * 2
+    model = tiny("Qwen2Config", use_sliding_window=True, sliding_window=4, layer_types=kinds)
+    assert model.model.has_sliding_layers
+    surgery.drop_layers(model, [6, 7])
+    assert not model.model.has_sliding_layers
+    saved = surgery.save(model, None, tmp_path / "cut")
+    back = transformers.AutoModelForCausalLM.from_pretrained(saved).eval()
+    assert torch.equal(_logits(back), _logits(model))
+
+
 def test_an_embedded_text_model_of_a_multimodal_one_is_cut_in_its_own_configuration():
     text = {
         **SIZES,

@@ -10,7 +10,16 @@ from test_healing import Tokenizer, bits, same
 from tokenizers import Tokenizer as Tokenizers
 from tokenizers.models import BPE
 
-from pruning_utils import evaluation, healing, importance, models, similarity, surgery
+from pruning_utils import (
+    evaluation,
+    healing,
+    importance,
+    models,
+    offload,
+    release,
+    similarity,
+    surgery,
+)
 from pruning_utils.engine import model_files
 
 TEXT = SIZES | {"num_hidden_layers": 3, "head_dim": 8}
@@ -105,6 +114,20 @@ def test_a_text_decoder_is_cut_healed_saved_and_loaded(name, method, tmp_path, m
     assert own_loss(back.eval()) == pytest.approx(own_loss(healed), abs=1e-6)
     monkeypatch.setattr(healing, "mean_loss", lambda *_: pytest.fail("trained again"))
     assert same(bits(healing.heal(model, Tokenizer, IDS, **settings).model), bits(healed))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_text_decoder_is_released_and_scanned_from_the_disk(name, tmp_path):
+    """Also where the first of its weights do not fit into memory."""
+    model = decoder(name)
+    folder = release.save_release(model, Tokenizer, tmp_path / "whole", card="# A card\n")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    usual_tokenizer().save_pretrained(folder)
+    held, _ = offload.load_model(folder, size // 5, dtype="float32", device="cpu")
+    assert held.get_input_embeddings().weight.is_meta
+    assert torch.equal(
+        evaluation.token_losses(held, IDS), evaluation.token_losses(model.float(), IDS)
+    )
 
 
 def test_a_run_goes_on_where_weights_are_saved_under_other_names(tmp_path, monkeypatch):

@@ -46,6 +46,12 @@ TAKES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch):
+    """Models are compiled, which the other tests do without."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+
+
 @pytest.mark.parametrize("kind", WRAPPED)
 @pytest.mark.parametrize("function", TAKES)
 def test_what_is_no_model_itself_is_refused(kind, function, tmp_path):

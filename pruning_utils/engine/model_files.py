@@ -213,8 +213,12 @@ def refuse_other_weights(report: dict[str, Any]) -> None:
         )
 
 
-def refuse_picture_needed(model: PreTrainedModel) -> None:
+def refuse_picture_needed(model: PreTrainedModel, device: torch.device) -> None:
     """Refuse a model that takes pictures and cannot do without, seen on a text of two tokens.
+
+    Args:
+        model: As it was loaded.
+        device: Where it takes token ids.
 
     Raises:
         ValueError: If it gives no logits for each token of a text alone.
@@ -225,7 +229,7 @@ def refuse_picture_needed(model: PreTrainedModel) -> None:
     # Their first pass may repack quantised weights, and it takes time: only where it is needed.
     if not takes_pictures or getattr(model, "is_quantized", False):
         return
-    text = torch.tensor([[0, 1]], device=model.device)
+    text = torch.tensor([[0, 1]], device=device)
     try:
         with torch.no_grad():
             n_positions = model(input_ids=text, use_cache=False).logits.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from pruning_utils import efficiency, evaluation, importance, models, selection, similarity
 from pruning_utils.engine import passes
+from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import number, whole_number
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking.orders import CHEAP_RULES, LOWEST_LOSS, RULES, Goal
@@ -17,6 +19,7 @@ from pruning_utils.studies.study import without_layers
 
 # Tokens of the probe for the time of a generated token.
 PROBED = {"batch_size": 1, "prompt_tokens": 16, "new_tokens": 12}
+PER_TOKEN = "per_token_seconds"
 
 
 def check_goal(goal: Goal) -> None:
@@ -91,15 +94,31 @@ def token_times(model: nn.Module, *, repeats: int = 3) -> TokenTimes:
     n_layers = len(models.decoder_layers(model))
     if n_layers < 2:
         raise ValueError(f"the model must have at least 2 layers, it has {n_layers}")
-    half = n_layers // 2
-    measured = {}
-    for left in (n_layers, half):
-        shown = model if left == n_layers else without_layers(model, range(left, n_layers))
-        runs = efficiency.generation_speed(shown, **PROBED, repeats=repeats)
-        measured[left] = 1000 * float(runs["per_token_seconds"].min())
+    left, shorter = _about_half(model, n_layers)
+    whole, part = (
+        1000 * float(efficiency.generation_speed(shown, **PROBED, repeats=repeats)[PER_TOKEN].min())
+        for shown in (model, shorter)
+    )
     # A measurement may say that half a model is slower; then layers cost nothing that can be seen.
-    per_layer = max(0.0, (measured[n_layers] - measured[half]) / (n_layers - half))
-    return TokenTimes(measured[n_layers] - per_layer * n_layers, per_layer)
+    per_layer = max(0.0, (whole - part) / (n_layers - left))
+    return TokenTimes(whole - per_layer * n_layers, per_layer)
+
+
+def _about_half(model: nn.Module, n_layers: int) -> tuple[int, nn.Module]:
+    """The number of layers next to half of them that the last ones can leave, and what is left.
+
+    Some architectures allow few numbers: layers that share keys and values go together.
+
+    Raises:
+        ValueError: If no number of last layers can go.
+    """
+    refused = None
+    for left in sorted(range(1, n_layers), key=lambda left: abs(left - n_layers // 2)):
+        try:
+            return left, without_layers(model, range(left, n_layers))
+        except ValueError as error:
+            refused = refused or error
+    raise ValueError(f"no number of last layers can go: {refused}") from refused
 
 
 def layers_to_go(model: nn.Module, goal: Goal, times: TokenTimes | None = None) -> int:
@@ -183,18 +202,33 @@ def candidates(
 
     Returns:
         First the whole model, of the rule ``none``; then one for each set, by loss. Where two rules
-        choose one set, it bears the first one's name.
+        choose one set, it bears the first one's name. Sets that this architecture cannot lose are
+        left out, with a line on stderr.
+
+    Raises:
+        ValueError: If it can lose none of them.
     """
     chosen: dict[tuple[int, ...], str] = {(): "none"}
+    shorter: dict[tuple[int, ...], nn.Module] = {(): model}
+    refused: list[str] = []
     for rule, layers in _sets(model, windows, n_dropped, rules).items():
-        chosen.setdefault(layers, rule)
+        if layers in chosen:
+            continue
+        try:
+            shorter[layers] = without_layers(model, layers)
+            chosen[layers] = rule
+        except ValueError as error:
+            refused.append(f"the layers of {rule!r} cannot go: {error!s:.200}")
+            tqdm.write(refused[-1], file=sys.stderr)
+    if not any(chosen):
+        raise ValueError(refused[0])
     # The layers in front of a cut run once for all sets.
     n_layers = len(models.decoder_layers(model))
     starts = {layers: min(layers, default=n_layers) for layers in chosen}
     shared = passes.SharedLayers([start for start in starts.values() if start < n_layers])
     found = []
     for layers, rule in chosen.items():
-        left = without_layers(model, layers) if layers else model
+        left = shorter[layers]
         with shared.used_by(left, starts[layers]):
             losses = evaluation.token_losses(left, windows).mean(1).tolist()
         found.append(Candidate(rule, layers, tuple(losses)))
@@ -229,7 +263,7 @@ def choose(model: nn.Module, windows: torch.Tensor, n_dropped: int, rule: str) -
         rule: Among :data:`orders.RULES`.
 
     Raises:
-        ValueError: For another rule.
+        ValueError: For another rule, or one whose layers cannot go.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
@@ -237,6 +271,10 @@ def choose(model: nn.Module, windows: torch.Tensor, n_dropped: int, rule: str) -
     # The asked rule's name comes first, so that its set bears it.
     rules.sort(key=lambda name: name != rule)
     whole, *ranked = candidates(model, windows, n_dropped, rules=rules)
-    wanted = [one for one in ranked if rule in (LOWEST_LOSS, one.rule)][0]
+    fitting = [one for one in ranked if rule in (LOWEST_LOSS, one.rule)]
+    if not fitting:
+        possible = ", ".join(one.rule for one in ranked)
+        raise ValueError(f"rule must be one whose layers can go ({possible}), got {rule!r}")
+    wanted = fitting[0]
     others = [one for one in ranked if one is not wanted]
     return Choice(wanted, others[0] if others else None, whole)

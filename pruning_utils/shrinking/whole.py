@@ -71,6 +71,7 @@ def check_order(order: Order) -> None:
         whole_number("steps", order.steps, 1, MOST_STEPS)
     number("learning_rate", order.learning_rate, "above 0", lambda rate: 0 < rate < 1e3)
     judgements.check_measured(order.measured)
+    whole_number("seed", order.seed, 0)
 
 
 def settings_of(order: Order) -> dict:
@@ -251,8 +252,16 @@ def _say(text: str) -> None:
 
 
 def _free_folder(out: str | os.PathLike) -> Path:
-    """The folder that is asked for, if it is new or empty."""
-    target = Path(os.path.abspath(out))  # "." has a name then
+    """The folder that is asked for, if it is new or empty, and can be put in its place at the end.
+
+    What is finished lies beside it until then, so both must be of one volume.
+    """
+    target = Path(os.path.realpath(out))  # "." has a name then, and a link stays a link
+    if os.path.ismount(target):
+        raise ValueError(
+            f"--out must be a folder that can be replaced, but {out} is where a volume is mounted: "
+            "name a new folder in it"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--out must be a new or empty folder, but {out} holds something")
     return target
@@ -471,6 +480,7 @@ def _recipe(order: Order, steps: int) -> dict[str, Any]:
         "learning_rate": order.learning_rate,
         "warmup_steps": steps // 10,
         "dropout": 0.0,  # no text is seen twice
+        "untie": False,  # a head of its own would be stored beside the embedding
         "merge": True,
         "seed": order.seed,
     }
