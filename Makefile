@@ -64,6 +64,7 @@ reproduce: $(STAMP) ## compute all anew and compare (hours; ACCEPT=1 replaces re
 figures: $(STAMP) ## redraw every figure from committed results, without a model (a few minutes)
 	@echo "figures: redrawing from the committed results (a few minutes)"
 	@$(RUN) --jobs '$(or $(JOBS),$(CORES))' --figures
+	@$(RUN) --profile gpu --only 04 --figures
 	@$(PY) scripts/claims.py
 
 regress: $(STAMP) ## compare summary numbers (minutes at smoke, hours at PROFILE=cpu; JOBS=N)

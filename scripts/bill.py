@@ -517,13 +517,17 @@ def show(
         price: Dollars an hour; None: they are left out.
 
     Raises:
-        Refused: If a notebook does not fit into that memory, all of them are named.
+        Refused: If a notebook does not fit into that memory, all of them are named; or if its
+            values cannot be.
     """
     bill = Bill(project / "reference", machine_named(machine))
     lines: list[Line] = []
     for job in chosen:
         print(f"planning {job.name}", file=sys.stderr)
-        of_job = bill.lines(job)
+        try:
+            of_job = bill.lines(job)
+        except (ValueError, AttributeError) as error:
+            raise Refused(f"{job.name}: no plan for these values: {error}") from error
         lines += of_job
         for line in of_job:
             print(

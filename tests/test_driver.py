@@ -143,6 +143,7 @@ def no_run(monkeypatch):
     [
         (["--profile", "tpu"], "", "no profile tpu; there are: cpu, smoke"),
         (["--only", "07"], "", "no notebook 07; there are: 00_first, 01_second"),
+        (["--only", ""], "", "no notebook ''; there are: 00_first, 01_second"),
         ([], "02_third:\n  steps: 1\n", "sections 02_third; allowed are: all, 00_first, 01_second"),
         (
             [],
@@ -457,6 +458,97 @@ def test_values_inside_mappings_are_refused_before_anything_runs(
     assert drive(nested, "--only", "00", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and re.search(message.replace("{", "\\{"), error), error
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "message"),
+    [
+        ([0, 1], ["a"], r"x\[0\] must be a int like its default 0, got 'a'"),
+        ([1e-3], [1e-3, "1e-4"], r"x\[1\] must be a float like its default 0.001, got '1e-4'"),
+        (
+            [["xsum", 10, 0]],
+            [["quac", 5, 1], ["boolq", "x", 0]],
+            r"x\[1\]\[1\] must be a int .*'x'",
+        ),
+        (["piqa"], [3], r"x\[0\] must be a str like its default 'piqa', got 3"),
+        ([1e-3], [1, 3e-4], ""),
+        ([0, 1], [5], ""),
+        ([[14, 28]], [[7, 3], [2, 1]], ""),
+        ([], ["a", 1], ""),
+    ],
+)
+def test_lists_are_looked_into(own, given, message):
+    fault = parameters.type_fault("03_b", "x", given, own)
+    assert re.search(message, fault) if message else fault == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("revision", "1.0", "1.0"),
+        ("revision", "2024-01-01", "2024-01-01"),
+        ("revision", "12e4567", "12e4567"),
+        ("revision", "None", None),
+        ("rate", "3e-4", 3e-4),
+        ("text.healing_source", "null", None),
+        ("goal", "{keep: 0.5}", {"keep": 0.5}),
+    ],
+)
+def test_words_of_the_command_line_are_what_they_look_like(name, text, value):
+    assert parameters.literal(name, text) == value
+
+
+@pytest.mark.parametrize("text", ["010", "1:30", "2024-01-01", ".inf"])
+def test_numbers_that_are_others_to_yaml_are_refused(text):
+    with pytest.raises(parameters.Refused, match=f"steps: write a number as Python .*{text}"):
+        parameters.literal("steps", text)
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ("00_first:\n  steps: 2\n", "00_first: its results would be those of 'cpu'; the profile"),
+        ("all: {profile: mine}\n00_first: {steps: 1}\n00_first: {rate: 2.0}\n", "twice: 00_first"),
+        ("all: {profile: mine}\n00_first: {steps: 1, steps: 2}\n", "says twice: steps"),
+        ("all: {profile: mine}  # \xfc\n", "profile mine is no YAML: 'utf-8' codec"),
+    ],
+)
+def test_profiles_that_would_mislead_are_refused(project, no_run, capsys, profile, message):
+    (project / "profiles" / "mine.yaml").write_text(profile, encoding="latin-1")
+    assert drive(project, "--profile", "mine", "--only", "00") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_folder_that_papermill_obeys_is_obeyed(project, tmp_path, monkeypatch):
+    before = files(project)
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path / "mine"))
+    assert drive(project, "--only", "00", "-p", "steps=3") == 0
+    assert (tmp_path / "mine" / "results" / "cpu" / "00_first" / "embedded.csv").exists()
+    assert files(project) == before
+
+
+def test_an_environment_of_another_checkout_is_refused(tmp_path, capsys, monkeypatch):
+    """As a worktree has it, or a folder that was copied with its own."""
+    monkeypatch.setattr(run_notebooks, "__file__", str(tmp_path / "scripts" / "run_notebooks.py"))
+    assert run_notebooks.main(["--figures", "--only", "03"]) == 2
+    said = capsys.readouterr().err
+    assert f"the scripts of {tmp_path}, but the installed package is that of {ROOT}" in said
+
+
+def test_a_full_disk_is_one_line(project, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "copy.ipynb")
+
+    monkeypatch.setattr(running, "write_text", full)
+    assert drive(project, "--only", "00") == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "No space left on device: 'copy.ipynb'; finished tables and points are kept" in said
+
+
+def test_a_plan_of_values_that_cannot_be_is_refused(capsys):
+    words = ["--profile", "smoke", "--plan", "--only", "03", "-p"]
+    assert run_notebooks.main([*words, "dtype=float8"]) == 2
+    assert "03_depth_and_next_token_loss: no plan for these values" in capsys.readouterr().err
 
 
 def test_keys_that_the_user_chooses_may_be_new_in_a_whole_mapping(nested):
@@ -1743,7 +1835,8 @@ def test_make_names_the_time_and_figures_use_all_cores():
     lines = {line.split()[0]: line for line in shown.splitlines() if line}
     assert "minutes at smoke, hours at PROFILE=cpu" in lines["regress"]
     assert "hours" in lines["reproduce"] and "a few minutes" in lines["figures"]
-    number = recipe("figures")[-2].split()[3].strip("'")
+    (line,) = (line for line in recipe("figures") if "--jobs" in line)
+    number = line.split()[3].strip("'")
     assert int(number) == os.cpu_count()
 
 
