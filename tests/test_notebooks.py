@@ -29,6 +29,8 @@ TABLES = sorted(
     for path in (ROOT / "results").glob("*/*/*.csv")
     if ".measured" not in path.name and path.name != "verdicts.csv"
 )
+# Executed copies at other profiles than cpu.
+COPIES = sorted((ROOT / "results").glob("*/notebooks/*.ipynb"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 # That of all verdicts is drawn by scripts/claims.py, see test_readme.
 FIGURES = sorted({*(ROOT / "figures").rglob("*.png")} - {ROOT / "figures" / "verdicts.png"})
@@ -296,6 +298,16 @@ def test_an_interval_in_words_is_that_of_a_table():
     assert said == {("0.467", "0.872", "1.81"), ("5.87", "4.07", "7.66")}
     assert said == intervals("−0.467 points (−1.81 to 0.872)<br>−5.87 points (−7.66 to −4.07)")
     assert intervals("5.86 nats (5.71 to 6)") != intervals("5.86 nats (5.71 to 6.1)")
+
+
+@pytest.mark.parametrize("path", COPIES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_copies_of_other_profiles_are_of_todays_notebooks(path):
+    copy, notebook = (
+        notebook_files.read_notebook(each) for each in (path, ROOT / "notebooks" / path.name)
+    )
+    assert notebook_files.source_digest(copy) == notebook_files.source_digest(notebook), (
+        "run the notebook at that profile; its tables are there"
+    )
 
 
 def test_there_are_results_and_figures():
