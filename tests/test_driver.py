@@ -1805,7 +1805,7 @@ def recipe(*words: str) -> list[str]:
 
 @needs_make
 @pytest.mark.parametrize(
-    ("words", "options"),
+    "case",
     [
         (["regress"], ["--regress", "--profile", "'smoke'"]),
         (
@@ -1814,12 +1814,17 @@ def recipe(*words: str) -> list[str]:
         ),
         (["regress", "JOBS=3"], ["--jobs", "'3'", "--regress", "--profile", "'smoke'"]),
         (["reproduce", "JOBS=2"], ["--jobs", "'2'", "--reproduce"]),
-        (["figures", "JOBS=1"], ["--jobs", "'1'", "--figures"]),
+        (
+            ["figures", "JOBS=1"],
+            ["--jobs", "'1'", "--figures"],
+            ["--profile", "gpu", "--only", "04", "--figures"],
+        ),
     ],
 )
-def test_make_passes_options(words, options):
-    (driver,) = [line for line in recipe(*words) if "scripts/run_notebooks.py" in line]
-    assert driver.split()[2:] == options
+def test_make_passes_options(case):
+    words, *options = case
+    lines = [line for line in recipe(*words) if "scripts/run_notebooks.py" in line]
+    assert [line.split()[2:] for line in lines] == options
 
 
 @needs_make
