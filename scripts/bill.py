@@ -19,7 +19,7 @@ import configurations
 import pandas as pd
 import torch
 import work
-from jobs import Job
+from jobs import Job, depths_fault
 from parameters import Refused
 from transformers import PreTrainedConfig
 
@@ -434,6 +434,9 @@ class Bill:
         for name in names:
             costs, source = self.of_model(name)
             is_second = name != names[0]
+            fault = "" if is_second else depths_fault(job, costs.n_layers)
+            if fault:
+                raise Refused(fault)
             tables = work.tables_of(job.name, job.values, costs.n_layers, is_second=is_second)
             found.append(self.line(job, name, [one for one in tables if not one.model]))
             for other in dict.fromkeys(one.model for one in tables if one.model):
@@ -526,6 +529,8 @@ def show(
         print(f"planning {job.name}", file=sys.stderr)
         try:
             of_job = bill.lines(job)
+        except Refused:
+            raise
         except (ValueError, AttributeError) as error:
             raise Refused(f"{job.name}: no plan for these values: {error}") from error
         lines += of_job

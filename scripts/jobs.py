@@ -54,6 +54,18 @@ AFTER = {
 }
 
 
+# Values that count removed layers.
+DEPTHS = (
+    "depths",
+    "shots.depths",
+    "quantised.depths",
+    "healing.chained_depths",
+    "healing.equal_steps",
+    "healing.per_round",
+    "healing.rated",
+)
+
+
 class Failed(Exception):
     """A notebook failed, or its executed copy is not fit to be kept."""
 
@@ -205,6 +217,29 @@ def _maps_to_mappings(sections: object) -> bool:
     if not isinstance(sections, dict):
         return False
     return all(isinstance(values or {}, dict) for values in sections.values())
+
+
+def depths_fault(job: Job, n_layers: int) -> str:
+    """The message where a notebook would remove as many layers as a model has, or more; else "".
+
+    Args:
+        job: A notebook with its values. Those of :data:`DEPTHS` count layers.
+        n_layers: Of the model.
+    """
+    for name in DEPTHS:
+        parameter, _, key = name.partition(".")
+        value = job.values.get(parameter)
+        found = value.get(key) if key and isinstance(value, dict) else value
+        if not isinstance(found, (list, tuple)):
+            continue
+        # Where each is a list, its first entry counts layers.
+        counts = [one[0] if isinstance(one, (list, tuple)) else one for one in found]
+        if any(isinstance(count, int) and count >= n_layers for count in counts):
+            return (
+                f"{job.name}: {name} must be below the {n_layers} layers of "
+                f"{job.values['model']}, got {list(found)}; -p {name}=... gives others"
+            )
+    return ""
 
 
 def ready(waiting: Collection[Job], running: Collection[Job]) -> list[Job]:

@@ -298,6 +298,7 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
         output = output_folder(options)
         kept = output or project
         refuse_to_replace(options, project, output)
+        refuse_depths(options, chosen, project)
         agree = carried_out(options, chosen, project, output)
     except jobs.Refused as error:
         print(f"error: {error}", file=sys.stderr)
@@ -358,6 +359,32 @@ def refuse_to_replace(options: argparse.Namespace, project: Path, output: Path |
             f"-p {' '.join(options.values)} makes other results than those of the profile: give "
             "--output DIR, so that they do not replace the ones here"
         )
+
+
+def refuse_depths(options: argparse.Namespace, chosen: list[Job], project: Path) -> None:
+    """Refuse values that remove more layers than a given model has, before anything runs.
+
+    A plan looks at the models itself.
+
+    Raises:
+        Refused: If any do. A model whose configuration cannot be read is the notebook's to refuse.
+    """
+    if "model" not in options.values or options.plan:
+        return
+    import configurations  # takes seconds
+    from jobs import Refused, depths_fault
+
+    for job in chosen:
+        try:
+            config, _ = configurations.configuration(
+                str(job.values["model"]), project / "reference"
+            )
+        except (OSError, ValueError):
+            continue
+        n_layers = config.get_text_config(decoder=True).num_hidden_layers
+        fault = depths_fault(job, n_layers)
+        if fault:
+            raise Refused(fault)
 
 
 def computes_apart(options: argparse.Namespace) -> bool:

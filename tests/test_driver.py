@@ -527,6 +527,34 @@ def test_the_folder_that_papermill_obeys_is_obeyed(project, tmp_path, monkeypatc
     assert files(project) == before
 
 
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"depths": [3, 8]}, "depths"),
+        ({"depths": [3], "shots": {"depths": [0, 9]}}, "shots.depths"),
+        ({"depths": [3], "healing": {"equal_steps": [[3, 40], [8, 1]]}}, "healing.equal_steps"),
+        ({"depths": [7], "healing": {"equal_steps": [[3, 40]], "rates": [9.0]}}, ""),
+        ({"depths": [0.25], "quantised": {"depths": [0, 7]}}, ""),
+    ],
+)
+def test_more_layers_than_a_model_has_are_named(values, name):
+    job = jobs.Job(Path("06_b.ipynb"), "cpu", {"model": "mine", **values}, {})
+    fault = jobs.depths_fault(job, 8)
+    assert (
+        fault.startswith(f"06_b: {name} must be below the 8 layers of mine") if name else not fault
+    )
+
+
+def test_counts_that_an_own_model_does_not_have_are_refused_before_it_is_loaded(
+    tiny, no_run, capsys, tmp_path
+):
+    words = ["--only", "06", "-p", f"model={tiny}"]
+    for mode in (["--output", str(tmp_path)], ["--plan"]):
+        assert run_notebooks.main([*words, *mode]) == 2
+        said = capsys.readouterr().err
+        assert "depths must be below the 5 layers of" in said and "got [6, 11, 15]" in said
+
+
 def test_an_environment_of_another_checkout_is_refused(tmp_path, capsys, monkeypatch):
     """As a worktree has it, or a folder that was copied with its own."""
     monkeypatch.setattr(run_notebooks, "__file__", str(tmp_path / "scripts" / "run_notebooks.py"))
