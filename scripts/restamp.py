@@ -61,7 +61,9 @@ def package_at(commit: str | None, folder: Path) -> Path:
         if ran.returncode:
             raise Refused(f"its commit {commit} is not in this repository")
         with tarfile.open(fileobj=io.BytesIO(ran.stdout)) as archive:
-            archive.extractall(place, filter="data")
+            # Python 3.11.3 and older know no filters, and need none for what git has packed.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(place)
     return place
 
 

@@ -218,6 +218,7 @@ def test_a_sweep_killed_at_any_moment_ends_with_the_same_bytes(tiny, tmp_path):
         timeout=600,
     )
     assert driver.returncode == 0, driver.stderr[-3000:]
+    assert re.fullmatch(r"\d+ \d+\n", driver.stdout), driver.stdout + driver.stderr[-3000:]
     kills, n_states = map(int, driver.stdout.split())
     assert kills >= 3 and n_states >= 3, "the kills hit the work at different places"
     assert (tmp_path / "killed/depth.csv").read_bytes() == (

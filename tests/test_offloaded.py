@@ -49,7 +49,7 @@ def test_a_scan_holds_no_more_than_a_quarter_of_the_model(tmp_path):
     for memory in ("all", size_of(large) // 4):
         command = [sys.executable, CHILDREN / "scan_offloaded.py", large, little, str(memory)]
         ended = subprocess.run(command, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert ended.returncode == 0 and ended.stdout, ended.stderr[-3000:]
         found[memory] = json.loads(ended.stdout)
     whole, quarter = found.values()
     assert whole.pop("held") > 0.9 * size_of(large)
