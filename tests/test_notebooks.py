@@ -15,7 +15,6 @@ import notebook_files
 import parameters
 import pytest
 import rehearsal
-import run_notebooks
 import small_hub
 from PIL import Image
 from smoke_groups import SHARED_TABLES, folder_name, scope
@@ -201,18 +200,10 @@ def stand_in(tmp_path_factory) -> dict[str, str]:
     return small_hub.environment(home)
 
 
-@pytest.fixture
-def smoke_run(monkeypatch, capfd):
-    """Runs a notebook at the smoke profile. The driver is this process, the kernel is another."""
-
-    def smoke(name: str, folder: Path, *options: str, **variables: str) -> None:
-        monkeypatch.delenv("PRUNING_UTILS_OUTPUT", raising=False)
-        for variable, value in variables.items():
-            monkeypatch.setenv(variable, value)
-        words = ["--profile", "smoke", "--only", name, "--output", str(folder), *options]
-        assert run_notebooks.main(words) == 0, capfd.readouterr().err[-3000:]
-
-    return smoke
+def smoke_run(name: str, folder: Path, *options: str, **variables: str) -> None:
+    """Run a notebook at the smoke profile."""
+    words = ["--profile", "smoke", "--only", name, "--output", folder, *options]
+    run("scripts/run_notebooks.py", *words, **variables)
 
 
 def assert_recorded(name: str, folder: Path, recorded: str) -> None:
@@ -226,7 +217,7 @@ def assert_recorded(name: str, folder: Path, recorded: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
-def test_smoke_notebook_gives_the_recorded_numbers(name, smoke_run, tmp_path_factory):
+def test_smoke_notebook_gives_the_recorded_numbers(name, tmp_path_factory):
     """With the real weights; ``make regress`` runs the others with them too."""
     folder = tmp_path_factory.getbasetemp() / folder_name(name)
     smoke_run(name, folder)
@@ -235,9 +226,7 @@ def test_smoke_notebook_gives_the_recorded_numbers(name, smoke_run, tmp_path_fac
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in REAL])
-def test_smoke_notebook_on_a_stand_in_gives_the_recorded_numbers(
-    name, smoke_run, stand_in, tmp_path_factory
-):
+def test_smoke_notebook_on_a_stand_in_gives_the_recorded_numbers(name, stand_in, tmp_path_factory):
     """A narrow model of as many layers: the code of the cells is asked, not the weights."""
     folder = tmp_path_factory.getbasetemp() / f"narrow {folder_name(name)}"
     smoke_run(name, folder, "-p", f"model={rehearsal.SMOLLM2}", **stand_in)
@@ -246,22 +235,21 @@ def test_smoke_notebook_on_a_stand_in_gives_the_recorded_numbers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
-def test_figures_redraw_from_committed_results_without_a_model(name, tmp_path, monkeypatch, capfd):
+def test_figures_redraw_from_committed_results_without_a_model(name, tmp_path):
     """With an empty cache and no embedded weights to be had, nothing but the tables can be the
-    source. The kernel imports nothing that computes, and in a process of its own neither does the
-    driver."""
+    source. Neither the kernel nor the driver imports what computes."""
     before = {path: path.read_bytes() for path in FIGURES if path.name.startswith(name)}
     assert before
     cache = tmp_path / "cache"
     cache.mkdir()
-    monkeypatch.delenv("PRUNING_UTILS_OUTPUT", raising=False)
-    monkeypatch.setenv("PRUNING_UTILS_CACHE", str(cache))
-    monkeypatch.setenv("PYTHONPATH", without_imports(tmp_path / "refusing"))
-    words = ["--figures", "--only", name]
-    if name == NOTEBOOKS[0].stem:
-        run("scripts/run_notebooks.py", *words)
-    else:
-        assert run_notebooks.main(words) == 0, capfd.readouterr().err[-3000:]
+    run(
+        "scripts/run_notebooks.py",
+        "--figures",
+        "--only",
+        name,
+        PRUNING_UTILS_CACHE=str(cache),
+        PYTHONPATH=without_imports(tmp_path / "refusing"),
+    )
     assert not any(cache.iterdir()), "no model was unpacked"
     assert {path.name for path in before if path.read_bytes() != before[path]} == set(), (
         "redrawn to the byte"
