@@ -10,6 +10,9 @@ import pytest
 # One torch thread for each process, so that tests that run beside each other do not get in each
 # other's way. Set before torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Processes that tests start are those of a plain machine, whatever an image sets for all of them.
+for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
+    os.environ.pop(name, None)
 # Nothing is compiled by torch. Without this bitsandbytes imports its compiler, which takes a fifth
 # of the seconds that a new process needs to import PEFT.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -36,6 +36,7 @@ class Project:
         self.tables.mkdir(parents=True)
         (folder / "pruning_utils").mkdir()
         (folder / "pruning_utils" / "__init__.py").write_text("")
+        (folder / ".gitignore").write_text("__pycache__/\n")
         monkeypatch.setattr(restamp, "ROOT", folder)
         monkeypatch.setattr(definitions, "PACKAGE", folder / "pruning_utils")
         self.git("init", "-q")

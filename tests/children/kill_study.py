@@ -61,5 +61,5 @@ while not (folder / "depth.csv").exists() and kills < 8:
     os.kill(pid, signal.SIGKILL)
     kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
     seen.add(state(folder))
-print(kills, len(seen))
+print(kills, len(seen), flush=True)  # before the next fork
 assert os.waitpid(child(folder), 0)[1] == 0

@@ -36,6 +36,7 @@ print(
             "influence": found.block_influence.tolist(),
             "distance": found.angular_distance.tolist(),
         }
-    )
+    ),
+    flush=True,
 )
 os._exit(0)
