@@ -71,7 +71,9 @@ def token_times(table: pd.DataFrame, *, baselines: pd.DataFrame | None = None) -
                 (handles[series],) = axis.plot(places, rows["value"], color="black", linewidth=0.7)
             else:
                 # Beside each other, so that no bar hides another.
-                handles[SERIES[series]] = with_ends(axis, rows, places + 0.07 * number, series)
+                handles[SERIES.get(series, series)] = with_ends(
+                    axis, rows, places + 0.07 * number, series
+                )
         _thin_lines(axis, panel, baselines, handles)
         axis.set_xticks(range(len(batches)), batches)
         if panel == panels[0]:

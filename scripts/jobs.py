@@ -57,13 +57,32 @@ AFTER = {
 # Values that count removed layers.
 DEPTHS = (
     "depths",
-    "shots.depths",
     "quantised.depths",
     "healing.chained_depths",
     "healing.equal_steps",
     "healing.per_round",
     "healing.rated",
 )
+# Notebooks with rules that keep the first four layers and the last two, whatever their scores.
+PROTECTING = {
+    "06_block_importance",
+    "07_depth_against_width",
+    "08_lora_against_continued_pretraining",
+    "09_seven_metrics",
+    "10_how_to_heal",
+    "11_one_shot_or_iterative",
+    "12_the_recommended_model",
+}
+PROTECTED = 6
+# Values of a notebook whose counts must be among its `depths`, or 0 for the unpruned model.
+AMONG_DEPTHS = {
+    "08_lora_against_continued_pretraining": (
+        "healing.chained_depths",
+        "healing.equal_steps",
+        "quantised.depths",
+    ),
+    "09_seven_metrics": ("healing.rated",),
+}
 
 
 class Failed(Exception):
@@ -220,26 +239,49 @@ def _maps_to_mappings(sections: object) -> bool:
 
 
 def depths_fault(job: Job, n_layers: int) -> str:
-    """The message where a notebook would remove as many layers as a model has, or more; else "".
+    """What is wrong with the numbers of layers that a notebook would remove; "" where nothing is.
 
     Args:
         job: A notebook with its values. Those of :data:`DEPTHS` count layers.
         n_layers: Of the model.
     """
     for name in DEPTHS:
-        parameter, _, key = name.partition(".")
-        value = job.values.get(parameter)
-        found = value.get(key) if key and isinstance(value, dict) else value
-        if not isinstance(found, (list, tuple)):
-            continue
-        # Where each is a list, its first entry counts layers.
-        counts = [one[0] if isinstance(one, (list, tuple)) else one for one in found]
-        if any(isinstance(count, int) and count >= n_layers for count in counts):
+        counts = [count for count in counts_of(job, name) if isinstance(count, int)]
+        given = f"got {counts}; -p {name}=... gives others"
+        if any(count >= n_layers for count in counts):
             return (
                 f"{job.name}: {name} must be below the {n_layers} layers of "
-                f"{job.values['model']}, got {list(found)}; -p {name}=... gives others"
+                f"{job.values['model']}, {given}"
             )
+        if job.name in PROTECTING and any(count > n_layers - PROTECTED for count in counts):
+            return (
+                f"{job.name}: {name} must be at most {n_layers - PROTECTED}, for "
+                f"{job.values['model']} has {n_layers} layers and some rules keep {PROTECTED}, "
+                f"{given}"
+            )
+    depths = counts_of(job, "depths")
+    for name in AMONG_DEPTHS.get(job.name, ()):
+        counts = counts_of(job, name)
+        if not set(counts) <= {0, *depths}:
+            return f"{job.name}: {name} must be among depths, {depths}, got {counts}"
+    first = counts_of(job, "healing.per_round")[:1]
+    if first and first != depths[:1]:
+        return (
+            f"{job.name}: healing.per_round must begin with the first of depths, {depths}, got "
+            f"{first[0]}"
+        )
     return ""
+
+
+def counts_of(job: Job, name: str) -> list:
+    """The numbers of layers in one value of a job, by its dotted name; [] where it has none."""
+    parameter, _, key = name.partition(".")
+    value = job.values.get(parameter)
+    found = value.get(key) if key and isinstance(value, dict) else value
+    if not isinstance(found, (list, tuple)):
+        return []
+    # Where each is a list, its first entry counts layers.
+    return [one[0] if isinstance(one, (list, tuple)) else one for one in found]
 
 
 def ready(waiting: Collection[Job], running: Collection[Job]) -> list[Job]:

@@ -10,6 +10,7 @@ takes a third of the time that the real weights take.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -267,6 +268,8 @@ def rehearse(
         try:
             small_hub.place(home, {name: configuration(name, reference) for name in names})
         except ValueError as error:
+            with contextlib.suppress(OSError):  # stand-ins of a kept rehearsal stay
+                home.rmdir()
             raise Refused(str(error)) from error
         os.environ.update(small_hub.environment(home))
         regress = functools.partial(

@@ -169,8 +169,9 @@ def question_answering(values: Values, n_layers: int) -> list[Table]:
     scored, sweep = values["scored_on"], values["sweep"]
     last = depth.layers_in(sweep["to"], n_layers)
     tenth, quarter = (depth.layers_in(share, n_layers) for share in values["shares"])
-    curves = unhealed(range(0, last + 1, sweep["step"]), depth.THREE_RULES)
-    more = unhealed([0, tenth], depth.THREE_RULES) + unhealed([quarter, last], ["similarity"])
+    curves = unhealed(depth.every(sweep["step"], last), depth.THREE_RULES)
+    more = unhealed([0, tenth], depth.THREE_RULES)
+    more += unhealed(sorted({quarter, last} - {tenth}), ["similarity"])
     chosen = of_block(values, tasks=scored["tasks"])
     papers = replace(chosen, n_calibration=0, tasks=scored["papers"])
     limit, many = scored["n_questions"], scored["more_questions"]
@@ -192,14 +193,13 @@ def next_token_loss(values: Values, n_layers: int) -> list[Table]:
     scored, sweep = values["scored_on"], values["sweep"]
     last = depth.layers_in(sweep["to"], n_layers)
     placed = depth.layers_in(sweep["placed"], n_layers)
-    cuts = [depth.layers_in(share, n_layers) for share in values["shares"]]
-    depths = sorted({*range(0, last + 1, sweep["step"]), *cuts})
+    cuts = depth.numbers_in(values["shares"], n_layers)
+    depths = sorted({*depth.every(sweep["step"], last), *cuts})
     chosen = of_block(values, texts=scored["texts"])
     trained = healed(values["healing"], cuts, ["similarity"], values["seeds"])
-    sizes = [1, placed]
     places = [
         Point(f"{size} from {start}", size)
-        for size in sizes
+        for size in sorted({1, placed})
         for start in range(n_layers - size + 1)
     ]
     tried = replace(chosen, n_calibration=0, texts=scored["fewer"])
@@ -220,6 +220,23 @@ def next_token_loss(values: Values, n_layers: int) -> list[Table]:
 
 
 def simple_rule(values: Values, n_layers: int) -> list[Table]:
+    found, sweep = both_rules(values, n_layers), values["sweep"]
+    quarter = depth.layers_in(sweep["compared"], n_layers)
+    last = depth.layers_in(sweep["to"], n_layers)
+    others = [cut for cut in depth.numbers_in(sweep["answered"], n_layers) if cut != quarter]
+    both = [cut for cut in depth.numbers_in(sweep["judged"], n_layers) if cut in others]
+    more = unhealed(both, depth.RULES)
+    more += healed(values["healing"], others, depth.RULES, values["seeds"])
+    if both and last not in {quarter, *both}:
+        more += unhealed([last], ["similarity"])
+    if more:
+        answers = found[-1]
+        found.append(replace(answers, name="more-answers", texts={}, points=more))
+    return found
+
+
+def both_rules(values: Values, n_layers: int) -> list[Table]:
+    """What notebook 04 asks every model."""
     scored, sweep = values["scored_on"], values["sweep"]
     healing, seeds = values["healing"], values["seeds"]
     quarter = depth.layers_in(sweep["compared"], n_layers)
@@ -232,7 +249,7 @@ def simple_rule(values: Values, n_layers: int) -> list[Table]:
     )
     if sweep["curves_of"] != values["profile"]:
         return [found]
-    cuts = [depth.layers_in(share, n_layers) for share in sweep["healed"]]
+    cuts = depth.numbers_in(sweep["healed"], n_layers)
     of_curves = {**healing, **sweep["healing"]}
     curves = replace(
         of_block(values, texts=scored["fewer"]),
@@ -247,14 +264,14 @@ def simple_rule(values: Values, n_layers: int) -> list[Table]:
 def robustness(values: Values, n_layers: int) -> list[Table]:
     scored, shots = values["scored_on"], values["shots"]
     seeds, healing = values["seeds"], values["healing"]
-    first, rates = values["depths"][0], healing["rates"]
+    first, rates = depth.layers_in(values["share_removed"], n_layers), healing["rates"]
     method, steps = healing["method"], healing["steps"]
     ranks = sorted([*healing["other_ranks"], healing["rank"]])
     whole = of_block(values, texts=scored["texts"], tasks=scored["tasks"])
     whole = replace(whole, limit=scored["n_questions"])
 
     def ranked(seed: int, rank: int, rate: float) -> Point:
-        """A model of the first depth with adapters of a rank."""
+        """A model without that share with adapters of a rank."""
         recipe = f"{recipes.recipe_at(method, rate, steps)} rank={rank}"
         return Point("similarity", first, recipe, seed)
 
@@ -266,7 +283,7 @@ def robustness(values: Values, n_layers: int) -> list[Table]:
             values["seed"],
             shots=count,
         )
-        for gone in shots["depths"]
+        for gone in (0, first)
         for count, _ in shots["counts"]
     ]
     own = [ranked(seed, rank, rates[0]) for rank in ranks for seed in seeds]
@@ -755,6 +772,7 @@ NOTEBOOKS: dict[str, Callable[[Values, int], list[Table]]] = {
 }
 # What these ask a model for that is not the first they look at; all others ask for the same.
 OF_SECOND = {
+    "04_simple_against_similarity": both_rules,
     "05_robustness": orders_of_shots,
     "06_block_importance": unhealed_importance,
     "07_depth_against_width": times_of_shapes,

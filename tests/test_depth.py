@@ -272,6 +272,17 @@ def test_a_share_is_the_nearest_number_of_layers():
             depth.layers_in(share, 30)
 
 
+def test_a_curve_ends_at_its_last_number_of_layers():
+    assert depth.every(2, 6) == [0, 2, 4, 6] and depth.every(3, 2) == [0, 2]
+    assert depth.every(4, 6) == [0, 4, 6]
+
+
+def test_shares_that_are_one_number_of_a_small_model_count_once():
+    assert depth.numbers_in([0.1, 0.25, 0.5, 0.8], 30) == [3, 8, 15, 24]
+    assert depth.numbers_in([0.25, 0.1, 0.5, 0.8], 5) == [1, 3, 4]
+    assert depth.numbers_in([], 5) == []
+
+
 def test_sizes_are_those_of_the_models(tiny):
     network, tokenizer = models.load_model()
     expected = (
@@ -344,6 +355,26 @@ def test_two_rules_are_compared_item_by_item_at_every_depth_and_stage():
     assert found["alike"].tolist() == [True, False, False]
     assert found["runs"].tolist() == [1, 1, 2] and found["n"].tolist() == [3, 3, 3]
     assert found["pair"].tolist()[1:] == ["loss: 2 layers, unhealed", "loss: 2 layers, healed"]
+
+
+def test_healed_models_are_compared_with_the_whole_with_themselves_and_with_each_other():
+    scores = rule_scores()
+    scores = scores[scores["n_dropped"].isin([0, 2])]
+    found = depth.healed_checks(scores, effect=-8.0).set_index("pair")
+    assert found["difference"].to_dict() == pytest.approx(
+        {
+            "closest block, healed - unpruned": 1.0,
+            "closest block, healed - unhealed": -1.0,
+            "deepest but last, healed - unpruned": 7 / 6,
+            "deepest but last, healed - unhealed": -19 / 6,
+            "deepest but last - closest block, healed": 1 / 6,
+        }
+    )
+    assert found["first"].tolist() == pytest.approx([3, 3, 19 / 6, 19 / 6, 19 / 6])
+    assert found["second"].tolist() == pytest.approx([2, 4, 2, 19 / 3, 3])
+    assert set(found["runs"]) == {2} and set(found["n"]) == {3} and set(found["margin"]) == {2.0}
+    none = depth.healed_checks(scores.assign(value=0.0), effect=0.0)
+    assert set(none["margin"]) == {depth.SMALLEST_EFFECT / 4}
 
 
 def test_answers_along_the_depth_stand_above_their_floors():

@@ -531,7 +531,7 @@ def test_the_folder_that_papermill_obeys_is_obeyed(project, tmp_path, monkeypatc
     ("values", "name"),
     [
         ({"depths": [3, 8]}, "depths"),
-        ({"depths": [3], "shots": {"depths": [0, 9]}}, "shots.depths"),
+        ({"depths": [3], "quantised": {"depths": [0, 9]}}, "quantised.depths"),
         ({"depths": [3], "healing": {"equal_steps": [[3, 40], [8, 1]]}}, "healing.equal_steps"),
         ({"depths": [7], "healing": {"equal_steps": [[3, 40]], "rates": [9.0]}}, ""),
         ({"depths": [0.25], "quantised": {"depths": [0, 7]}}, ""),
@@ -543,6 +543,45 @@ def test_more_layers_than_a_model_has_are_named(values, name):
     assert (
         fault.startswith(f"06_b: {name} must be below the 8 layers of mine") if name else not fault
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "fault"),
+    [
+        ("06_block_importance", {"depths": [6, 20]}, "depths must be at most 18, for mine has 24"),
+        (
+            "08_lora_against_continued_pretraining",
+            {"depths": [4, 8], "healing": {"chained_depths": [14]}},
+            r"healing.chained_depths must be among depths, \[4, 8\], got \[14\]",
+        ),
+        (
+            "08_lora_against_continued_pretraining",
+            {"depths": [4, 8], "healing": {"equal_steps": [[14, 28]]}},
+            "healing.equal_steps must be among depths",
+        ),
+        (
+            "09_seven_metrics",
+            {"depths": [4], "healing": {"rated": [[8, "taylor"]]}},
+            "healing.rated must be among depths",
+        ),
+        (
+            "11_one_shot_or_iterative",
+            {"depths": [4], "healing": {"per_round": [[8, 1]]}},
+            r"healing.per_round must begin with the first of depths, \[4\], got 8",
+        ),
+    ],
+)
+def test_counts_that_belong_together_are_refused_together(name, values, fault):
+    """Each of these ended in a KeyError after hours."""
+    job = jobs.Job(Path(f"{name}.ipynb"), "cpu", {"model": "mine", **values}, {})
+    assert re.match(f"{name}: {fault}", jobs.depths_fault(job, 24))
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "a100"])
+def test_counts_of_the_profiles_belong_together(profile):
+    n_layers = 32 if profile == "a100" else 30
+    faults = [jobs.depths_fault(job, n_layers) for job in jobs.plan(ROOT, profile, [], {}, False)]
+    assert set(faults) == {""}
 
 
 def test_counts_that_an_own_model_does_not_have_are_refused_before_it_is_loaded(

@@ -137,6 +137,19 @@ def test_a_name_of_a_parameter_means_nothing_else_in_any_notebook():
     assert reused == []
 
 
+def test_a_check_that_fails_says_what_it_asks_for():
+    """It may fail after hours, for a model that was not made for it."""
+    bare = [
+        (digits, cell.id, ast.unparse(node))
+        for digits, book in BOOKS.items()
+        for cell in book.cells
+        if cell.cell_type == "code"
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Assert) and not isinstance(node.msg, (ast.Constant, ast.JoinedStr))
+    ]
+    assert bare == []
+
+
 def test_the_idea_that_a_notebook_shows_is_something_that_a_reader_can_call():
     shown = [
         (digits, name)

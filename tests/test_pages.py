@@ -143,6 +143,29 @@ def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):
     )
 
 
+def test_a_verdict_without_an_interval_is_shown(tmp_path, monkeypatch):
+    """A resample without any fall has no share of it, and the file has an empty cell."""
+    monkeypatch.setattr(results, "table_path", lambda *_: tmp_path / "verdicts.csv")
+    row = evidence.judge(
+        "A1",
+        "sharp fall",
+        evidence.Interval(0.25, float("nan"), float("nan")),
+        claimed="above 0",
+        model="small",
+        measure="share",
+        data="PIQA",
+        depth="0 to 4 of 5 layers",
+        recipe="unhealed",
+        notebook="02_x",
+        cell="Claims",
+        kind="bootstrap over questions",
+        n=100,
+        runs=1,
+    )
+    evidence.save_verdicts([row], tmp_path / "verdicts.csv")
+    assert "25 % (nan to nan), 0 to 4 of 5 layers" in pages.findings("02_x").markdown
+
+
 def test_a_readable_table_has_the_names_and_units_of_the_figures():
     table = pd.DataFrame(
         {

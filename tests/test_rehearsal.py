@@ -174,6 +174,16 @@ def test_a_profile_that_asks_for_more_text_than_there_is_is_refused():
         )
 
 
+def test_a_rehearsal_that_is_refused_leaves_nothing(tmp_path):
+    shutil.copytree(ROOT / "reference", tmp_path / "reference")
+    (job,) = jobs.plan(ROOT, "a100", ["01"], {"model": "a/b"}, False)
+    with pytest.raises(jobs.Refused, match="a/b"):
+        rehearsal.rehearse(
+            [job], tmp_path, others=False, record=False, keep=False, recompute=False, at_once=1
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["reference"]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_stand_ins_are_made_anew_where_all_is(recompute, tmp_path, monkeypatch):
     """A kept rehearsal leaves them, and no digest tells those of another form."""

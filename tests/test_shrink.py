@@ -638,6 +638,34 @@ def test_a_plan_is_printed_and_nothing_is_made(tiny, tmp_path, capsys, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_is_one_sentence(tiny, tmp_path, capsys, monkeypatch):
+    """Python lists a tuple for each file of a folder that cannot be copied."""
+    (tmp_path / "from").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "from" / name).touch()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def copied(*_):
+        shutil.copytree(tmp_path / "from", tmp_path / "to", copy_function=full)
+
+    monkeypatch.setattr(whole, "shrink", copied)
+    assert command.main(["shrink", tiny, "--out", str(tmp_path / "small")]) == 1
+    assert capsys.readouterr().err == "pruning-utils: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--steps", "4"), ("--healing-text", "xsum")])
+def test_what_healing_would_take_is_refused_where_nothing_is_trained(
+    option, value, tiny, tmp_path, capsys
+):
+    words = ["shrink", tiny, "--out", str(tmp_path / "small"), "--keep", "60%"]
+    assert command.main([*words, "--recipe", "none", option, value]) == 1
+    said = capsys.readouterr().err
+    assert f"{option} needs a --recipe that trains, got" in said and "with 'none'" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_plan_says_what_memory_healing_takes(tiny, capsys, monkeypatch):
     asked = order(tiny, minutes=2.0, steps=2)
     plan = whole.planned(asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -103,7 +104,16 @@ def count(text: str) -> int:
 
 
 def order_of(given: argparse.Namespace) -> orders.Order:
-    """What a command line asks for."""
+    """What a command line asks for.
+
+    Raises:
+        ValueError: For what would be passed over where nothing is trained.
+    """
+    for name in ("steps", "healing_text"):
+        value = getattr(given, name)
+        if given.recipe == orders.NO_HEALING and value is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} needs a --recipe that trains, got {value!r} with 'none'")
     goal = orders.Goal(given.keep, given.max_parameters, given.max_bytes, given.max_ms_per_token)
     return orders.Order(
         given.model,
@@ -143,6 +153,11 @@ def main(words: Sequence[str] | None = None) -> int:
                 print(f"  healing takes {plan['healing_bytes'] / 1e9:.2f} GB of memory at most")
             return 0
         print(whole.shrink(order, given.out)["judgement"].to_string(index=False))
+    except shutil.Error as error:
+        # Of a folder that could not be copied it names every file; all have one reason.
+        _, _, reason = error.args[0][0]
+        print(f"pruning-utils: {reason}", file=sys.stderr)
+        return 1
     except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
         print(f"pruning-utils: {error}", file=sys.stderr)
         return 1

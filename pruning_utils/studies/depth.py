@@ -81,6 +81,19 @@ def layers_in(share: float, n_layers: int) -> int:
     return number
 
 
+def numbers_in(shares: Sequence[float], n_layers: int) -> list[int]:
+    """The whole numbers of layers that are nearest to shares of them, each once, in their order.
+
+    Of a model with few layers several shares are one number. Arguments as for :func:`layers_in`.
+    """
+    return list(dict.fromkeys(layers_in(share, n_layers) for share in shares))
+
+
+def every(step: int, last: int) -> list[int]:
+    """Numbers of layers along a curve: 0, ``step``, 2 ``step`` and so on, then ``last``."""
+    return sorted({*range(0, last + 1, step), last})
+
+
 def depth_points(
     depths: Sequence[int],
     healed_depths: Sequence[int],
@@ -380,6 +393,42 @@ def rule_checks(scores: pd.DataFrame, *, against: str = "similarity") -> pd.Data
         )
     tested = evidence.paired_verdicts(pairs, effect=effects, strata=strata)
     return pd.concat([pd.DataFrame(rows), tested], axis=1)
+
+
+def healed_checks(scores: pd.DataFrame, *, effect: float) -> pd.DataFrame:
+    """Paired differences of healed models of one depth: from the whole model, from themselves
+    unhealed, and between both rules.
+
+    Args:
+        scores: As for :func:`rule_levels`, of one model, measure and number of removed layers, with
+            both :data:`RULES`, unhealed and healed, and the whole model as :data:`NO_RULE`.
+        effect: What pruning itself changes, of which a quarter is the margin of equality. Less than
+            :data:`SMALLEST_EFFECT` counts as that.
+
+    Returns:
+        As :func:`evidence.paired_verdicts`, all pairs in one family, with the levels ``first`` and
+        ``second``.
+    """
+    grid = scores.pivot(
+        index=["dataset", "item"], columns=["rule", "healed", "seed"], values="value"
+    ).sort_index(axis="columns")
+    whole = grid[NO_RULE, False]
+    sides = {}
+    for rule in RULES:
+        sides[f"{RULE_NAMES[rule]}, healed - unpruned"] = (grid[rule, True], whole)
+        sides[f"{RULE_NAMES[rule]}, healed - unhealed"] = (grid[rule, True], grid[rule, False])
+    sides["deepest but last - closest block, healed"] = (
+        grid["deepest", True],
+        grid["similarity", True],
+    )
+    # A model that was not healed has one column, and is subtracted from each of several seeds.
+    pairs = {name: one.to_numpy() - other.to_numpy() for name, (one, other) in sides.items()}
+    tasks = grid.index.get_level_values("dataset")
+    effect = max(abs(effect), SMALLEST_EFFECT)
+    found = evidence.paired_verdicts(pairs, effect=effect, strata=dict.fromkeys(pairs, tasks))
+    found["first"] = [float(sides[name][0].to_numpy().mean()) for name in found["pair"]]
+    found["second"] = [float(sides[name][1].to_numpy().mean()) for name in found["pair"]]
+    return found
 
 
 def unless_alike(row: Mapping, *, alike: bool) -> dict:

@@ -89,10 +89,10 @@ def judged_ratios(
     rows = []
     for row, (_, pair) in zip(asked.itertuples(), family.iterrows(), strict=True):
         is_depth = row.shape == "depth"
-        faster = f"over {100 * (1 - bound):.0f} % faster"
+        named, faster = names.get(row.shape, row.shape), f"over {100 * (1 - bound):.0f} % faster"
         judgement = evidence.judge(
             "B2",
-            f"{names[row.shape]}, {sizes[row.removed]}: {faster if is_depth else f'not {faster}'}",
+            f"{named}, {sizes[row.removed]}: {faster if is_depth else f'not {faster}'}",
             pair,
             claimed="below 0" if is_depth else "above 0",
             measure="ratio of times",
