@@ -63,16 +63,8 @@ DEPTHS = (
     "healing.per_round",
     "healing.rated",
 )
-# Notebooks with rules that keep the first four layers and the last two, whatever their scores.
-PROTECTING = {
-    "06_block_importance",
-    "07_depth_against_width",
-    "08_lora_against_continued_pretraining",
-    "09_seven_metrics",
-    "10_how_to_heal",
-    "11_one_shot_or_iterative",
-    "12_the_recommended_model",
-}
+# From 06 to 12 some rules keep the first four layers and the last two, whatever their scores.
+PROTECTING = ("06", "12")
 PROTECTED = 6
 # Values of a notebook whose counts must be among its `depths`, or 0 for the unpruned model.
 AMONG_DEPTHS = {
@@ -253,7 +245,8 @@ def depths_fault(job: Job, n_layers: int) -> str:
                 f"{job.name}: {name} must be below the {n_layers} layers of "
                 f"{job.values['model']}, {given}"
             )
-        if job.name in PROTECTING and any(count > n_layers - PROTECTED for count in counts):
+        protects = PROTECTING[0] <= job.name[:2] <= PROTECTING[1]
+        if protects and any(count > n_layers - PROTECTED for count in counts):
             return (
                 f"{job.name}: {name} must be at most {n_layers - PROTECTED}, for "
                 f"{job.values['model']} has {n_layers} layers and some rules keep {PROTECTED}, "

@@ -538,10 +538,10 @@ def test_the_folder_that_papermill_obeys_is_obeyed(project, tmp_path, monkeypatc
     ],
 )
 def test_more_layers_than_a_model_has_are_named(values, name):
-    job = jobs.Job(Path("06_b.ipynb"), "cpu", {"model": "mine", **values}, {})
+    job = jobs.Job(Path("00_b.ipynb"), "cpu", {"model": "mine", **values}, {})
     fault = jobs.depths_fault(job, 8)
     assert (
-        fault.startswith(f"06_b: {name} must be below the 8 layers of mine") if name else not fault
+        fault.startswith(f"00_b: {name} must be below the 8 layers of mine") if name else not fault
     )
 
 
