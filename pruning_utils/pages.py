@@ -112,9 +112,7 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
     path = results.table_path(profile, notebook, "verdicts")
     if not path.exists():
         return Note(f"No verdicts of the profile {profile} are kept yet: run this notebook.")
-    # An end of an interval may be no number: of a share of a fall where nothing falls.
-    no_number = dict.fromkeys(("value", "low", "high"), "")
-    rows = pd.read_csv(path, keep_default_na=False, na_values=no_number)
+    rows = verdict_rows.read(path)
     claims = pd.read_csv(runtime.project_root() / "reference" / "claims.csv").set_index("id")
     lines = [*_verdict_lines(rows), "", DIFFERENCES, ""]
     for claim in dict.fromkeys(rows["claim"]):

@@ -40,7 +40,7 @@ def verdict_files(folder: Path) -> list[Path]:
 
 def read_verdicts(folder: Path) -> pd.DataFrame:
     """All rows of all notebooks of a profile's folder of results, by notebook."""
-    tables = [pd.read_csv(path, keep_default_na=False) for path in verdict_files(folder)]
+    tables = [verdict_rows.read(path) for path in verdict_files(folder)]
     return pd.concat(tables, ignore_index=True)
 
 

@@ -237,33 +237,31 @@ def depths_fault(job: Job, n_layers: int) -> str:
         job: A notebook with its values. Those of :data:`DEPTHS` count layers.
         n_layers: Of the model.
     """
+    faults = []
     for name in DEPTHS:
         counts = [count for count in counts_of(job, name) if isinstance(count, int)]
         given = f"got {counts}; -p {name}=... gives others"
-        if any(count >= n_layers for count in counts):
-            return (
-                f"{job.name}: {name} must be below the {n_layers} layers of "
-                f"{job.values['model']}, {given}"
-            )
         protects = PROTECTING[0] <= job.name[:2] <= PROTECTING[1]
-        if protects and any(count > n_layers - PROTECTED for count in counts):
-            return (
-                f"{job.name}: {name} must be at most {n_layers - PROTECTED}, for "
-                f"{job.values['model']} has {n_layers} layers and some rules keep {PROTECTED}, "
-                f"{given}"
+        if any(count >= n_layers for count in counts):
+            faults.append(
+                f"{name} must be below the {n_layers} layers of {job.values['model']}, {given}"
+            )
+        elif protects and any(count > n_layers - PROTECTED for count in counts):
+            faults.append(
+                f"{name} must be at most {n_layers - PROTECTED}, for {job.values['model']} has "
+                f"{n_layers} layers and some rules keep {PROTECTED}, {given}"
             )
     depths = counts_of(job, "depths")
     for name in AMONG_DEPTHS.get(job.name, ()):
         counts = counts_of(job, name)
         if not set(counts) <= {0, *depths}:
-            return f"{job.name}: {name} must be among depths, {depths}, got {counts}"
+            faults.append(f"{name} must be among depths, {depths}, got {counts}")
     first = counts_of(job, "healing.per_round")[:1]
     if first and first != depths[:1]:
-        return (
-            f"{job.name}: healing.per_round must begin with the first of depths, {depths}, got "
-            f"{first[0]}"
+        faults.append(
+            f"healing.per_round must begin with the first of depths, {depths}, got {first[0]}"
         )
-    return ""
+    return "\n".join(f"{job.name}: {fault}" for fault in faults)
 
 
 def counts_of(job: Job, name: str) -> list:

@@ -272,6 +272,11 @@ def test_a_share_is_the_nearest_number_of_layers():
             depth.layers_in(share, 30)
 
 
+def test_only_models_with_committed_results_must_know_something():
+    assert depth.must_know("smollm2-135m", "cpu") and depth.must_know("gemma-3-270m", "gpu")
+    assert not depth.must_know("smollm2-135m", "smoke") and not depth.must_know("mine", "cpu")
+
+
 def test_a_curve_ends_at_its_last_number_of_layers():
     assert depth.every(2, 6) == [0, 2, 4, 6] and depth.every(3, 2) == [0, 2]
     assert depth.every(4, 6) == [0, 4, 6]

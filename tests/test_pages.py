@@ -163,7 +163,7 @@ def test_a_verdict_without_an_interval_is_shown(tmp_path, monkeypatch):
         runs=1,
     )
     evidence.save_verdicts([row], tmp_path / "verdicts.csv")
-    assert "25 % (nan to nan), 0 to 4 of 5 layers" in pages.findings("02_x").markdown
+    assert "25 % (no interval), 0 to 4 of 5 layers" in pages.findings("02_x").markdown
 
 
 def test_a_readable_table_has_the_names_and_units_of_the_figures():

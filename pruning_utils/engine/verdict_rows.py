@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 
@@ -63,12 +64,23 @@ SMALLEST_BUDGET = 0.1
 BUDGET = re.compile(r"(\S+) tokens per parameter are less than a tenth of the paper's (\S+)")
 
 
+def read(path: Path) -> pd.DataFrame:
+    """The verdicts of a notebook, as :func:`evidence.save_verdicts` wrote them.
+
+    Empty texts stay texts. An end of an interval may be no number: of the share of a fall where
+    nothing falls.
+    """
+    no_number = dict.fromkeys(("value", "low", "high"), "")
+    return pd.read_csv(path, keep_default_na=False, na_values=no_number)
+
+
 def number(row: object) -> str:
     """Value and interval of a row in the units of its measure, three digits each."""
     factor, unit = UNITS.get(row.measure, (1, ""))  # type: ignore[attr-defined]
     ends = (row.value, row.low, row.high)  # type: ignore[attr-defined]
     value, low, high = (f"{factor * float(end):.3g}".replace("-", "\u2212") for end in ends)
-    return f"{value} {unit}".rstrip() + f" ({low} to {high})"
+    between = "no interval" if "nan" in (low, high) else f"{low} to {high}"
+    return f"{value} {unit}".rstrip() + f" ({between})"
 
 
 def models_of(verdicts: pd.DataFrame, first: Iterable[str]) -> list[str]:

@@ -63,6 +63,15 @@ def size_of(model: str, revision: str | None, dtype: str) -> Size:
     )
 
 
+def must_know(model: str, profile: str) -> bool:
+    """Whether a check may ask that the unpruned model knows something.
+
+    It may of the models that committed results are of, beyond the few questions of the smoke
+    profile. Of any other model the verdicts say where nothing can be tested.
+    """
+    return model in SIZES and profile != "smoke"
+
+
 def layers_in(share: float, n_layers: int) -> int:
     """The whole number of layers that is nearest to a share of them, at least 1.
 
