@@ -1,4 +1,4 @@
-"""What a step of healing costs with all logits at once or a few, and without kept activations.
+"""What a step of healing costs: with all logits at once, without kept activations, compiled.
 
     .venv/bin/python benchmarks/healing.py
     .venv/bin/python benchmarks/healing.py --windows 1 --seq-len 16 --rounds 1    # seconds
@@ -9,6 +9,10 @@ least as fast as naive, and less memory the larger the vocabulary. Nothing is as
 naive    all logits at once, of which the loss takes a few tokens at a time
 in parts head and loss on a few tokens at a time, see engine/head_losses.py
 again    the same, with activations computed again on the way back instead of kept
+compiled the same as in parts, each layer compiled as accelerate does it (needs a C++ compiler)
+
+Healing itself is compiled by accelerate's own variables, ACCELERATE_DYNAMO_BACKEND=inductor and
+ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true. Measure here first whether it pays.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import statistics
 import time
 
 import torch
+from accelerate.utils import compile_regions
 
 from pruning_utils import data, healing, models, runtime, surgery
 from pruning_utils.engine import head_losses
@@ -28,7 +33,12 @@ def naive(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return head_losses.loss_of_logits(logits, ids) / ids[:, 1:].numel()
 
 
-WAYS = {"naive": naive, "in parts": head_losses.mean_loss, "again": head_losses.mean_loss}
+WAYS = {
+    "naive": naive,
+    "in parts": head_losses.mean_loss,
+    "again": head_losses.mean_loss,
+    "compiled": head_losses.mean_loss,
+}
 
 
 def measure(way: str, asked: argparse.Namespace) -> None:
@@ -43,6 +53,8 @@ def measure(way: str, asked: argparse.Namespace) -> None:
     trained = healing.trainable_copy(model, settings).train()
     if way == "again":
         trained.activation_checkpointing_enable()
+    if way == "compiled":
+        trained = compile_regions(trained)
     ids = data.calibration_windows(tokenizer, asked.windows, asked.seq_len)
     del model
     before, seconds = _peak(), []

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from pruning_utils import runtime
 from pruning_utils.engine import variances, verdict_rows
 from pruning_utils.engine.checks import number
+from pruning_utils.engine.later import stats
 from pruning_utils.engine.verdict_rows import FAILS, HOLDS, UNTESTABLE, UNTOLD
 
 __all__ = [

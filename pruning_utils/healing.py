@@ -81,6 +81,11 @@ def heal(
     it is. With ``output_dir``, training is saved four times. Called again with the same settings,
     it goes on from the last save that is whole.
 
+    Layers are compiled by torch where accelerate's own environment variables ask for it:
+    ``ACCELERATE_DYNAMO_BACKEND=inductor`` and ``ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true``.
+    Losses stay those without it, but for what dropout draws. ``benchmarks/healing.py`` measures
+    whether it pays.
+
     Args:
         model: A 16- or 32-bit causal language model, pruned or not.
         tokenizer: Its tokenizer, saved in ``output_dir``.

@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -124,6 +123,8 @@ def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Fig
     Returns:
         The figure; a cross marks each row's minimum.
     """
+    import seaborn as sns  # importing it takes a second
+
     need_columns(table, "start", "block_size", value)
     by_model = _by_model(table)
     figure, axes = new_figure(max(NARROW, WIDE / 2 * len(by_model)), 2.5, len(by_model))

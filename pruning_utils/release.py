@@ -87,7 +87,7 @@ def model_card(
     code between single backticks stays code.
 
     Args:
-        base: Name of the model that it was made from.
+        base: Name of the model that it was made from; of a directory, the last part of its path.
         layers: 0-based numbers of its layers that are gone.
         n_layers: Number of its layers, L.
         parameters: That are stored.
@@ -105,6 +105,8 @@ def model_card(
         )
     from huggingface_hub import ModelCardData
 
+    # Where it lies on this machine is of no use to others.
+    base = Path(base).resolve().name if os.path.isdir(base) else base
     header = ModelCardData(
         base_model=_one_line(base),
         library_name="transformers",

@@ -14,8 +14,8 @@ from pathlib import Path
 import nbformat
 import notebook_files
 from jobs import Failed, Job, ready
-from kernels import Kernels, execute
 from nbformat import NotebookNode
+from notebook_kernels import Kernels, execute
 
 from pruning_utils import embedded, runtime
 from pruning_utils.engine import definitions, records

@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import comparisons  # noqa: E402
 import jobs  # noqa: E402
-import kernels  # noqa: E402
 import modes  # noqa: E402
 import notebook_files  # noqa: E402
+import notebook_kernels  # noqa: E402
 import parameters  # noqa: E402
 import run_notebooks  # noqa: E402
 import running  # noqa: E402
@@ -777,25 +777,25 @@ def test_other_values_leave_the_committed_notebooks(project, tmp_path, capfd):
     )
 
 
-@pytest.mark.parametrize(("n_taken", "status"), [(1, 0), (kernels.STARTS, 1)])
+@pytest.mark.parametrize(("n_taken", "status"), [(1, 0), (notebook_kernels.STARTS, 1)])
 def test_a_kernel_whose_port_was_taken_is_started_again(
     n_taken, status, project, tmp_path, monkeypatch, capfd
 ):
     taken = socket.create_server(("127.0.0.1", 0))
     starts = []
 
-    class Client(kernels.PapermillNotebookClient):
+    class Client(notebook_kernels.PapermillNotebookClient):
         def __init__(self, *given, extra_arguments, **named):
             starts.append(extra_arguments)
             if len(starts) <= n_taken:
                 extra_arguments = [*extra_arguments, f"--stdin={taken.getsockname()[1]}"]
             super().__init__(*given, extra_arguments=extra_arguments, **named)
 
-    monkeypatch.setattr(kernels, "PapermillNotebookClient", Client)
+    monkeypatch.setattr(notebook_kernels, "PapermillNotebookClient", Client)
     options = ("--profile", "smoke", "--only", "00", "--output", str(tmp_path / "out"))
     with taken:
         assert drive(project, *options) == status
-    assert len(starts) == min(n_taken + 1, kernels.STARTS)
+    assert len(starts) == min(n_taken + 1, notebook_kernels.STARTS)
     assert ("Kernel died before" in capfd.readouterr().err) == bool(status)
 
 
@@ -1745,12 +1745,12 @@ class Saving:
 
 def test_a_copy_is_saved_every_few_seconds_and_as_before_at_the_end(monkeypatch):
     now, manager = [100.0], Saving()
-    monkeypatch.setattr(kernels.time, "monotonic", lambda: now[0])
-    with pytest.raises(OSError, match="lost"), kernels.seldom_saved(manager):
+    monkeypatch.setattr(notebook_kernels.time, "monotonic", lambda: now[0])
+    with pytest.raises(OSError, match="lost"), notebook_kernels.seldom_saved(manager):
         manager.save()
         manager.save()
         assert manager.n_saved == 1
-        now[0] += kernels.SAVED_EVERY
+        now[0] += notebook_kernels.SAVED_EVERY
         manager.save()
         assert manager.n_saved == 2
         raise OSError("the kernel is lost")
@@ -1824,7 +1824,7 @@ class Node: pass
 def get_ipython(): return Shell
 hooks = {}
 """
-    said += kernels.FEW_TO_COLLECT
+    said += notebook_kernels.FEW_TO_COLLECT
     said += """
 import sys
 gc.collect()

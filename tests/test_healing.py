@@ -166,6 +166,39 @@ def test_adapters_change_and_the_base_does_not(method, dtype):
     assert not any(weight.requires_grad for weight in healed.parameters())
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """Accelerate's own variables, as a user sets them; what torch has counted while compiling.
+
+    Graphs run without the compiler behind the tracer, which would take a minute.
+    """
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    with torch._dynamo.config.patch(disable=False):
+        torch._dynamo.reset()
+        counters.clear()
+        yield counters
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_compiled_layers_train_the_same(method, tmp_path, request):
+    settings = {"method": method, "dropout": 0.0, "eval_ids": windows(), "steps": 4}
+    plain = heal(llama(), **settings)
+    counted = request.getfixturevalue("compiled")
+    found = heal(llama(), **settings, output_dir=tmp_path / "run")
+    assert counted["stats"]["unique_graphs"] and not counted["graph_break"]
+    assert found.history["loss"].tolist() == pytest.approx(plain.history["loss"].tolist(), abs=1e-5)
+    names = [name for name, _ in found.model.named_parameters()]
+    assert names == [name for name, _ in plain.model.named_parameters()]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    again = heal(llama(), **settings, output_dir=tmp_path / "run")
+    assert again.history["loss"].tolist() == pytest.approx(plain.history["loss"].tolist(), abs=1e-5)
+
+
 def test_qlora_trains_adapters_over_the_unchanged_4_bit_copy():
     model = llama(dtype=torch.bfloat16)
     healed, reference = heal(model, method="qlora").model, models.quantized_copy(model)

@@ -34,6 +34,7 @@ def child(*lines: str) -> str:
         ("nn", "Linear"),
         ("flop_counter", "FlopCounterMode"),
         ("safetensors_torch", "load_file"),
+        ("stats", "rankdata"),
     ],
 )
 def test_what_stands_for_a_module_has_what_the_module_has(name, attribute):

@@ -13,13 +13,21 @@ from lm_eval.models.huggingface import HFLM
 from pruning_utils import evaluation, models, surgery
 from pruning_utils.engine import benchmarks, passes, prefixes
 
-# Architectures whose layers take masks and positions of our making; all others go to the stock
-# backend.
-# Also where a token lies beyond the window of a layer, which is 4 in all of these.
-BY_KIND = {name for name, make in ARCHITECTURES.items() if prefixes.takes_masks_by_kind(make())}
-SHARE = BY_KIND | {
-    name for name, make in ARCHITECTURES.items() if prefixes.longest_shared(make()) > 4
+# Architectures whose layers take a mask of our making for each kind of them. In all of these a
+# window is 4 tokens.
+BY_KIND = {
+    *("afmoe", "cohere2", "dots1", "exaone4", "exaone_moe", "gemma2", "gemma3_text"),
+    *("gemma4_text", "gpt_oss", "granite_swa", "laguna", "ministral", "modernbert_decoder"),
+    *("olmo3", "qwen2", "qwen2_moe", "qwen3", "smollm3", "vaultgemma"),
 }
+# Those that go to the stock backend: one mask for all layers, none of our making, or states that
+# pass on what was read.
+STOCK = {
+    *("bamba", "bloom", "falcon_mamba", "gpt_neo", "jamba", "lfm2", "lfm2_moe", "llama4_text"),
+    *("mamba", "minimax", "mistral", "mixtral", "mpt", "phi3", "qwen3_next", "recurrent_gemma"),
+    "starcoder2",
+}
+SHARE = ARCHITECTURES.keys() - STOCK
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +218,17 @@ def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, most, emb
     assert sum(calls) == sum(len(a) + len(b) - 1 <= most for _, a, b in requests)
 
 
-def test_layers_with_a_window_take_a_mask_of_their_own():
-    assert {"gemma2", "gemma3_text", "cohere2", "qwen3", "olmo3", "gpt_oss"} <= BY_KIND
-    # One mask for all, none of our making, or no layer with a window.
-    assert not BY_KIND & {"mistral", "gpt_neo", "mamba", "llama4_text", "llama"}
+def test_architectures_take_the_way_that_is_told_of_them():
+    """Also where a token lies beyond a window; longer ones than 4 tokens are shared then."""
+    by_kind, shares = set(), set()
+    for name, make in ARCHITECTURES.items():
+        model = make()
+        if prefixes.takes_masks_by_kind(model):
+            by_kind.add(name)
+        if name in by_kind or prefixes.longest_shared(model) > 4:
+            shares.add(name)
+    assert by_kind == BY_KIND
+    assert shares == SHARE
 
 
 def test_the_stock_backend_holds_few_logits_at_once(embedded, monkeypatch):

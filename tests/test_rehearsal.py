@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,6 +76,26 @@ def test_a_small_model_is_the_real_one_but_for_its_width(name, hub):
     assert model(ids).logits.isfinite().all()
     assert model.get_input_embeddings().weight.any(dim=1).all(), "no token is all zeros"
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == "Layers fell, one after the other."
+
+
+@pytest.mark.parametrize("name", small_hub.FORMS)
+def test_a_small_model_in_nf4_is_the_same_on_all_processors(name, hub):
+    """Weights in NF4 as bitsandbytes reads them here, against its definition."""
+    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+    from bitsandbytes.nn import Linear4bit
+
+    model, _ = models.load_model(name, dtype="float32", quantize="nf4")
+    layers = models.decoder_layers(model)[:1].modules()
+    linear = {part.in_features: part for part in layers if isinstance(part, Linear4bit)}
+    assert linear and all(map(small_hub.is_read_alike, linear))
+    for part in linear.values():
+        state = part.weight.quant_state
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        high_low = torch.stack([part.weight.data >> 4, part.weight.data & 15], dim=-1).flatten()
+        n = part.in_features * part.out_features
+        exact = state.code[high_low[:n].long()] * scales.repeat_interleave(64)[:n]
+        found = dequantize_4bit(part.weight.data, state).flatten()
+        assert torch.allclose(found, exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,13 @@ def test_large_numbers_and_texts_that_look_like_numbers_are_left_alone():
     assert cells[2:] == ["134515008.0", "0.10", "1e5"]
 
 
+def test_a_card_names_a_directory_without_its_path(tmp_path):
+    (tmp_path / "my-model").mkdir()
+    card = release.model_card(**{**CARD, "base": str(tmp_path / "my-model")})
+    assert "base_model: my-model\n" in card and "# my-model without 2" in card
+    assert str(tmp_path) not in card
+
+
 def test_a_card_without_scores_is_refused():
     with pytest.raises(ValueError, match="scores must have a row at least"):
         release.model_card(**{**CARD, "scores": pd.DataFrame()})

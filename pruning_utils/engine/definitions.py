@@ -19,6 +19,7 @@ imported at once.
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import hashlib
 import types
@@ -87,6 +88,8 @@ class Package:
         }
         self._modules: dict[str, Module] = {}
         self._parts: dict[Definition, list[Part]] = {}
+        # Many tables have the same roots, and the source read here does not change.
+        self._stamps: dict[tuple, dict] = {}
 
     def _module_name(self, path: Path) -> str:
         parts = path.relative_to(self.folder).with_suffix("").parts
@@ -129,15 +132,19 @@ class Package:
             roots: Definitions that it begins with.
             leaves: Definitions whose text counts as nothing, and what only they reach.
         """
-        reached = self.reached(roots, leaves)
-        return {
-            "version": STAMP_VERSION,
-            "root": ", ".join(map(place, roots)),
-            "digest": self._digest(reached, leaves),
-            "definitions": {
-                place(one): "" if one in leaves else self.own_digest(one) for one in sorted(reached)
-            },
-        }
+        asked = tuple(roots), frozenset(leaves)
+        if asked not in self._stamps:
+            reached = self.reached(roots, leaves)
+            self._stamps[asked] = {
+                "version": STAMP_VERSION,
+                "root": ", ".join(map(place, roots)),
+                "digest": self._digest(reached, leaves),
+                "definitions": {
+                    place(one): "" if one in leaves else self.own_digest(one)
+                    for one in sorted(reached)
+                },
+            }
+        return copy.deepcopy(self._stamps[asked])
 
     def reached(
         self, roots: list[Definition], leaves: Collection[Definition] = ()
@@ -235,7 +242,7 @@ class Package:
             reader = _Reader(self, module)
             for node in self._module(module).definitions[name]:
                 reader.read(node)
-            self._parts[one] = reader.parts
+            self._parts[one] = _joined(reader.parts)
         return self._parts[one]
 
     def _module(self, name: str) -> Module:
@@ -444,6 +451,17 @@ class _Reader:
         for module, (path, _) in self.package.sources.items():
             if place_of_files in path.parents:
                 self.parts += [(module, name) for name in self.package._module(module).definitions]
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """The same parts, with neighbouring texts made one."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def differing_places(old: dict, new: dict) -> list[str]:

@@ -1,7 +1,8 @@
 """What takes seconds to import, imported when something of it is first used.
 
 Figures are drawn from stored tables with nothing computed, so nothing there needs torch. Yet what
-draws them imports the functions that would compute. So all modules have torch from here:
+draws them imports the functions that would compute. So all modules have torch from here, and the
+statistics of scipy, which few of them need:
 
     from pruning_utils.engine.later import nn, torch
 
@@ -26,6 +27,7 @@ __all__ = [
     "flop_counter",
     "nn",
     "safetensors_torch",
+    "stats",
     "torch",
     "when_torch_is_imported",
 ]
@@ -82,6 +84,7 @@ def _imported(name: str) -> ModuleType:
 if TYPE_CHECKING:
     import safetensors.torch as safetensors_torch
     import torch
+    from scipy import stats
     from torch import Tensor, nn
     from torch.utils import flop_counter
 else:
@@ -99,3 +102,4 @@ else:
     nn = Later("torch.nn")
     flop_counter = Later("torch.utils.flop_counter")
     safetensors_torch = Later("safetensors.torch")
+    stats = Later("scipy.stats")
