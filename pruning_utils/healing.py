@@ -83,8 +83,8 @@ def heal(
 
     Layers are compiled by torch where accelerate's own environment variables ask for it:
     ``ACCELERATE_DYNAMO_BACKEND=inductor`` and ``ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true``.
-    Losses stay those without it, but for what dropout draws. ``benchmarks/healing.py`` measures
-    whether it pays.
+    Losses differ by rounding, and by what dropout draws. ``benchmarks/healing.py`` measures whether
+    it pays.
 
     Args:
         model: A 16- or 32-bit causal language model, pruned or not.

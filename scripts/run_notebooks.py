@@ -9,6 +9,7 @@ numbers differ; 2: something is asked for that is not there; 130: a signal has s
 from __future__ import annotations
 
 import argparse
+import csv
 import logging
 import math
 import os
@@ -298,6 +299,7 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
         output = output_folder(options)
         kept = output or project
         refuse_to_replace(options, project, output)
+        refuse_another_model(options, chosen, output)
         refuse_depths(options, chosen, project)
         agree = carried_out(options, chosen, project, output)
     except jobs.Refused as error:
@@ -359,6 +361,38 @@ def refuse_to_replace(options: argparse.Namespace, project: Path, output: Path |
             f"-p {' '.join(options.values)} makes other results than those of the profile: give "
             "--output DIR, so that they do not replace the ones here"
         )
+
+
+def refuse_another_model(
+    options: argparse.Namespace, chosen: list[Job], output: Path | None
+) -> None:
+    """Refuse to replace what a notebook has said of another model in the same folder.
+
+    Tables of several models lie beside each other there; verdicts, figures and the copy do not.
+    Notebooks without verdicts are not looked at.
+
+    Raises:
+        Refused: If verdicts there are of another model.
+    """
+    if output is None or options.figures or options.plan or computes_apart(options):
+        return
+    from jobs import Refused
+
+    from pruning_utils import embedded, results
+
+    for job in chosen:
+        name = str(job.values.get("model", embedded.EMBEDDED))
+        asked = {*embedded.MODELS} if name == embedded.EMBEDDED else {results.slug(name)}
+        path = output / "results" / str(job.values["profile"]) / job.name / "verdicts.csv"
+        held = set()
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                held = {row["model"] for row in csv.DictReader(file)}
+        if held - asked:
+            raise Refused(
+                f"{output} holds what {job.name} says of {', '.join(sorted(held))}, which a run on "
+                f"{name} would replace: give another --output"
+            )
 
 
 def refuse_depths(options: argparse.Namespace, chosen: list[Job], project: Path) -> None:

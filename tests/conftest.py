@@ -13,8 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Processes that tests start are those of a plain machine, whatever an image sets for all of them.
 for name in ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
-# Nothing is compiled by torch. Without this bitsandbytes imports its compiler, which takes a fifth
-# of the seconds that a new process needs to import PEFT.
+# Nothing is compiled by torch, but in tests that say so. Without this bitsandbytes imports its
+# compiler, which takes a fifth of the seconds that a new process needs to import PEFT.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 # Where it finds this package, jsonschema builds a grammar of internationalised addresses for

@@ -1814,6 +1814,23 @@ def test_other_values_do_not_replace_the_committed_results(project, tmp_path, ca
     assert files(project) == before
 
 
+def test_what_is_said_of_another_model_is_not_replaced(project, tmp_path, no_run, capsys):
+    out = tmp_path / "out"
+    verdicts = out / "results" / "cpu" / "00_first" / "verdicts.csv"
+    verdicts.parent.mkdir(parents=True)
+    verdicts.write_text("claim,model\nA1,org--mine\nA2,org--mine\n")
+    write_notebook(project / "notebooks" / "00_first.ipynb", "model")
+    words = ["--only", "00", "--output", str(out)]
+    for more, asked in (([], "embedded"), (["-p", "model=org/other"], "org/other")):
+        assert drive(project, *words, *more) == 2
+        said = capsys.readouterr().err
+        assert f"{out} holds what 00_first says of org--mine, which a run on {asked} " in said
+    for held, model in (("org--mine", "org/mine"), ("gemma-3-270m", "embedded")):
+        verdicts.write_text(f"claim,model\nA1,{held}\n")
+        with pytest.raises(AssertionError, match="a notebook ran"):
+            drive(project, *words, "-p", f"model={model}")
+
+
 def test_a_kernel_leaves_libraries_alone_when_it_collects_garbage():
     """Those that are imported within a cell too; what a cell makes afterwards is collected."""
     said = """

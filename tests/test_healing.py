@@ -177,7 +177,8 @@ def compiled(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    with torch._dynamo.config.patch(disable=False):
+    # Beyond its limit of recompiling, torch would go on without a word.
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         torch._dynamo.reset()
         counters.clear()
         yield counters

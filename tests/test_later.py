@@ -47,6 +47,14 @@ def test_what_stands_for_a_module_has_what_the_module_has(name, attribute):
         _ = found.no_such
 
 
+def test_intervals_and_figures_wait_for_what_few_of_them_need():
+    said = child(
+        "import sys; from pruning_utils import evidence, plots;"
+        "print([name for name in ('scipy.stats', 'seaborn', 'torch') if name in sys.modules])"
+    )
+    assert said.strip() == "[]"
+
+
 def test_what_is_replaced_is_replaced_for_all(monkeypatch):
     own = the_torch.is_storage
     monkeypatch.setattr(later.torch, "is_storage", "another")

@@ -14,6 +14,7 @@ from pruning_utils.studies.recipes import (
     Point,
     Recipe,
     Stage,
+    lasting_steps,
     layer_numbers,
     layer_text,
     method_of,
@@ -218,3 +219,11 @@ def test_a_file_of_ones_own_is_known_by_its_content(tiny, tmp_path, monkeypatch)
         study.study_table([point("full 0.01 4")], **asked, **settings)
     other, _ = study.study_table([point("full 0.01 4")], **asked, **settings, recompute=True)
     assert not first["nll"].equals(other["nll"]), "trained on the new text"
+
+
+def test_steps_that_do_not_last_as_long_give_way_to_the_measured_ones():
+    asked = [(14, 28), (20, 30), (24, 20), (26, 10)]
+    measured = {14: 26.0, 20: 20.4, 24: 22.1, 26: 0.4}
+    found = lasting_steps(asked, measured, least=8)
+    assert found == {14: 28, 20: 20, 24: 22, 26: 8}
+    assert lasting_steps([(24, 20)], {24: 21.9}, least=1) == {24: 20}

@@ -134,6 +134,27 @@ def with_steps(recipe: str, steps: int) -> str:
     return Stage({**stage.settings, "steps": steps}).text()
 
 
+def lasting_steps(
+    asked: Iterable[tuple[int, int]], measured: Mapping[int, float], *, least: int
+) -> dict[int, int]:
+    """Steps of one way of training that last as long as all steps of another.
+
+    Args:
+        asked: Layers removed, and the steps that are asked for there.
+        measured: By layers removed, how many steps last as long.
+        least: The fewest steps.
+
+    Returns:
+        By layers removed, the steps that are asked for, or the measured ones, rounded, where the
+        two are more than a tenth apart.
+    """
+    steps = {}
+    for n_removed, count in asked:
+        agrees = abs(measured[n_removed] / count - 1) < 0.1
+        steps[n_removed] = count if agrees else max(least, round(measured[n_removed]))
+    return steps
+
+
 @dataclass(frozen=True)
 class Cut:
     """What is taken out of a model.
