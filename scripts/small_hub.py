@@ -126,7 +126,7 @@ FORMS = {
         others=("<start_of_turn>", "<end_of_turn>"),
     ),
 }
-# Configurations that a model has besides its sizes. Heads of Phi-2 turn 0.4 of their width.
+# Configurations that a model has besides its sizes.
 FURTHER: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B-Instruct": {
         "rope_parameters": {
@@ -142,8 +142,9 @@ FURTHER: dict[str, dict[str, Any]] = {
     # Its 40 heads are read alike in NF4 from 320 numbers on; fewer units keep it small.
     "meta-llama/Llama-2-13b-hf": {"intermediate_size": 640},
 }
-# The fewest numbers in a head. It is 2 for types that are not listed.
-HEAD_WIDTHS = {"phi": 6, "gemma2": 8}
+# The fewest numbers in a head. It is 2 for types that are not listed. Phi turns half of a head, and
+# turns pairs.
+HEAD_WIDTHS = {"phi": 8, "gemma2": 8}
 # Shapes of one size agree to two in a thousand parameters, so one unit must be less than that.
 N_UNITS = 1216
 
