@@ -262,9 +262,17 @@ def saved_points(checkout: Path) -> list[Path]:
 
 def children_of(number: int) -> list[int]:
     """Processes that a process has started."""
-    asked = ["ps", "-A", "-o", "pid=,ppid="]
-    listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    pairs = [line.split() for line in listed.splitlines()]
+    if Path("/proc/self/stat").exists():  # small images have no ps
+        pairs = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                # The name, in brackets, may hold blanks; state and parent follow.
+                parent = path.read_text().rpartition(")")[2].split()[1]
+                pairs.append((path.parent.name, parent))
+    else:
+        asked = ["ps", "-A", "-o", "pid=,ppid="]
+        listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        pairs = [tuple(line.split()) for line in listed.splitlines()]
     return [int(own) for own, parent in pairs if int(parent) == number]
 
 
