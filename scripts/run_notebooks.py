@@ -9,7 +9,6 @@ numbers differ; 2: something is asked for that is not there; 130: a signal has s
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import math
 import os
@@ -379,15 +378,13 @@ def refuse_another_model(
     from jobs import Refused
 
     from pruning_utils import embedded, results
+    from pruning_utils.engine import verdict_rows
 
     for job in chosen:
         name = str(job.values.get("model", embedded.EMBEDDED))
         asked = {*embedded.MODELS} if name == embedded.EMBEDDED else {results.slug(name)}
         path = output / "results" / str(job.values["profile"]) / job.name / "verdicts.csv"
-        held = set()
-        if path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                held = {row["model"] for row in csv.DictReader(file)}
+        held = set(verdict_rows.read(path)["model"]) if path.is_file() else set()
         if held - asked:
             raise Refused(
                 f"{output} holds what {job.name} says of {', '.join(sorted(held))}, which a run on "
