@@ -324,13 +324,14 @@ def training_pairs(
     return figure
 
 
-def sizes_and_losses(table: pd.DataFrame, *, xlabel: str) -> Figure:
+def sizes_and_losses(table: pd.DataFrame, *, xlabel: str, guess: float) -> Figure:
     """Loss against the size of the stored model, a panel a text, a curve a number of layers.
 
     Args:
         table: Columns ``panel``, ``n_dropped`` (layers), ``precision`` (of :data:`PRECISIONS`),
             ``size``, ``value`` (nats per token), ``low`` and ``high``.
         xlabel: What the size is, with its unit.
+        guess: Loss of a uniform guess, ln V: a dotted line if an interval comes within a nat of it.
     """
     need_columns(table, "panel", "n_dropped", "precision", "size", "value", "low", "high")
     panels = list(table["panel"].unique())
@@ -351,6 +352,8 @@ def sizes_and_losses(table: pd.DataFrame, *, xlabel: str) -> Figure:
                 axis.plot(row["size"], row["value"], marker, color=colour, markersize=4)
                 marks[name] = Line2D([], [], marker=marker, color="0.35", linestyle="")
         axis.set(title=panel, xlabel=xlabel)
+        if table["high"].max() > guess - 1:
+            marks["ln V"] = axis.axhline(guess, color="0.35", linestyle=":", linewidth=0.8)
     axes[0].set(ylabel="loss (nats per token)")
     handles = depth_handles | marks
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=2)

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, new_figure
 
@@ -80,6 +81,7 @@ def depth_curves(
     height: float = 1.75,
     label: str = "",
     dashed: Mapping[str, str] | None = None,
+    more_questions: pd.DataFrame | None = None,
     legend_columns: int = 6,
 ) -> Figure:
     """Quantities against the fraction of layers removed, a panel each.
@@ -94,6 +96,8 @@ def depth_curves(
         label: Of the vertical axes, where all panels share it.
         dashed: By name of a series, the series whose colour and marker it shares: such a series is
             dashed, with hollow markers.
+        more_questions: As ``table``, of the same series, measured on more questions: large marks
+            with bars, side by side.
         legend_columns: Most names in a row of the legend.
 
     Returns:
@@ -103,22 +107,21 @@ def depth_curves(
     if baselines is None:
         baselines = pd.DataFrame(columns=["panel", "name", "value"])
     panels = list(table["panel"].unique())
+    if more_questions is None:
+        more_questions = table.iloc[:0]
     figure, axes = _panels(len(panels), columns, height, margin=0.35)
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=False):
         shown = table[table["panel"] == panel].sort_values("n_dropped")
+        of_all_layers = n_layers if isinstance(n_layers, int) else n_layers[panel]
         for series, points in shown.groupby("series", sort=False):
             twin = (dashed or {}).get(series)
             colour, marker = look_of(twin or series)
-            of_twin = {"linestyle": "--", "markerfacecolor": "white"} if twin else {}
-            x = points["n_dropped"] / (n_layers if isinstance(n_layers, int) else n_layers[panel])
-            look = {
-                "marker": marker,
-                "color": colour,
-                "markersize": 2.5,
-                "linewidth": 0.8,
-                **of_twin,
-            }
+            x = points["n_dropped"] / of_all_layers
+            look = {"marker": marker, "color": colour, "markersize": 2.5, "linewidth": 0.8}
+            if twin:  # large enough to be seen to be hollow
+                look |= {"linestyle": "--", "markerfacecolor": "white"}
+                look |= {"markersize": 3.5, "markeredgewidth": 0.6}
             (handles[series],) = axis.plot(x, points["value"], **look)
             # Bands lie over each other: their edges tell them apart, in grey too.
             axis.fill_between(
@@ -130,6 +133,9 @@ def depth_curves(
                 linewidth=0.5,
                 linestyle=":" if twin else "-",
             )
+        more_here = more_questions[more_questions["panel"] == panel]
+        if len(more_here):
+            handles["more questions"] = _large_marks(axis, more_here, of_all_layers)
         for name, style in BASELINES.items():
             is_here = (baselines["panel"] == panel) & (baselines["name"] == name)
             for value in baselines.loc[is_here, "value"]:
@@ -140,9 +146,54 @@ def depth_curves(
     of_all = f" ($L$ = {n_layers})" if isinstance(n_layers, int) else ""
     figure.supxlabel(f"layers removed $n / L${of_all}", fontsize=8)
     figure.supylabel(label, fontsize=8)
-    ncols = min(len(handles), legend_columns)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=ncols)
+    names = _twins_behind(list(handles), dashed or {})
+    figure.legend(
+        [handles[name] for name in names],
+        names,
+        loc="outside upper center",
+        ncols=min(len(names), legend_columns),
+    )
     return figure
+
+
+def _twins_behind(names: list[str], twins: Mapping[str, str]) -> list[str]:
+    """The names, each twin right behind the series that it belongs to."""
+    for twin, series in twins.items():
+        if twin in names and series in names:
+            names.remove(twin)
+            names.insert(names.index(series) + 1, twin)
+    return names
+
+
+def _large_marks(axis: Axes, levels: pd.DataFrame, n_layers: int) -> Line2D:
+    """Levels of series as large marks with bars, side by side; what stands for them in a legend."""
+    at_same = levels.groupby("n_dropped")["series"]
+    beside = 0.015 * (at_same.cumcount() - (at_same.transform("size") - 1) / 2)
+    x = levels["n_dropped"] / n_layers + beside
+    for series, points in levels.groupby("series", sort=False):
+        colour, marker = look_of(series)
+        axis.errorbar(
+            x[points.index],
+            points["value"],
+            yerr=[points["value"] - points["low"], points["high"] - points["value"]],
+            fmt=marker,
+            color=colour,
+            markersize=5.5,
+            markeredgecolor="black",
+            markeredgewidth=0.6,
+            elinewidth=1.4,
+            zorder=3,
+        )
+    return Line2D(
+        [],
+        [],
+        linestyle="none",
+        marker="o",
+        markersize=5.5,
+        color="0.6",
+        markeredgecolor="black",
+        markeredgewidth=0.6,
+    )
 
 
 def place_losses(
@@ -228,11 +279,12 @@ def place_levels(table: pd.DataFrame, *, baselines: pd.DataFrame, label: str) ->
     return figure
 
 
-def healing_curves(table: pd.DataFrame) -> Figure:
+def healing_curves(table: pd.DataFrame, *, unpruned: float | None = None) -> Figure:
     """Loss against healing tokens, a panel for each model, a curve for each number of layers.
 
     Args:
         table: Columns ``panel``, ``n_dropped`` (layers), ``tokens`` and ``loss`` (nats per token).
+        unpruned: Loss of the unpruned model on the same text, a thin line; None: no line.
     """
     need_columns(table, "panel", "n_dropped", "tokens", "loss")
     panels = list(table["panel"].unique())
@@ -250,6 +302,9 @@ def healing_curves(table: pd.DataFrame) -> Figure:
                 linewidth=0.9,
                 label=f"{depth}",
             )
+        if unpruned is not None:
+            look = {"color": "0.35", "linestyle": BASELINES["unpruned"], "linewidth": 0.7}
+            axis.axhline(unpruned, label="0 (unpruned)", **look)
         axis.set(title=panel, xlabel="healing tokens (thousands)")
     axes[0].set(ylabel="validation loss (nats per token)")
     figure.legend(

@@ -229,6 +229,18 @@ def test_a_dashed_curve_looks_like_its_twin(curves):
     assert healed.get_markerfacecolor() == "white" != pruned.get_markerfacecolor()
 
 
+def test_levels_on_more_questions_stand_side_by_side_on_the_curves(curves):
+    more = curves[curves["n_dropped"] == 1].assign(value=9.0, low=8.0, high=11.0)
+    figure = depth_plots.depth_curves(curves, n_layers=4, more_questions=more)
+    for axis in figure.axes[:2]:
+        (first, _, (bar,)), (second, _, _) = axis.containers
+        assert [*first.get_ydata(), *second.get_ydata()] == [9, 9]
+        assert first.get_xdata()[0] < 0.25 < second.get_xdata()[0]
+        assert first.get_xdata()[0] + second.get_xdata()[0] == pytest.approx(0.5)
+        assert bar.get_segments()[0][:, 1].tolist() == [8, 11]
+    assert "more questions" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_healing_curves_have_a_line_for_each_depth():
     table = pd.DataFrame(
         [
@@ -242,6 +254,9 @@ def test_healing_curves_have_a_line_for_each_depth():
     assert [len(axis.lines) for axis in figure.axes] == [2, 2]
     assert figure.axes[1].lines[1].get_xydata().tolist() == [[0, 8], [1, 7], [2, 6]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["2", "8"]
+    beside = depth_plots.healing_curves(table, unpruned=-1.5)
+    assert [[*axis.lines[-1].get_ydata()] for axis in beside.axes] == 2 * [[-1.5, -1.5]]
+    assert beside.legends[0].get_texts()[-1].get_text() == "0 (unpruned)"
 
 
 def test_differences_stand_beside_their_margin():

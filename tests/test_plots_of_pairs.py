@@ -173,13 +173,15 @@ def test_losses_stand_against_stored_sizes():
             for depth in (0, 6)
         ]
     )
-    figure = cost_plots.sizes_and_losses(table, xlabel="MB")
+    figure = cost_plots.sizes_and_losses(table, xlabel="MB", guess=12.0)
     (axis,) = figure.axes
     curves = [line for line in axis.lines if line.get_linestyle() == "-"]
     assert curves[1].get_xydata().tolist() == [[194, 9], [90, 3.5]]
     marks = [line for line in axis.lines if line.get_linestyle() != "-"]
     assert [mark.get_marker() for mark in marks] == ["o", "^", "o", "^"]
     assert names_of(figure) == ["0 layers removed", "6 layers removed", "bfloat16", "NF4"]
+    near = cost_plots.sizes_and_losses(table, xlabel="MB", guess=9.8)
+    assert names_of(near)[-1] == "ln V" and [*near.axes[0].lines[-1].get_ydata()] == [9.8, 9.8]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_losses_stand_against_stored_sizes():
         ),
         lambda table: cost_plots.grouped_differences(table, margin=1, label=""),
         lambda table: cost_plots.training_pairs(table, first="a", second="b"),
-        lambda table: cost_plots.sizes_and_losses(table, xlabel=""),
+        lambda table: cost_plots.sizes_and_losses(table, xlabel="", guess=1.0),
     ],
 )
 def test_they_refuse_other_tables(draw):
