@@ -84,9 +84,14 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
         n_tokens: Tokens of each text, at most the model's context length.
 
     Raises:
-        ValueError: If a number is out of range, or the model is none of transformers.
+        ValueError: If a number is out of range, or the model is none of transformers or quantised.
     """
     wrappers.refuse_wrapped(model)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "operations are counted for 16- or 32-bit weights, but this model's are quantised: "
+            "load it with quantize=None"
+        )
     whole_number("batch_size", batch_size, 1)
     whole_number("n_tokens", n_tokens, 1, models.context_length(model.config))
     device = model.get_input_embeddings().weight.device

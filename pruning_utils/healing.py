@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from pruning_utils import models
-from pruning_utils.engine import head_losses
+from pruning_utils.engine import head_losses, passes
 from pruning_utils.engine.checks import number, plain_value, true_or_false, whole_number
 from pruning_utils.engine.later import nn, torch
 
@@ -122,6 +122,8 @@ def heal(
     given = locals()
     merge = true_or_false("merge", merge)
     settings = check_settings(model, {name: given[name] for name in given.keys() - NOT_RECORDED})
+    if merge and method in ADAPTERS:
+        _refuse_shared(model, adapter_targets(model, settings["targets"]))
     from pruning_utils.engine import trainer  # importing it takes seconds
 
     run = trainer.Run(output_dir, settings, model, tokenizer, train_ids, eval_ids)
@@ -205,6 +207,16 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
     return settings
 
 
+def _refuse_shared(model: nn.Module, names: list[str]) -> None:
+    """ValueError if modules share a weight: the adapters of all would be added into the one."""
+    weights = {id(model.get_submodule(name).weight) for name in names}
+    if len(weights) < len(names):
+        raise ValueError(
+            f"merge must be False for adapters of {type(model).__name__}, whose layers share "
+            "weights, got True"
+        )
+
+
 def trainable_copy(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     """A copy of a model in which exactly what a method trains requires gradients.
 
@@ -255,6 +267,7 @@ def trainable_copy(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
 def _with_adapters(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     """A PEFT model around a model whose weights stay; the adapters are float32."""
     from peft import LoraConfig, get_peft_model
+    from peft.utils import transformers_weight_conversion
 
     for module in model.modules():
         # On the CPU, bitsandbytes repacks 4-bit weights at the first evaluation, after which no
@@ -271,13 +284,24 @@ def _with_adapters(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
         target_modules=adapter_targets(model, settings["targets"]),
         use_dora=settings["method"] == "dora",
     )
+    # PEFT would give adapters to fused experts, instead of the modules that are named.
+    as_named = passes.replaced(
+        transformers_weight_conversion, "convert_peft_config_for_transformers", _leave_as_it_is
+    )
     # Warnings of old names within transformers, and that Conv1D is transposed.
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"), as_named:
         return get_peft_model(model, config)
+
+
+def _leave_as_it_is(*_: object, **__: object) -> None:
+    """Stands for what would change a configuration in place."""
 
 
 def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """Full names of the linear modules inside the decoder layers that get adapters, at least one.
+
+    Left out are routers of experts, and those of state-space mixers whose weights the mixer reads
+    itself, past any adapter.
 
     Args:
         model: A causal language model.
@@ -297,6 +321,7 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
         if name.startswith(prefix)
         and isinstance(module, nn.Linear | Conv1D)
         and not NOT_LINEAR.search(type(module).__name__)
+        and not models.is_read_past(model, name)
     ]
     known = {name.rpartition(".")[2] for name in linear}
     listed = targets if isinstance(targets, list | tuple) else []
@@ -306,6 +331,11 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     if isinstance(targets, str) and targets == "mlp":
         linear = [name for name in linear if _is_feed_forward(name.removeprefix(prefix))]
     chosen = [name for name in linear if name.rpartition(".")[2] in asked]
+    if known and asked == known and not chosen:
+        raise ValueError(
+            f"targets must be 'all' or names of modules: {type(model).__name__} has no linear "
+            f"modules outside its attention and other token mixers, got {targets!r}"
+        )
     if not chosen or not asked <= known:
         raise ValueError(
             f"targets must be 'all', 'mlp' or a list of names among {sorted(known)}, the linear "

@@ -102,6 +102,9 @@ def _taylor(
     """
     layers = models.decoder_layers(model)
     scores = np.zeros(len(layers))
+    # Of a mean over many tokens float16 rounds the gradients to 0, so they are those of the sum.
+    is_narrow = any(weight.dtype == torch.float16 for weight in layers.parameters())
+    scale = input_ids[:, 1:].numel() if is_narrow else 1
     owner = {weight: number for number, layer in enumerate(layers) for weight in layer.parameters()}
 
     def reduce(weight: torch.Tensor) -> None:
@@ -126,8 +129,8 @@ def _taylor(
         for layer, known in zip(layers, alone, strict=True):
             forward = _in_parts(layer.forward, len(input_ids), batch_size, known)
             undo.enter_context(passes.replaced(layer, "forward", forward))
-        head_losses.mean_loss(model, input_ids).backward()
-    return scores
+        (scale * head_losses.mean_loss(model, input_ids)).backward()
+    return scores / scale
 
 
 def _in_parts(own: Callable, n_rows: int, batch_size: int, alone: list | None) -> Callable:

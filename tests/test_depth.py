@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from tiny_model import DENSE, HEALING, INFORMED, N_LAYERS, SETTINGS, SIMPLE, make_study
 
 from pruning_utils import (
@@ -25,6 +27,7 @@ from pruning_utils import (
     surgery,
 )
 from pruning_utils.studies import depth
+from pruning_utils.studies import study as study_module
 from pruning_utils.studies.study import joined, loaded, models_at_hand
 
 CHILDREN = Path(__file__).resolve().parent / "children"
@@ -120,13 +123,26 @@ def test_reverse_order_takes_the_last_layer_too(tiny, tmp_path):
     assert (rows["start"] == 1).all()
 
 
+def test_other_weights_in_the_same_folder_are_loaded_anew(tiny, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(tiny, folder)
+    model, _ = loaded(str(folder), None, "float32")
+    before = model.get_input_embeddings().weight.clone()
+    again, tokenizer = models.load_model(str(folder), dtype="float32")
+    with torch.no_grad():
+        again.get_input_embeddings().weight *= 2
+    surgery.save(again, tokenizer, folder, overwrite=True)
+    weight = loaded(str(folder), None, "float32")[0].get_input_embeddings().weight
+    assert torch.equal(weight, 2 * before)
+
+
 def test_a_model_is_loaded_once_and_adapters_are_trained_once(tiny, tmp_path, monkeypatch):
     loads, trainings, own = [], [], (models.load_model, healing.mean_loss)
     monkeypatch.setattr(
         models, "load_model", lambda *given, **named: loads.append(1) or own[0](*given, **named)
     )
     monkeypatch.setattr(healing, "mean_loss", lambda *given: trainings.append(1) or own[1](*given))
-    loaded.cache_clear()
+    study_module._loaded.cache_clear()
     points = [DENSE, INFORMED, {**INFORMED, "healed": True}]
     asked = study(tiny, tmp_path, points, tasks={})
     first = [asked(point) for point in points]

@@ -49,6 +49,8 @@ def test_a_tied_head_counts_once_and_an_untied_one_twice():
 
 def test_quantised_weights_are_counted_in_bytes_alone(llama):
     quantised = models.quantized_copy(llama.bfloat16())
+    with pytest.raises(ValueError, match="quantised: load it with quantize=None"):
+        efficiency.forward_flops(quantised, batch_size=1, n_tokens=4)
     with pytest.raises(ValueError, match="count before quantising"):
         efficiency.stored_parameters(quantised)
     linear = sum(

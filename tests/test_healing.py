@@ -451,6 +451,53 @@ def test_other_architectures(name):
     assert losses[0] != losses[-1]
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "mamba", "jamba"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_stand_at_the_named_modules_alone_and_learn(name, method):
+    model = ARCHITECTURES[name]()
+    trained = healing.trainable_copy(model, healing.check_settings(model, {"method": method}))
+    healing.mean_loss(trained, windows(3)).backward()
+    learned = {
+        name.removeprefix("base_model.model.").rpartition(".lora_B")[0]
+        for name, weight in trained.named_parameters()
+        if ".lora_" in name and weight.grad.abs().sum() > 0
+    }
+    assert learned == set(healing.adapter_targets(model, "all"))
+
+
+def test_adapters_beside_experts_go_on_where_they_were_stopped(tmp_path):
+    model = ARCHITECTURES["deepseek_v3"]()
+    whole = heal(model, steps=4, output_dir=tmp_path / "run", merge=True)
+    first, *later = sorted((tmp_path / "run").glob("checkpoint-*"), key=trainer.step_of)
+    for checkpoint in later:
+        shutil.rmtree(checkpoint)
+    again = heal(model, steps=4, output_dir=tmp_path / "run", merge=True)
+    assert trainer.is_whole(first) and same(bits(whole.model), bits(again.model))
+
+
+def test_targets_that_a_model_has_not_are_told():
+    model = ARCHITECTURES["mamba"]()
+    with pytest.raises(ValueError, match="has no linear modules outside its attention .*'mlp'"):
+        healing.adapter_targets(model, "mlp")
+
+
+def test_adapters_of_shared_weights_are_not_merged():
+    model = llama()
+    first, second = model.model.layers[:2]
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    with pytest.raises(ValueError, match="merge must be False .* whose layers share weights"):
+        heal(model, merge=True)
+    assert heal(model, merge=False).history["loss"].notna().all()
+
+
+def test_a_checkpoint_that_another_run_removed_is_not_sealed(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(RuntimeError, match="two runs must not share an output_dir"):
+        trainer.seal(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / trainer.SEAL).write_text("{}")
+    assert not trainer.is_whole(tmp_path / "checkpoint-2")
+
+
 def test_nothing_around_the_run_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     environment, verbosity = dict(os.environ), transformers.logging.get_verbosity()

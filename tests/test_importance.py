@@ -236,6 +236,15 @@ def test_bad_input_is_refused(call, message):
         call(ARCHITECTURES["llama"]())
 
 
+def test_float16_does_not_round_gradients_of_many_tokens_to_zero():
+    model = ARCHITECTURES["llama"]()
+    with torch.no_grad():  # states as large as those of real models, whose gradients are small
+        model.get_input_embeddings().weight *= 3000
+    ids = windows(256, 32)
+    expected = importance.taylor(model, ids)
+    assert importance.taylor(model.half(), ids) == pytest.approx(expected, rel=0.005)
+
+
 def test_a_four_bit_model_is_scanned_and_can_be_trained_afterwards():
     model = models.quantized_copy(ARCHITECTURES["llama"]().bfloat16())
     ids = windows()

@@ -556,15 +556,25 @@ def _refuse_other_files(folder: Path) -> None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Write down the digests of a checkpoint's files: without that it counts as cut short."""
+    """Write down the digests of a checkpoint's files: without that it counts as cut short.
+
+    Raises:
+        RuntimeError: If it holds no file.
+    """
+    digests = file_digests(checkpoint)
+    if not digests:
+        raise RuntimeError(
+            f"{checkpoint} was removed while it was saved: two runs must not share an output_dir"
+        )
     with runtime.atomic_path(checkpoint / SEAL) as temporary:
-        temporary.write_text(json.dumps(file_digests(checkpoint)))
+        temporary.write_text(json.dumps(digests))
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint is sealed, and its files are those that were sealed."""
-    sealed = checkpoint / SEAL
-    return sealed.is_file() and sealed.read_bytes() == json.dumps(file_digests(checkpoint)).encode()
+    sealed, digests = checkpoint / SEAL, file_digests(checkpoint)
+    is_sealed = sealed.is_file() and sealed.read_bytes() == json.dumps(digests).encode()
+    return is_sealed and bool(digests)
 
 
 def file_digests(folder: Path) -> dict[str, str]:

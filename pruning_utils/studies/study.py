@@ -98,14 +98,21 @@ class Narrow(NamedTuple):
     model: nn.Module
 
 
-@functools.lru_cache(maxsize=1)
 def loaded(
     model: str, revision: str | None, dtype: str, quantize: str | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model and its tokenizer, of which one is kept in memory; nobody may change it.
 
-    Arguments and errors as for :func:`models.load_model`.
+    Where a directory holds other weights than before, these are loaded. Arguments and errors as for
+    :func:`models.load_model`.
     """
+    return _loaded(models.identity(model, revision), model, revision, dtype, quantize)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(
+    _identity: str, model: str, revision: str | None, dtype: str, quantize: str | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return models.load_model(model, revision=revision, dtype=dtype, quantize=quantize)
 
 
