@@ -237,15 +237,22 @@ def depths_fault(job: Job, n_layers: int) -> str:
         job: A notebook with its values. Those of :data:`DEPTHS` count layers.
         n_layers: Of the model.
     """
+    protects = PROTECTING[0] <= job.name[:2] <= PROTECTING[1]
+    if protects and n_layers <= PROTECTED:
+        return (
+            f"{job.name}: the model must have at least {PROTECTED + 1} layers, for some rules keep "
+            f"{PROTECTED}, and {job.values['model']} has {n_layers}"
+        )
     faults = []
     for name in DEPTHS:
         counts = [count for count in counts_of(job, name) if isinstance(count, int)]
         given = f"got {counts}; -p {name}=... gives others"
-        protects = PROTECTING[0] <= job.name[:2] <= PROTECTING[1]
         if any(count >= n_layers for count in counts):
             faults.append(
                 f"{name} must be below the {n_layers} layers of {job.values['model']}, {given}"
             )
+        elif name == "depths" and any(count < 1 for count in counts):
+            faults.append(f"{name} must be at least 1, {given}")
         elif protects and any(count > n_layers - PROTECTED for count in counts):
             faults.append(
                 f"{name} must be at most {n_layers - PROTECTED}, for {job.values['model']} has "

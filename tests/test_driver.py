@@ -577,6 +577,17 @@ def test_counts_that_belong_together_are_refused_together(name, values, fault):
     assert re.match(f"{name}: {fault}", jobs.depths_fault(job, 24))
 
 
+def test_models_with_too_few_layers_and_depths_of_0_are_refused():
+    few = jobs.Job(Path("09_seven_metrics.ipynb"), "cpu", {"model": "mine", "depths": [1]}, {})
+    assert jobs.depths_fault(few, 6) == (
+        "09_seven_metrics: the model must have at least 7 layers, for some rules keep 6, and mine "
+        "has 6"
+    )
+    assert jobs.depths_fault(few, 7) == ""
+    none = jobs.Job(Path("12_b.ipynb"), "cpu", {"model": "mine", "depths": [0]}, {})
+    assert jobs.depths_fault(none, 24).startswith("12_b: depths must be at least 1, got [0]; -p")
+
+
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "a100"])
 def test_counts_of_the_profiles_belong_together(profile):
     n_layers = 32 if profile == "a100" else 30
@@ -591,7 +602,8 @@ def test_counts_that_an_own_model_does_not_have_are_refused_before_it_is_loaded(
     for mode in (["--output", str(tmp_path)], ["--plan"]):
         assert run_notebooks.main([*words, *mode]) == 2
         said = capsys.readouterr().err
-        assert "depths must be below the 5 layers of" in said and "got [6, 11, 15]" in said
+        assert "06_block_importance: the model must have at least 7 layers" in said
+        assert said.rstrip().endswith("has 5")
 
 
 def test_an_environment_of_another_checkout_is_refused(tmp_path, capsys, monkeypatch):

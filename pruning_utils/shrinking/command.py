@@ -159,7 +159,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"pruning-utils: {reason}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
-        print(f"pruning-utils: {error}", file=sys.stderr)
+        # Those of other libraries may have several lines.
+        print("pruning-utils:", *str(error).split(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("pruning-utils: stopped; the same command goes on from here", file=sys.stderr)

@@ -15,7 +15,7 @@ from pruning_utils import data, efficiency, evaluation, evidence, models
 from pruning_utils.engine import memory, passes
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import number, whole_number
-from pruning_utils.engine.later import nn, torch
+from pruning_utils.engine.later import nn, stats, torch
 from pruning_utils.shrinking.orders import Limits, Measured
 from pruning_utils.studies import depth, whole_path
 from pruning_utils.studies.study import check_task
@@ -31,7 +31,7 @@ N_CONTINUED = 48  # tokens that follow
 AT_ONCE = 16  # documents that are continued in one batch
 PROMPT = "Which animals live in the sea?"
 N_GENERATED = 32  # tokens after it
-TIMED = {"batch_size": 1, "prompt_tokens": 32, "new_tokens": 16, "repeats": 5}
+TIMED = {"prompt_tokens": 32, "new_tokens": 16, "repeats": 5}  # of a text alone; or what fits
 
 
 def check_limits(limits: Limits) -> None:
@@ -47,6 +47,8 @@ def check_measured(measured: Measured) -> None:
     whole_number("seq_len", measured.seq_len, 3)
     whole_number("questions", measured.questions, 2)
     whole_number("the number of tasks", len(measured.tasks), 1)
+    if len(set(measured.tasks)) < len(measured.tasks):
+        raise ValueError(f"each task must be named once, got {' '.join(measured.tasks)}")
     for task in measured.tasks:
         check_task(task, limit=measured.questions)
 
@@ -105,7 +107,9 @@ def measure(
         :data:`PROMPT`.
     """
     model, tokenizer = models.load_model(name, revision=revision, dtype=dtype, device=device)
-    seq_len = min(measured.seq_len, models.context_length(model.config))
+    # Of the model's context, or less where its tokenizer says so.
+    context = tokenizer.model_max_length
+    seq_len = min(measured.seq_len, context)
     windows = data.document_windows(tokenizer, measured.documents, seq_len, source=measured.text)
     losses = evaluation.token_losses(model, windows).mean(1).tolist()
     rows = [_row(LOSS, measured.text, item, value) for item, value in enumerate(losses)]
@@ -116,9 +120,17 @@ def measure(
         found.itertuples(), depth.right_answers(found).tolist(), strict=True
     ):
         rows.append(_row(RIGHT, question.dataset, question.item, right))
-    for item, share in enumerate(repetitions(model, windows[:, : min(CONTINUED, seq_len // 2)])):
+    beginnings = windows[:, : min(CONTINUED, seq_len // 2)]
+    n_tokens = min(N_CONTINUED, context - beginnings.shape[1])
+    for item, share in enumerate(repetitions(model, beginnings, n_tokens=n_tokens)):
         rows.append(_row(REPEATED, measured.text, item, share))
-    speed = efficiency.generation_speed(model, **TIMED)
+    speed = efficiency.generation_speed(
+        model,
+        batch_size=1,
+        prompt_tokens=min(TIMED["prompt_tokens"], context // 2),
+        new_tokens=min(TIMED["new_tokens"], context // 2),
+        repeats=TIMED["repeats"],
+    )
     for run, seconds in enumerate(speed["per_token_seconds"]):
         rows.append(_row(TIME, "", run, 1000 * seconds))
     stored = efficiency.stored_parameters(model)
@@ -213,10 +225,16 @@ def answer(
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
         prompt: A text.
-        n_tokens: Most tokens of the answer.
+        n_tokens: Most tokens of the answer; fewer where the context ends.
+
+    Returns:
+        The answer, "" where the prompt fills the context.
     """
     ids = asked_ids(tokenizer, prompt, model.get_input_embeddings().num_embeddings)
     ids = ids.to(passes.input_device(model))
+    n_tokens = min(n_tokens, tokenizer.model_max_length - ids.shape[1])
+    if n_tokens < 1:
+        return ""
     with torch.no_grad(), greedily(model):
         output = model.generate(
             input_ids=ids,
@@ -255,7 +273,9 @@ def judged(whole: dict, smaller: dict, limits: Limits) -> pd.DataFrame:
 
     A measure is fit if its whole 95 % interval is within the limit, not fit if all of it is beyond,
     and else it cannot be told. Where no answer and no continued document changes, at 95 % fewer
-    than three in n would (Hanley and Lippman-Hand 1983), each by 1 at most.
+    than three in n would (Hanley and Lippman-Hand 1983), each by 1 at most. A limit of the time is
+    one for the smaller model's own, so the interval is of that. Without a limit it is of the
+    difference, as both are measured (Welch 1947).
 
     Args:
         whole: Of :func:`measure`, the unpruned model.
@@ -289,13 +309,16 @@ def judged(whole: dict, smaller: dict, limits: Limits) -> pd.DataFrame:
             | {"limit": sign * limit, "judgement": _word(low, high, limit)}
         )
     slow, fast = (table[TIME]["value"] for table in (before, after))
-    time = evidence.mean_interval(fast)
-    word = "" if limits.ms_per_token is None else _word(time.low, time.high, limits.ms_per_token)
-    limit = np.nan if limits.ms_per_token is None else limits.ms_per_token
+    time, change = evidence.mean_interval(fast), fast.mean() - slow.mean()
+    if limits.ms_per_token is None:
+        limit, word = np.nan, ""
+        low, high = stats.ttest_ind(fast, slow, equal_var=False).confidence_interval(0.95)
+    else:
+        limit, word = limits.ms_per_token, _word(time.low, time.high, limits.ms_per_token)
+        low, high = time.low - slow.mean(), time.high - slow.mean()
     rows.append(
-        {"measure": TIME, "unpruned": slow.mean(), "smaller": time.value}
-        | {"change": time.value - slow.mean(), "low": time.low - slow.mean()}
-        | {"high": time.high - slow.mean(), "limit": limit, "judgement": word}
+        {"measure": TIME, "unpruned": slow.mean(), "smaller": time.value, "change": change}
+        | {"low": low, "high": high, "limit": limit, "judgement": word}
     )
     return pd.DataFrame(rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -179,14 +180,19 @@ def _fewest(name: str, limit: float, sizes: Sequence[float]) -> int:
         if size <= limit:
             return n_dropped
     raise ValueError(
-        f"{name} must be at least {sizes[-1]:.6g}, which one layer of {len(sizes)} leaves, got "
-        f"{limit:g}"
+        f"{name} must be at least {_rounded_up(sizes[-1])}, which one layer of {len(sizes)} "
+        f"leaves, got {limit:,}"
     )
+
+
+def _rounded_up(size: float) -> str:
+    """A size as a limit that it meets: whole numbers as they are, times to a thousandth above."""
+    return f"{size:,}" if isinstance(size, int) else f"{math.ceil(1000 * size) / 1000:,g}"
 
 
 def _said(goal: Goal) -> str:
     given = {name: value for name, value in vars(goal).items() if value is not None}
-    return ", ".join(f"{name} {value:g}" for name, value in given.items())
+    return ", ".join(f"{name} {value:,}" for name, value in given.items())
 
 
 def candidates(

@@ -63,8 +63,11 @@ def report(
         shown = watched.assign(panel="validation text", n_dropped=len(plan["layers"]))
         figures.append(
             (
-                depth_plots.healing_curves(shown[["panel", "n_dropped", "tokens", "loss"]]),
-                "Loss on validation text while the model healed.",
+                depth_plots.healing_curves(
+                    shown[["panel", "n_dropped", "tokens", "loss"]],
+                    unpruned=plan.get("unpruned_validation_loss"),
+                ),
+                "Loss on validation text while the model healed, and that of the unpruned model.",
             )
         )
     parts = [f"<h1>{html.escape(title)}: {html.escape(word)}</h1>"]

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 N_CHOSEN_ON = 8  # windows of calibration text that the layers are chosen on
 N_VALIDATION = 4  # windows that healing is watched on
+N_PROBED = 3  # steps of the longer one of two trainings that are timed
+LAST_K = 3  # layers that the recipe of Lu et al. trains with the head, or as many as are left
 BATCH_SIZE = 4
 MOST_STEPS = 1000  # each on text that was not seen before
 N_COMPARED = 4  # windows that the saved model must give the same losses on
@@ -71,7 +73,7 @@ def check_order(order: Order) -> None:
         whole_number("steps", order.steps, 1, MOST_STEPS)
     number("learning_rate", order.learning_rate, "above 0", lambda rate: 0 < rate < 1e3)
     judgements.check_measured(order.measured)
-    whole_number("seed", order.seed, 0)
+    whole_number("seed", order.seed, 0, healing.LARGEST)
 
 
 def settings_of(order: Order) -> dict:
@@ -111,9 +113,10 @@ def _healing_bytes(order: Order, model: nn.Module, plan: dict) -> int | None:
     if not plan["steps"]:
         return None
     n_dropped, seq_len = len(plan["layers"]), plan["seq_len"]
+    recipe = _recipe(order, 1, plan["n_layers"] - n_dropped)
     try:
         needs = stages.heal(
-            model.config, model.dtype, seq_len=seq_len, n_dropped=n_dropped, **_recipe(order, 1)
+            model.config, model.dtype, seq_len=seq_len, n_dropped=n_dropped, **recipe
         )
     except Exception as error:  # the code of the architectures asks for values in many ways
         logger.info("the memory of healing %s is not known: %s", type(model).__name__, error)
@@ -192,7 +195,8 @@ def made_table(table: str, order: Order, root: str | os.PathLike) -> pd.DataFram
     Returns:
         ``plan``: the unpruned model, the smaller one and the runner-up, in ``model``, with the
         ``rule``, the ``layers`` that go (0-based, with spaces between), the unhealed ``loss`` in
-        nats per token, and of the first two ``parameters`` and ``bytes``. ``history``: ``tokens``,
+        nats per token, of the first two ``parameters`` and ``bytes``, and of the first the
+        ``validation_loss`` on the text that healing is watched on. ``history``: ``tokens``,
         ``split`` and ``loss`` while healing. ``measured``: ``model``, ``measure``, ``dataset``,
         ``item`` and ``value``. ``times``: ``model``, ``run`` and ``per_token_seconds``.
 
@@ -233,6 +237,8 @@ def _plan_rows(plan: dict) -> pd.DataFrame:
             row = {"model": name, "rule": found["rule"], "layers": layers, "loss": found["loss"]}
             sizes = (plan["parameters"][place], plan["bytes"][place]) if place < 2 else ()
             rows.append(row | dict(zip(("parameters", "bytes"), sizes, strict=False)))
+    # A plan that an earlier version began has none.
+    rows[0]["validation_loss"] = plan.get("unpruned_validation_loss")
     return pd.DataFrame(rows)
 
 
@@ -358,14 +364,18 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
 
     Returns:
         Plain values: ``n_layers``, ``rule``, ``layers``, ``loss`` and ``unpruned_loss`` (nats per
-        token, unhealed, on the text that the layers are chosen on), ``runner_up`` (``rule``,
-        ``layers``, ``loss``; None where there is none), ``parameters`` and ``bytes`` before and
+        token, unhealed, on the text that the layers are chosen on), ``unpruned_validation_loss``
+        (on the text that healing is watched on), ``runner_up`` (``rule``, ``layers``, ``loss``;
+        None where there is none), ``parameters`` and ``bytes`` before and
         after, ``ms_per_token`` before and after, ``steps`` and the ``healing_seconds`` that they
         and the watching of them will take, and ``measuring_seconds`` of both models.
     """
-    seq_len = min(order.measured.seq_len, models.context_length(model.config))
-    _say("planning: one scan, and the loss without each set of layers")
+    seq_len = min(order.measured.seq_len, tokenizer.model_max_length)
     _evaluation_windows(order, tokenizer, seq_len, order.measured.documents)
+    if order.method != NO_HEALING:
+        _healing_windows(order, tokenizer, seq_len, 1)  # refuses a text that is not there
+        _refuse_too_little_text(order, tokenizer, seq_len, order.steps or N_PROBED)
+    _say("planning: one scan, and the loss without each set of layers")
     times = plans.token_times(model)
     n_dropped = plans.layers_to_go(model, order.goal, times)
     windows = data.calibration_windows(tokenizer, N_CHOSEN_ON, seq_len, seed=order.seed)
@@ -374,7 +384,10 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
     n_layers = len(models.decoder_layers(model))
     steps, seconds = _steps(order, pruned, tokenizer, seq_len)
     _refuse_too_little_text(order, tokenizer, seq_len, steps)
-    read = _token_seconds(model, _validation_windows(tokenizer, seq_len))
+    watched = _validation_windows(tokenizer, seq_len)
+    started = time.perf_counter()
+    watched_loss = evaluation.token_losses(model, watched).mean().item()
+    read = (time.perf_counter() - started) / watched.numel()
     milliseconds = [times.at(n_layers), times.at(n_layers - n_dropped)]
     measuring = [
         judgements.foretell(
@@ -391,6 +404,7 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         "n_layers": n_layers,
         **_plain(choice.chosen),
         "unpruned_loss": choice.whole.loss,
+        "unpruned_validation_loss": watched_loss,
         "runner_up": _plain(choice.runner_up) if choice.runner_up else None,
         "parameters": [size["total"] for size in sizes],
         "bytes": [size["bytes"] for size in sizes],
@@ -417,13 +431,6 @@ def _refuse_too_little_text(
         ) from error
 
 
-def _token_seconds(model: nn.Module, windows: torch.Tensor) -> float:
-    """Seconds of a token that is read among many."""
-    started = time.perf_counter()
-    evaluation.token_losses(model, windows)
-    return (time.perf_counter() - started) / windows.numel()
-
-
 def _plain(candidate: Candidate) -> dict:
     return {"rule": candidate.rule, "layers": list(candidate.layers), "loss": candidate.loss}
 
@@ -438,13 +445,13 @@ def _steps(
     if order.method == NO_HEALING:
         return 0, 0.0
     _say("probing: a few steps of healing")
-    windows = _healing_windows(order, tokenizer, seq_len, 3)
+    windows = _healing_windows(order, tokenizer, seq_len, N_PROBED)
     taken = {}
-    for steps in (1, 3):
+    for steps in (1, N_PROBED):
         started = time.perf_counter()
-        healing.heal(pruned, tokenizer, windows, **_recipe(order, steps))
+        healing.heal(pruned, tokenizer, windows, **_recipe(order, steps, _n_layers(pruned)))
         taken[steps] = time.perf_counter() - started
-    seconds = max((taken[3] - taken[1]) / 2, 1e-3)
+    seconds = max((taken[N_PROBED] - taken[1]) / (N_PROBED - 1), 1e-3)
     watched = _validation_windows(tokenizer, seq_len)
     started = time.perf_counter()
     evaluation.token_losses(pruned, watched)
@@ -472,9 +479,15 @@ def steps_within(budget: float, step: float, watch: float) -> int:
     return max(watched_rarely, min(watched_always, healing.EVALUATIONS))
 
 
-def _recipe(order: Order, steps: int) -> dict[str, Any]:
+def _n_layers(model: nn.Module) -> int:
+    return len(models.decoder_layers(model))
+
+
+def _recipe(order: Order, steps: int, n_layers: int) -> dict[str, Any]:
+    """Settings of healing a model with so many layers."""
     return {
         "method": order.method,
+        "last_k": min(LAST_K, n_layers),
         "steps": steps,
         "batch_size": BATCH_SIZE,
         "learning_rate": order.learning_rate,
@@ -569,7 +582,7 @@ def _made(
             _healing_windows(order, tokenizer, plan["seq_len"], plan["steps"]),
             eval_ids=_validation_windows(tokenizer, plan["seq_len"]),
             output_dir=folder / "healing",
-            **_recipe(order, plan["steps"]),
+            **_recipe(order, plan["steps"], _n_layers(current)),
         )
         current, history = healed.model, healed.history
     surgery.save(current, tokenizer, folder / "model", overwrite=True)
