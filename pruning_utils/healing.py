@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from pruning_utils import models
-from pruning_utils.engine import head_losses, passes
+from pruning_utils.engine import head_losses, passes, wrappers
 from pruning_utils.engine.checks import number, plain_value, true_or_false, whole_number
 from pruning_utils.engine.later import nn, torch
 
@@ -27,8 +27,6 @@ SAVES = 4
 # Arguments of heal that are no settings: they are recorded as digests, or do not decide what is
 # trained.
 NOT_RECORDED = ("model", "tokenizer", "train_ids", "eval_ids", "output_dir", "merge")
-# Parts of the names of attention and other token mixers.
-NOT_FEED_FORWARD = ("attn", "attention", "mixer", "conv", "ssm", "mamba")
 # Parts of the names of classes that derive from PyTorch's linear module and do more: they choose
 # experts, or multiply groups of features apart.
 NOT_LINEAR = re.compile("Router|Grouped")
@@ -123,7 +121,7 @@ def heal(
     merge = true_or_false("merge", merge)
     settings = check_settings(model, {name: given[name] for name in given.keys() - NOT_RECORDED})
     if merge and method in ADAPTERS:
-        _refuse_shared(model, adapter_targets(model, settings["targets"]))
+        wrappers.refuse_shared(model, adapter_targets(model, settings["targets"]))
     from pruning_utils.engine import trainer  # importing it takes seconds
 
     run = trainer.Run(output_dir, settings, model, tokenizer, train_ids, eval_ids)
@@ -207,16 +205,6 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
     return settings
 
 
-def _refuse_shared(model: nn.Module, names: list[str]) -> None:
-    """ValueError if modules share a weight: the adapters of all would be added into the one."""
-    weights = {id(model.get_submodule(name).weight) for name in names}
-    if len(weights) < len(names):
-        raise ValueError(
-            f"merge must be False for adapters of {type(model).__name__}, whose layers share "
-            "weights, got True"
-        )
-
-
 def trainable_copy(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     """A copy of a model in which exactly what a method trains requires gradients.
 
@@ -286,15 +274,13 @@ def _with_adapters(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     )
     # PEFT would give adapters to fused experts, instead of the modules that are named.
     as_named = passes.replaced(
-        transformers_weight_conversion, "convert_peft_config_for_transformers", _leave_as_it_is
+        transformers_weight_conversion,
+        "convert_peft_config_for_transformers",
+        wrappers.leave_as_it_is,
     )
     # Warnings of old names within transformers, and that Conv1D is transposed.
     with warnings.catch_warnings(action="ignore"), as_named:
         return get_peft_model(model, config)
-
-
-def _leave_as_it_is(*_: object, **__: object) -> None:
-    """Stands for what would change a configuration in place."""
 
 
 def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
@@ -321,7 +307,7 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
         if name.startswith(prefix)
         and isinstance(module, nn.Linear | Conv1D)
         and not NOT_LINEAR.search(type(module).__name__)
-        and not models.is_read_past(model, name)
+        and not wrappers.is_read_past(model, name)
     ]
     known = {name.rpartition(".")[2] for name in linear}
     listed = targets if isinstance(targets, list | tuple) else []
@@ -329,7 +315,7 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     if isinstance(targets, str) and targets in ("all", "mlp"):
         asked = known
     if isinstance(targets, str) and targets == "mlp":
-        linear = [name for name in linear if _is_feed_forward(name.removeprefix(prefix))]
+        linear = [name for name in linear if wrappers.is_feed_forward(name.removeprefix(prefix))]
     chosen = [name for name in linear if name.rpartition(".")[2] in asked]
     if known and asked == known and not chosen:
         raise ValueError(
@@ -342,10 +328,6 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
             f"modules of the decoder layers, got {targets!r}"
         )
     return chosen
-
-
-def _is_feed_forward(name: str) -> bool:
-    return not any(part in name for part in NOT_FEED_FORWARD)
 
 
 def mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -361,7 +343,7 @@ def mean_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def finished(trained: nn.Module, model: nn.Module, method: str, merge: bool) -> nn.Module:
     """The model to return: merged where asked, in the model's own dtypes, in evaluation mode."""
     if merge and method == "qlora":
-        trained = _merged_into_copy(trained, model)
+        trained = wrappers.merged_into_copy(trained, model)
     elif merge and method in ADAPTERS:
         trained = trained.merge_and_unload()
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
@@ -370,16 +352,3 @@ def finished(trained: nn.Module, model: nn.Module, method: str, merge: bool) -> 
             own_name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             weight.data = weight.data.to(dtypes.get(own_name, model.dtype))
     return trained.requires_grad_(False).eval()
-
-
-def _merged_into_copy(trained: nn.Module, model: nn.Module) -> nn.Module:
-    """A copy of a model with trained adapters added into its 16- or 32-bit weights.
-
-    In 4 bits the adapters would be rounded away.
-    """
-    merged = copy.deepcopy(model)
-    for name, module in trained.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
-            weight.data += module.get_delta_weight("default").to(weight.device)
-    return merged

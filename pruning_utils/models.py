@@ -327,20 +327,6 @@ def untie_head(model: nn.Module) -> None:
     }
 
 
-def is_read_past(model: nn.Module, name: str) -> bool:
-    """Whether the owner of a module multiplies with its weights itself, and never calls it.
-
-    State-space mixers do so, with their fused kernels or always. What stands around such a module,
-    or stores its weights in another form, is passed over or fails.
-
-    Args:
-        model: A model.
-        name: Full name of one of its modules.
-    """
-    owner, _, last = name.rpartition(".")
-    return last in ("out_proj", "dt_proj") and hasattr(model.get_submodule(owner), "ssm_state_size")
-
-
 def quantized_copy(model: nn.Module) -> nn.Module:
     """A copy with the linear weights inside the decoder layers in NF4, double-quantised.
 
@@ -362,7 +348,7 @@ def quantized_copy(model: nn.Module) -> nn.Module:
     linear = {
         name: module
         for name, module in model.named_modules()
-        if id(module) in inside and not is_read_past(model, name)
+        if id(module) in inside and not wrappers.is_read_past(model, name)
     }
     if not linear:
         raise ValueError(

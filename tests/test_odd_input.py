@@ -57,6 +57,7 @@ def test_damaged_settings_are_refused_by_their_name(content, tmp_path):
 def test_what_is_no_checkpoint_is_left_alone_and_a_damaged_seal_is_none(tmp_path):
     whole = tmp_path / "checkpoint-2"
     whole.mkdir()
+    (whole / "adapter.bin").write_text("weights")
     trainer.seal(whole)
     cut = tmp_path / "checkpoint-10"
     cut.mkdir()

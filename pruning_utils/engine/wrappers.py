@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 from pruning_utils.engine.later import nn
+
+# Parts of the names of attention and other token mixers.
+NOT_FEED_FORWARD = ("attn", "attention", "mixer", "conv", "ssm", "mamba")
 
 
 def refuse_wrapped(model: object) -> None:
@@ -48,3 +53,52 @@ def refuse_compiled_parts(model: nn.Module) -> None:
                 f"{path} is inside torch.compile: put the module that was compiled in its place "
                 "(module._orig_mod), or compile with module.compile(), which stays itself"
             )
+
+
+# --- adapters around modules ----------------------------------------------------------------------
+
+
+def is_read_past(model: nn.Module, name: str) -> bool:
+    """Whether the owner of a module multiplies with its weights itself, and never calls it.
+
+    State-space mixers do so, with their fused kernels or always. What stands around such a module,
+    or stores its weights in another form, is passed over or fails.
+
+    Args:
+        model: A model.
+        name: Full name of one of its modules.
+    """
+    owner, _, last = name.rpartition(".")
+    return last in ("out_proj", "dt_proj") and hasattr(model.get_submodule(owner), "ssm_state_size")
+
+
+def refuse_shared(model: nn.Module, names: list[str]) -> None:
+    """ValueError if modules share a weight: the adapters of all would be added into the one."""
+    weights = {id(model.get_submodule(name).weight) for name in names}
+    if len(weights) < len(names):
+        raise ValueError(
+            f"merge must be False for adapters of {type(model).__name__}, whose layers share "
+            "weights, got True"
+        )
+
+
+def leave_as_it_is(*_: object, **__: object) -> None:
+    """Stands for what would change a configuration in place."""
+
+
+def merged_into_copy(trained: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of a model with trained adapters added into its 16- or 32-bit weights.
+
+    In 4 bits the adapters would be rounded away.
+    """
+    merged = copy.deepcopy(model)
+    for name, module in trained.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
+            weight.data += module.get_delta_weight("default").to(weight.device)
+    return merged
+
+
+def is_feed_forward(name: str) -> bool:
+    """Whether a module is outside the attention and other token mixers, by its name."""
+    return not any(part in name for part in NOT_FEED_FORWARD)
