@@ -167,6 +167,7 @@ def _twins_behind(names: list[str], twins: Mapping[str, str]) -> list[str]:
 
 def _large_marks(axis: Axes, levels: pd.DataFrame, n_layers: int) -> Line2D:
     """Levels of series as large marks with bars, side by side; what stands for them in a legend."""
+    levels = levels.reset_index(drop=True)
     at_same = levels.groupby("n_dropped")["series"]
     beside = 0.015 * (at_same.cumcount() - (at_same.transform("size") - 1) / 2)
     x = levels["n_dropped"] / n_layers + beside
