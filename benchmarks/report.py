@@ -39,7 +39,7 @@ from pruning_utils import (
     surgery,
 )
 from pruning_utils import similarity as scans
-from pruning_utils.engine import prefixes
+from pruning_utils.engine import memory, prefixes
 from pruning_utils.planning import stages
 
 Ways = Mapping[str, Callable[[], object]]
@@ -225,7 +225,7 @@ class Bench:
     def perplexity(self) -> None:
         count, seq_len = self.sizes["windows"] // 2, self.sizes["seq_len"] // 4
         need = stages.perplexity_without_layer(self.config, torch.float32, seq_len=seq_len)
-        at_once = max(1, importance.TOKENS_AT_ONCE["cpu"] // ((self.n_layers + 1) * seq_len))
+        at_once = max(1, memory.TOKENS_AT_ONCE["cpu"] // ((self.n_layers + 1) * seq_len))
         ids = self.windows(count, seq_len)
         self.add(
             "perplexity",

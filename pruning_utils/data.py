@@ -20,11 +20,12 @@ which nothing is compared; what calibrates and what heals may be the same traini
 
 from __future__ import annotations
 
+import array
 import functools
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -215,20 +216,22 @@ def pack(
     length = checks.whole_number("seq_len", seq_len, 2 + len(prefix), of="tokens") - len(prefix)
     if limit is not None:
         limit = checks.whole_number("limit", limit, 1, of="windows")
-    stream: list[int] = []
+    # Eight bytes a token, as in the windows. Healing takes hundreds of millions.
+    stream = array.array("q")
     start, count = 0, 1
     while start < len(texts) and (limit is None or len(stream) < limit * length):
         some = texts[start : start + count]
         for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream += [*ids, tokenizer.eos_token_id]
+            stream.extend([*ids, tokenizer.eos_token_id])
         start, count = start + count, min(2 * count, TOGETHER)
     n_windows = len(stream) // length if limit is None else min(limit, len(stream) // length)
     if n_windows == 0:
         raise ValueError(
             f"the text is too short: {len(stream)} tokens do not fill one window of {seq_len}"
         )
-    windows = torch.tensor(stream[: n_windows * length]).view(n_windows, length)
-    return torch.cat([torch.tensor(prefix, dtype=torch.long).repeat(n_windows, 1), windows], dim=1)
+    windows = torch.frombuffer(stream, dtype=torch.long, count=n_windows * length)
+    prefixes = torch.tensor(prefix, dtype=torch.long).repeat(n_windows, 1)
+    return torch.cat([prefixes, windows.view(n_windows, length)], dim=1)
 
 
 def _checked_length(tokenizer: PreTrainedTokenizerBase, seq_len: int, least: int) -> int:
@@ -246,13 +249,18 @@ def windows_of_texts(
     tokenizer: PreTrainedTokenizerBase,
     n_samples: int,
     seq_len: int,
-    texts: list[str],
+    read: Callable[[], list[str]],
     seed: int | None,
     label: str,
 ) -> torch.Tensor:
-    """The first ``n_samples`` packed windows, of texts shuffled by ``seed`` unless it is None."""
+    """The first ``n_samples`` packed windows, of texts shuffled by ``seed`` unless it is None.
+
+    ``read`` gives the texts. It may take minutes, so that all else is checked first.
+    """
+    beginnings.checked_texts(tokenizer, [])
     n_samples = checks.whole_number("n_samples", n_samples, 1)
     seq_len = _checked_length(tokenizer, seq_len, 2)
+    texts = read()
     if seed is not None:
         texts = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
     windows = pack(tokenizer, texts, seq_len, limit=n_samples)
@@ -289,8 +297,9 @@ def calibration_windows(
         ValueError: If a number is out of range, the source unknown, or the corpus too small.
     """
     split = "healing" if (source, "healing") in EMBEDDED_SPLITS else "calibration"
+    seed = checks.whole_number("seed", seed, 0)
     return windows_of_texts(
-        tokenizer, n_samples, seq_len, documents(source, split), seed, f"{source}/{split}"
+        tokenizer, n_samples, seq_len, lambda: documents(source, split), seed, f"{source}/{split}"
     )
 
 
@@ -323,7 +332,7 @@ def evaluation_windows(
     if split not in ("evaluation", "validation"):
         raise ValueError(f"split must be evaluation or validation, got {split!r}")
     return windows_of_texts(
-        tokenizer, n_samples, seq_len, documents(source, split), None, f"{source}/{split}"
+        tokenizer, n_samples, seq_len, lambda: documents(source, split), None, f"{source}/{split}"
     )
 
 
@@ -357,10 +366,13 @@ def document_windows(
     """
     if split not in ("evaluation", "validation"):
         raise ValueError(f"split must be evaluation or validation, got {split!r}")
-    texts = beginnings.checked_texts(tokenizer, documents(source, split))
-    n_wanted = len(texts) if n_samples is None else checks.whole_number("n_samples", n_samples, 1)
+    beginnings.checked_texts(tokenizer, [])
+    if n_samples is not None:
+        n_samples = checks.whole_number("n_samples", n_samples, 1)
     prefix = text_prefix(tokenizer)
     length = _checked_length(tokenizer, seq_len, 2 + len(prefix)) - len(prefix)
+    texts = documents(source, split)
+    n_wanted = len(texts) if n_samples is None else n_samples
     windows: list[list[int]] = []
     for start in range(0, len(texts), TOGETHER):
         some = texts[start : start + TOGETHER]
@@ -402,9 +414,14 @@ def healing_windows(
         ValueError: If a number is out of range, the source unknown, or the corpus too small.
     """
     sources = ("boolq", "quac") if source is None else (source,)
-    texts = [text for name in sources for text in documents(name, "healing")]
+    seed = checks.whole_number("seed", seed, 0)
     return windows_of_texts(
-        tokenizer, n_samples, seq_len, texts, seed, f"{' + '.join(sources)}/healing"
+        tokenizer,
+        n_samples,
+        seq_len,
+        lambda: [text for name in sources for text in documents(name, "healing")],
+        seed,
+        f"{' + '.join(sources)}/healing",
     )
 
 

@@ -65,7 +65,7 @@ def weight_bytes(model: nn.Module) -> int:
         state = getattr(tensor, "quant_state", None)
         scales = getattr(state, "absmax", None)
         scales_of_scales = getattr(getattr(state, "state2", None), "absmax", None)
-        for part in (tensor, scales, scales_of_scales):
+        for part in (tensor, scales, scales_of_scales, getattr(tensor, "SCB", None)):
             if part is not None:
                 found[part.data_ptr(), part.shape] = part.nbytes
     return sum(found.values())
@@ -160,7 +160,7 @@ def generation_speed(
         )
     device = passes.input_device(model)
     prompts = torch.randint(
-        model.get_input_embeddings().num_embeddings,
+        wrappers.vocabulary_size(model),
         (batch_size, prompt_tokens),
         generator=torch.Generator().manual_seed(seed),
     )

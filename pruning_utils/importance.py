@@ -12,13 +12,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pruning_utils import evaluation, models
-from pruning_utils.engine import head_losses, memory, passes
+from pruning_utils.engine import head_losses, memory, passes, wrappers
 from pruning_utils.engine.bars import tqdm
-from pruning_utils.engine.checks import refuse_nan, whole_number
+from pruning_utils.engine.checks import finite_scores, refuse_nan, whole_number
 from pruning_utils.engine.later import nn, torch
-
-# Tokens in a batch where batch_size is None. On a CPU, more would leave its caches.
-TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**15}
 
 
 def magnitude(model: nn.Module, *, norm: int = 1) -> np.ndarray:
@@ -35,11 +32,11 @@ def magnitude(model: nn.Module, *, norm: int = 1) -> np.ndarray:
         ValueError: If the weights are quantised or not in memory, the norm is another one, or a
             score is not finite.
     """
-    _refuse_quantized(model)
+    wrappers.refuse_quantized(model)
     passes.refuse_missing_weights(model, offloaded=False)
     norm = whole_number("norm", norm, 1, 2)
     scores = [_layer_magnitude(layer, norm) for layer in models.decoder_layers(model)]
-    return _finite(np.array(scores))
+    return finite_scores(np.array(scores))
 
 
 def _layer_magnitude(layer: nn.Module, norm: int) -> float:
@@ -78,15 +75,17 @@ def taylor(
             a score is not finite.
         MemoryError: If not even one sample fits into memory.
     """
-    _refuse_quantized(model)
+    wrappers.refuse_quantized(model)
     input_ids = models.check_input_ids(model, input_ids, shortest=2)
+    wrappers.refuse_own_tokens(model)
     passes.refuse_missing_weights(model, offloaded=False)
     input_ids = input_ids.to(passes.input_device(model))
-    batches = memory.BatchSize(min(len(input_ids), _checked_size(batch_size, input_ids, 1)))
+    size = memory.samples_at_once(batch_size, input_ids, 1)
+    batches = memory.BatchSize(min(len(input_ids), size))
     alone: list = [None] * len(models.decoder_layers(model))
     while True:
         try:
-            return _finite(_taylor(model, input_ids, batches.size, alone))
+            return finite_scores(_taylor(model, input_ids, batches.size, alone))
         except passes.Unclear:
             alone = passes.arguments_alone(model, input_ids)
         except memory.ERRORS as error:
@@ -146,8 +145,7 @@ def _in_parts(own: Callable, n_rows: int, batch_size: int, alone: list | None) -
             outputs.append(
                 torch.utils.checkpoint.checkpoint(own, part, *more, use_reentrant=False, **by_name)
             )
-        joined = torch.cat([passes.states_in(output) for output in outputs])
-        return passes.with_states(outputs[0], joined)
+        return passes.joined_rows(outputs)
 
     return forward
 
@@ -207,12 +205,13 @@ def perplexity_without_block(
         MemoryError: If not even one sample fits into memory.
     """
     input_ids = models.check_input_ids(model, input_ids, shortest=2)
+    wrappers.refuse_own_tokens(model)
     passes.refuse_missing_weights(model)
     n_layers = len(models.decoder_layers(model))
     block_size = whole_number("block_size", block_size, 1, n_layers - 1)
     input_ids = input_ids.to(passes.input_device(model))
     n_streams = n_layers - block_size + 2
-    size = _checked_size(batch_size, input_ids, n_streams)
+    size = memory.samples_at_once(batch_size, input_ids, n_streams)
     alone: list = [None] * n_layers
 
     def losses_of(samples: slice) -> np.ndarray:
@@ -252,6 +251,8 @@ def _streams(
     n_rows = (len(layers) - block_size + 2) * n_samples
     # States of the whole model before each layer that a block in progress began with.
     entered: dict[int, torch.Tensor] = {}
+    # What the last layer that ran has returned.
+    before: list[object] = [None]
 
     def forward_of(number: int, own: Callable) -> Callable:
         """What stands for the forward of one layer."""
@@ -265,9 +266,10 @@ def _streams(
                     )
                 states = states[:n_samples]
             entered[number] = states[:n_samples]
+            passes.refuse_handed_on((given, named), before, model)
             reached = slice(0, len(states))
             more, by_name = passes.arguments_of_rows((given, named), reached, n_rows, alone[number])
-            output = own(states, *more, **by_name)
+            output = before[0] = own(states, *more, **by_name)
             first = number - block_size + 1
             if first < 0:
                 return output
@@ -280,30 +282,3 @@ def _streams(
         for number, layer in enumerate(layers):
             undo.enter_context(passes.replaced(layer, "forward", forward_of(number, layer.forward)))
         yield
-
-
-def _refuse_quantized(model: nn.Module) -> None:
-    if getattr(model, "is_quantized", False):
-        raise ValueError(
-            "scores of weights need the weights themselves, but this model's are quantised: load "
-            "it with quantize=None (bfloat16 or float32)"
-        )
-
-
-def _checked_size(batch_size: int | None, input_ids: torch.Tensor, n_streams: int) -> int:
-    """The batch size that was asked for; for None as many samples as fill TOKENS_AT_ONCE."""
-    if batch_size is not None:
-        return whole_number("batch_size", batch_size, 1)
-    most = TOKENS_AT_ONCE["cuda" if input_ids.is_cuda else "cpu"]
-    return max(1, most // (n_streams * input_ids.shape[1]))
-
-
-def _finite(scores: np.ndarray) -> np.ndarray:
-    """The scores; a ValueError names the first layer whose score is not finite."""
-    if not np.isfinite(scores).all():
-        worst = int((~np.isfinite(scores)).argmax())
-        raise ValueError(
-            f"the score of layer {worst} is {scores[worst]}: its weights or gradients are not "
-            "finite"
-        )
-    return scores

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pruning_utils import data, embedded
-from pruning_utils.engine import beginnings, hub
+from pruning_utils.engine import beginnings, checks, hub
 from pruning_utils.engine.later import torch
 
 if TYPE_CHECKING:
@@ -118,8 +118,10 @@ def instruction_windows(
         ValueError: If a number is out of range, the source is unknown, cannot be read or is too
             small, or the tokenizer has no chat template, or one that fails.
     """
-    texts = instruction_texts(tokenizer, source)
-    return data.windows_of_texts(tokenizer, n_samples, seq_len, texts, seed, source)
+    seed = checks.whole_number("seed", seed, 0)
+    return data.windows_of_texts(
+        tokenizer, n_samples, seq_len, lambda: instruction_texts(tokenizer, source), seed, source
+    )
 
 
 @functools.cache

@@ -221,7 +221,7 @@ def check_input_ids(
             f"{_described(input_ids) if is_tensor else type(input_ids).__name__}"
         )
     input_ids = input_ids.long()
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = wrappers.vocabulary_size(model)
     for extreme in (int(input_ids.min()), int(input_ids.max())):
         if not 0 <= extreme < vocabulary:
             raise ValueError(f"token id {extreme} is outside the vocabulary [0, {vocabulary})")

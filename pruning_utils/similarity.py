@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pruning_utils import models
-from pruning_utils.engine import memory, passes
+from pruning_utils.engine import memory, passes, wrappers
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.later import nn, torch
@@ -90,6 +90,7 @@ def measure_similarity(
         MemoryError: If not even one sample fits into memory.
     """
     input_ids = models.check_input_ids(model, input_ids)
+    wrappers.refuse_own_tokens(model)
     passes.refuse_missing_weights(model)
     batches = memory.BatchSize(whole_number("batch_size", batch_size, 1))
     rows, lengths = align_right_padded(input_ids, attention_mask)

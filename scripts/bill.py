@@ -23,8 +23,8 @@ from jobs import Job, depths_fault
 from parameters import Refused
 from transformers import PreTrainedConfig
 
-from pruning_utils import embedded, healing, importance, models, runtime
-from pruning_utils.engine import benchmarks, trainer
+from pruning_utils import embedded, healing, models, runtime
+from pruning_utils.engine import benchmarks, memory, trainer
 from pruning_utils.planning import machines, stages
 from pruning_utils.planning.machines import Machine
 from pruning_utils.studies import recipes, study
@@ -327,7 +327,7 @@ class Costs:
         """Taylor's scores and perplexities without each layer, for each draw of text."""
         dtype = self.dtype(table.dtype)
         yield from self.sample(table)
-        most = importance.TOKENS_AT_ONCE[self.machine.kind]
+        most = memory.TOKENS_AT_ONCE[self.machine.kind]
         size = max(1, most // ((self.n_layers + 1) * table.seq_len))
         given: dict[str, Any] = {"seq_len": table.seq_len, "on": self.machine.kind}
         # Here the operations grow with the square of the layers.

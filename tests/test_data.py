@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,24 @@ def test_pack_by_hand():
     ]
 
 
+def test_a_packed_token_takes_eight_bytes():
+    """Not those of a Python object, beside which the windows are small."""
+
+    class OfManyWords(LetterTokenizer):
+        """Ids that Python does not hold already."""
+
+        def __call__(self, texts, **named):
+            found = super().__call__(texts, **named)["input_ids"]
+            return {"input_ids": [[1000 + letter for letter in ids] for ids in found]}
+
+    texts = ["abcdefghi"] * 40_000
+    tracemalloc.start()
+    windows = data.pack(OfManyWords(), texts, 100)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert windows.numel() == 400_000 and most < 12 * windows.numel()
+
+
 def test_pack_stops_at_its_limit():
     texts = ["abcd"] * 1000
     whole = data.pack(LetterTokenizer(), texts, 7)
@@ -482,6 +501,41 @@ def test_healing_windows_mix_both_sources():
 def test_windows_refuse_numbers_out_of_range(windows, n_samples, seq_len, message):
     with pytest.raises(ValueError, match=message):
         windows(LetterTokenizer(model_max_length=128), n_samples, seq_len)
+
+
+@pytest.mark.parametrize("windows", [data.calibration_windows, data.healing_windows])
+@pytest.mark.parametrize("seed", [None, -1, 0.5, "0"])
+def test_seeds_of_windows_are_whole_numbers(windows, seed):
+    with pytest.raises(
+        ValueError, match=f"seed must be a whole number of at least 0, got {seed!r}"
+    ):
+        windows(LetterTokenizer(), 2, 64, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        data.calibration_windows,
+        data.evaluation_windows,
+        data.document_windows,
+        data.healing_windows,
+    ],
+)
+@pytest.mark.parametrize(
+    ("tokenizer", "n_samples", "seq_len", "message"),
+    [
+        ("a name", 2, 64, "tokenizer must be one of transformers, .*got 'a name'"),
+        (LetterTokenizer(), 0, 64, "n_samples must be"),
+        (LetterTokenizer(), 2, 4096, "seq_len 4096 is longer"),
+    ],
+)
+def test_no_text_is_read_for_what_is_refused(
+    windows, tokenizer, n_samples, seq_len, message, monkeypatch
+):
+    """To read it, and to compare it with what is evaluated, may take minutes."""
+    monkeypatch.setattr(data, "documents", lambda *_: pytest.fail("the text was read"))
+    with pytest.raises(ValueError, match=message):
+        windows(tokenizer, n_samples, seq_len)
 
 
 def test_too_many_windows_are_refused_with_their_number():

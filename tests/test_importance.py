@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from every_architecture import build
 
 from pruning_utils import evaluation, importance, models, runtime, selection, surgery
 
@@ -133,7 +134,25 @@ def test_taylor_keeps_the_gradients_of_one_layer(batch_size):
     assert len(alive) == n_weights, "micro-batches are added before they are looked at"
 
 
+@pytest.fixture
+def handing_on():
+    """A model whose layers hand on the states of their routers beside their own."""
+    return build("zaya")
+
+
+def test_taylor_of_layers_that_hand_on_more_does_not_depend_on_the_batch(handing_on):
+    whole = importance.taylor(handing_on, windows())
+    for batch_size in (1, 3):
+        found = importance.taylor(handing_on, windows(), batch_size=batch_size)
+        assert found == pytest.approx(whole, rel=1e-4)
+
+
 # --- perplexity without a layer -------------------------------------------------------------------
+
+
+def test_layers_that_hand_on_more_are_not_left_out_within_a_pass(handing_on):
+    with pytest.raises(ValueError, match="layers of ZayaForCausalLM hand on more than their"):
+        importance.perplexity_without_layer(handing_on, windows())
 
 
 def test_one_sweep_equals_removal_layer_by_layer(model):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from every_architecture import build
 from lm_eval.models.huggingface import HFLM
 
 from pruning_utils import evaluation, models, surgery
@@ -216,6 +217,10 @@ def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, most, emb
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert prefixes.longest_shared(model) == window
     assert sum(calls) == sum(len(a) + len(b) - 1 <= most for _, a, b in requests)
+
+
+def test_layers_that_look_at_pictures_take_no_mask_of_ours():
+    assert prefixes.longest_shared(build("mllama")) == 0
 
 
 def test_architectures_take_the_way_that_is_told_of_them():

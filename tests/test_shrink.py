@@ -509,7 +509,11 @@ def test_a_task_twice_is_refused():
 
 def test_the_nearest_limit_can_be_asked_for(loaded):
     model, _ = loaded
-    times = TokenTimes(1.0, 0.12345)
+    for times in (TokenTimes(1.0, 0.12345), TokenTimes(2345.0, 1.0234567)):
+        _nearest_can_be_asked_for(model, times)
+
+
+def _nearest_can_be_asked_for(model, times):
     for name in ("max_parameters", "max_bytes", "max_ms_per_token"):
         with pytest.raises(ValueError, match=f"{name} must be at least") as refused:
             plans.layers_to_go(model, Goal(**{name: 1}), times)
@@ -631,10 +635,20 @@ def test_text_that_does_not_suffice_is_refused_with_the_plan(tiny, tmp_path, her
     asked = order(tiny, measured=Measured(documents=10_000, tasks=("piqa",)))
     with pytest.raises(ValueError, match="n_samples 10000 is beyond the text xsum/evaluation"):
         whole.shrink(asked, tmp_path / "small")
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "_healing_windows", _at_most_two_steps)
+        patch.setattr(plans, "token_times", lambda *_: pytest.fail("the model was looked at"))
+        with pytest.raises(ValueError, match="3 steps of healing need 12 windows"):
+            whole.shrink(order(tiny, steps=1), tmp_path / "small")
     monkeypatch.setattr(whole, "_steps", lambda *given: (10**5, 1.0))
     with pytest.raises(ValueError, match="100000 steps of healing need 400000 windows .*--steps"):
         whole.shrink(order(tiny), tmp_path / "small")
-    assert here == ["plan", "plan"] and not list(tmp_path.iterdir()), "both can be asked again"
+    assert here == 3 * ["plan"] and not list(tmp_path.iterdir()), "all can be asked again"
+
+
+def _at_most_two_steps(order, tokenizer, seq_len, steps):
+    if steps > 2:
+        raise ValueError("n_samples is beyond the text")
 
 
 def test_another_text_of_the_same_name_is_another_order(tiny, tmp_path):

@@ -2,18 +2,21 @@
 
 import pytest
 import torch
-from architectures import tiny
+from architectures import ARCHITECTURES, tiny
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from pruning_utils import (
     efficiency,
     evaluation,
+    healing,
     importance,
     models,
     similarity,
     surgery,
     width,
 )
+from pruning_utils.engine import wrappers
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(3))
 WRAPPED = {
@@ -76,3 +79,45 @@ def test_a_part_that_is_compiled_is_named(change):
     model.model.layers[2] = torch.compile(model.model.layers[2])
     with pytest.raises(ValueError, match="model.layers.2 is inside torch.compile"):
         change(model)
+
+
+# --- models of PEFT -------------------------------------------------------------------------------
+
+MEASURES = {name: TAKES[name] for name in ("similarity", "taylor", "perplexity")}
+EMBEDDING = "embed_tokens"
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        {"target_modules": [EMBEDDING, "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": [EMBEDDING]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5]},
+    ],
+    ids=["adapter", "copy", "some tokens"],
+)
+def test_an_embedding_inside_something_of_peft_is_one(around):
+    model = tiny("LlamaConfig")
+    expected = evaluation.token_losses(model, IDS)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **around))
+    assert wrappers.vocabulary_size(adapted) == 128
+    assert torch.allclose(evaluation.token_losses(adapted, IDS), expected, atol=1e-5)
+    assert similarity.measure_similarity(adapted, IDS).n_tokens == IDS.numel()
+
+
+@pytest.mark.parametrize("function", MEASURES)
+@pytest.mark.parametrize("config_class", [PromptTuningConfig, PrefixTuningConfig])
+def test_trained_tokens_before_each_text_are_refused(function, config_class, tmp_path):
+    config = config_class(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(tiny("LlamaConfig"), config)
+    with pytest.raises(ValueError, match=r"_TUNING puts trained ones before .*get_base_model\(\)"):
+        MEASURES[function](model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "called"), [("falcon_mamba", {"in_proj"}), ("mamba", {"in_proj"})]
+)
+def test_modules_that_mixers_read_past_get_no_adapters(name, called):
+    """Their fused kernels read the others, which the plain way calls."""
+    targets = healing.adapter_targets(ARCHITECTURES[name](), "all")
+    assert {target.rpartition(".")[2] for target in targets} == called

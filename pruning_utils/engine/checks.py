@@ -145,6 +145,17 @@ def refuse_nan(losses: torch.Tensor) -> torch.Tensor:
     return losses
 
 
+def finite_scores(scores: np.ndarray) -> np.ndarray:
+    """The scores of layers; a ValueError names the first layer whose score is not finite."""
+    if not np.isfinite(scores).all():
+        worst = int((~np.isfinite(scores)).argmax())
+        raise ValueError(
+            f"the score of layer {worst} is {scores[worst]}: its weights or gradients are not "
+            "finite"
+        )
+    return scores
+
+
 def plain_value(name: str, value: object) -> object:
     """Refuse a value that does not come back from JSON as it was written.
 

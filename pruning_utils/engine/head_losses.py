@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from pruning_utils.engine import passes
+from pruning_utils.engine import passes, wrappers
 
 # In one part, or fewer where the vocabulary has more than 2**18 entries. Its logits exist about
 # three times over, 3 * 128 MiB at most in float32. Each part reads all weights of the head and,
@@ -54,7 +54,7 @@ def _summed_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         (logits,) = passes.head_logits(model, backbone, output, states)
         return nn.functional.cross_entropy(logits, follow, reduction="sum")
 
-    most = passes.LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings
+    most = passes.LOGITS_AT_ONCE // wrappers.vocabulary_size(model)
     size = max(1, min(TOKENS_AT_ONCE, most))
     states = output.last_hidden_state[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.later import torch
 
+# Tokens in a batch where batch_size is None. On a CPU, more would leave its caches.
+TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**15}
 Result = TypeVar("Result")
 # What allocators raise: those of PyTorch a RuntimeError, Python and NumPy a MemoryError.
 ERRORS = (RuntimeError, MemoryError)
@@ -91,6 +94,23 @@ class BatchSize:
             if progress is not None:
                 progress.update(batch.stop - batch.start)
         return results
+
+
+def samples_at_once(batch_size: int | None, input_ids: torch.Tensor, n_streams: int) -> int:
+    """The batch size that was asked for; for None as many samples as fill TOKENS_AT_ONCE.
+
+    Args:
+        batch_size: What a function was given.
+        input_ids: Token ids ``(N, T)``, on the device that computes.
+        n_streams: Rows that each sample becomes.
+
+    Raises:
+        ValueError: If it is no whole number of at least 1.
+    """
+    if batch_size is not None:
+        return whole_number("batch_size", batch_size, 1)
+    most = TOKENS_AT_ONCE["cuda" if input_ids.is_cuda else "cpu"]
+    return max(1, most // (n_streams * input_ids.shape[1]))
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

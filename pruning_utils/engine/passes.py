@@ -103,7 +103,7 @@ def head_logits(
     Yields:
         float32 logits of shape ``(n, V)`` of the next n states, at most :data:`LOGITS_AT_ONCE`.
     """
-    n_tokens = max(1, LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings)
+    n_tokens = max(1, LOGITS_AT_ONCE // wrappers.vocabulary_size(model))
     for part in states.split(n_tokens):
         known = type(output)(**{**output, "last_hidden_state": part[None]})
         with replaced(backbone, "forward", lambda *_, known=known, **__: known):
@@ -228,6 +228,48 @@ def states_in(output: Any) -> torch.Tensor:
 def with_states(output: Any, states: torch.Tensor) -> Any:
     """What a layer returns, with other hidden states."""
     return (states, *output[1:]) if isinstance(output, tuple | list) else states
+
+
+def joined_rows(outputs: Sequence[Any]) -> Any:
+    """What a layer returns for all sequences, of what it returned for parts of them, in order.
+
+    Some layers return more than their states for each sequence, and the next one takes it.
+    """
+    flat = [torch.utils._pytree.tree_flatten(output) for output in outputs]
+    n_rows = [len(states_in(output)) for output in outputs]
+    joined = []
+    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
+        lengths = [len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        joined.append(torch.cat(leaves) if lengths == n_rows else leaves[0])
+    return torch.utils._pytree.tree_unflatten(joined, flat[0][1])
+
+
+def refuse_handed_on(arguments: tuple, before: Sequence[Any], model: nn.Module) -> None:
+    """Refuse layers that take more than states from the layer before, where a layer is to be left
+    out.
+
+    Args:
+        arguments: All arguments of a layer but the states, nested as they are.
+        before: What the layer before it returned, states first.
+        model: The model, for the message.
+
+    Raises:
+        ValueError: If a tensor that was returned beside the states is among the arguments.
+    """
+    beside = {
+        id(leaf)
+        for output in before
+        if isinstance(output, tuple | list)
+        for leaf in torch.utils._pytree.tree_leaves(output[1:])
+        if isinstance(leaf, torch.Tensor)
+    }
+    taken = [leaf for leaf in torch.utils._pytree.tree_leaves(arguments) if id(leaf) in beside]
+    if taken:
+        raise ValueError(
+            f"layers of {type(model).__name__} hand on more than their states, so that no layer "
+            "can be left out within a pass: remove it with surgery.drop_layers, and measure the "
+            "losses of what is left"
+        )
 
 
 class Unclear(Exception):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pruning_utils import models
-from pruning_utils.engine import memory, passes
+from pruning_utils.engine import memory, passes, wrappers
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.later import nn, torch
 
@@ -84,7 +84,7 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
             stock = []
             if others:
                 run = super()._loglikelihood_tokens
-                vocabulary = self.model.get_input_embeddings().num_embeddings
+                vocabulary = wrappers.vocabulary_size(self.model)
                 rows = STOCK_LOGITS // (min(max(lengths), self.max_length) * vocabulary)
                 with passes.replaced(
                     self, "batch_size_per_gpu", max(1, min(rows, self.batch_size))
@@ -159,7 +159,7 @@ def _refuse_what_does_not_fit(model: nn.Module, requests: list, context: int) ->
         raise ValueError(
             f"answers must fit into the model's context of {context} tokens, but one has {longest}"
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = wrappers.vocabulary_size(model)
     largest = max((max(prompt + answer) for _, prompt, answer in requests), default=0)
     if largest >= vocabulary:
         raise ValueError(
@@ -199,7 +199,7 @@ def first_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
         tokenizer.unk_token_id,
         *tokenizer.encode("\n", add_special_tokens=False)[-1:],
     ]
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = wrappers.vocabulary_size(model)
     for token in known:
         if isinstance(token, int) and 0 <= token < vocabulary:
             return token
@@ -227,6 +227,8 @@ def longest_shared(model: nn.Module) -> float:
         needed <= set(inspect.signature(causal.forward).parameters)
         and kinds <= {"full_attention", "sliding_attention"}
         and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        # Layers that look at pictures take a mask of another size.
+        and not getattr(config, "cross_attention_layers", None)
     )
     if not takes_masks or prompt_learning or getattr(causal, "_is_stateful", False):
         return 0

@@ -38,6 +38,34 @@ def refuse_wrapped(model: object) -> None:
         )
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the input embedding, adapters of PEFT around it or not."""
+    return len(model.get_input_embeddings().weight)
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Refuse a model in 8 or 4 bits, whose weights are not what is computed with."""
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "scores of weights need the weights themselves, but this model's are quantised: load "
+            "it with quantize=None (bfloat16 or float32)"
+        )
+
+
+def refuse_own_tokens(model: nn.Module) -> None:
+    """Refuse a model of PEFT that puts trained tokens, or keys and values, before each text.
+
+    Raises:
+        ValueError: If it does so; its kind is named.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        raise ValueError(
+            f"model must have its own layers and texts alone, but {config.peft_type.value} puts "
+            "trained ones before each text: pass the model without it (model.get_base_model())"
+        )
+
+
 def refuse_compiled_parts(model: nn.Module) -> None:
     """Refuse a model some of whose parts are inside ``torch.compile``: their weights bear its name.
 
@@ -69,7 +97,8 @@ def is_read_past(model: nn.Module, name: str) -> bool:
         name: Full name of one of its modules.
     """
     owner, _, last = name.rpartition(".")
-    return last in ("out_proj", "dt_proj") and hasattr(model.get_submodule(owner), "ssm_state_size")
+    is_of_mixer = hasattr(model.get_submodule(owner), "ssm_state_size")
+    return is_of_mixer and last in ("out_proj", "dt_proj", "x_proj")
 
 
 def refuse_shared(model: nn.Module, names: list[str]) -> None:

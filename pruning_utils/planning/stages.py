@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from pruning_utils import evaluation, healing, importance, models, selection, similarity
-from pruning_utils.engine import head_losses, passes, prefixes, trainer
+from pruning_utils.engine import head_losses, memory, passes, prefixes, trainer
 from pruning_utils.engine.checks import whole_number
 from pruning_utils.planning.rehearsal import (
     ACTIVATIONS,
@@ -150,7 +150,7 @@ def taylor(
         n_dropped: Layers that the model lacks; the whole one stays in memory.
         on: Type of the device, which decides the size of a micro-batch.
     """
-    size = max(1, importance.TOKENS_AT_ONCE[on] // seq_len)
+    size = max(1, memory.TOKENS_AT_ONCE[on] // seq_len)
     with _ready(config, dtype, n_dropped=n_dropped) as (tally, model):
         importance.taylor(model, _ids(n_samples, seq_len), batch_size=size)
         return _found(tally)
@@ -167,7 +167,7 @@ def perplexity_without_layer(
     """Of one batch of :func:`importance.perplexity_without_layer`; arguments as for
     :func:`taylor`."""
     n_streams = config.get_text_config(decoder=True).num_hidden_layers + 1 - n_dropped
-    size = max(1, importance.TOKENS_AT_ONCE[on] // (n_streams * seq_len))
+    size = max(1, memory.TOKENS_AT_ONCE[on] // (n_streams * seq_len))
     with _ready(config, dtype, n_dropped=n_dropped) as (tally, model):
         importance.perplexity_without_layer(model, _ids(size, seq_len), batch_size=size)
         return _found(tally)

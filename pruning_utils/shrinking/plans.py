@@ -187,7 +187,9 @@ def _fewest(name: str, limit: float, sizes: Sequence[float]) -> int:
 
 def _rounded_up(size: float) -> str:
     """A size as a limit that it meets: whole numbers as they are, times to a thousandth above."""
-    return f"{size:,}" if isinstance(size, int) else f"{math.ceil(1000 * size) / 1000:,g}"
+    if isinstance(size, int):
+        return f"{size:,}"
+    return f"{math.ceil(1000 * size) / 1000:,.3f}".rstrip("0").rstrip(".")
 
 
 def _said(goal: Goal) -> str:

@@ -374,7 +374,7 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
     _evaluation_windows(order, tokenizer, seq_len, order.measured.documents)
     if order.method != NO_HEALING:
         _healing_windows(order, tokenizer, seq_len, 1)  # refuses a text that is not there
-        _refuse_too_little_text(order, tokenizer, seq_len, order.steps or N_PROBED)
+        _refuse_too_little_text(order, tokenizer, seq_len, max(order.steps or 0, N_PROBED))
     _say("planning: one scan, and the loss without each set of layers")
     times = plans.token_times(model)
     n_dropped = plans.layers_to_go(model, order.goal, times)
