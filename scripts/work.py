@@ -232,7 +232,25 @@ def simple_rule(values: Values, n_layers: int) -> list[Table]:
     if more:
         answers = found[-1]
         found.append(replace(answers, name="more-answers", texts={}, points=more))
+        found += at_own_rates(values, replace(answers, texts={}), both)
     return found
+
+
+def at_own_rates(values: Values, answers: Table, cuts: list[int]) -> list[Table]:
+    """The rates that notebook 04 tries at these cuts, and the models that it heals at others."""
+    healing = values["healing"]
+    if not cuts or not healing["rates"]:
+        return []
+    tried = [
+        point
+        for rate in healing["rates"]
+        for point in healed({**healing, "learning_rate": rate}, cuts, depth.RULES, [TRIAL_SEED])
+    ]
+    own = healed(healing, cuts, depth.RULES, values["seeds"])
+    return [
+        replace(answers, name="rates", tasks={}, limit=None, points=tuple(tried)),
+        replace(answers, name="own-rates", points=own, is_most=True),
+    ]
 
 
 def both_rules(values: Values, n_layers: int) -> list[Table]:
@@ -255,7 +273,7 @@ def both_rules(values: Values, n_layers: int) -> list[Table]:
         of_block(values, texts=scored["fewer"]),
         name="healed",
         points=healed(of_curves, cuts, ["deepest"], seeds),
-        healing=without(of_curves, "own_rates"),
+        healing=without(of_curves, "own_rates", "rates"),
         dtype=sweep["dtype"],
     )
     return [curves, found]
