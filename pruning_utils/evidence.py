@@ -8,6 +8,7 @@ might have been. The bootstrap is for statistics that are no means.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import pandas as pd
 
 from pruning_utils import runtime
 from pruning_utils.engine import variances, verdict_rows
-from pruning_utils.engine.checks import number
+from pruning_utils.engine.checks import number, true_or_false, whole_number
 from pruning_utils.engine.later import stats
 from pruning_utils.engine.verdict_rows import FAILS, HOLDS, UNTESTABLE, UNTOLD
 
@@ -130,6 +131,11 @@ def group_intervals(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.Da
         ValueError: If a group has fewer than 2 observations, or NaN among them; or if a row lacks
             what tells its group.
     """
+    if isinstance(by, str):
+        raise ValueError(f"by must be a list of columns, got {by!r}")
+    absent = [name for name in [*by, value] if name not in table]
+    if absent:
+        raise ValueError(f"table has no columns {absent}, only {list(table.columns)}")
     lacking = [name for name in by if table[name].isna().any()]
     if lacking:
         raise ValueError(f"each row must have a value in {', '.join(by)}; {lacking[0]} has none")
@@ -252,10 +258,14 @@ def pooled_accuracy(
         ValueError: If a dataset has no floor, a question is there twice or not in every run, a
             dataset has fewer than 2 questions, or NaN is among the values.
     """
+    if "dataset" not in questions:
+        raise ValueError(f"questions has no column dataset, only {list(questions.columns)}")
     datasets = list(questions["dataset"].unique())
     missing = [name for name in datasets if name not in floors]
     if missing:
         raise ValueError(f"floors must name every dataset, {missing} are not among {list(floors)}")
+    for name in datasets:
+        number(f"floor of {name}", floors[name], "in [0, 1]", lambda share: 0 <= share <= 1)
     wide = _by_run(questions, ["dataset", "item"], column, run, "questions")
     names = wide.index.get_level_values("dataset")
     above = wide.to_numpy(dtype=float) - np.array([floors[name] for name in names])[:, None]
@@ -367,8 +377,10 @@ def depth_correlation(means: np.ndarray) -> np.ndarray:
 def fall_place(means: np.ndarray, *, width: int) -> np.ndarray:
     """Place from which a curve of means falls most within ``width`` steps.
 
-    Curves lie along the last axis. The place is a 0-based index, as a float.
+    Curves lie along the last axis. The place is a 0-based index, as a float. ``width`` is from 1 to
+    the steps of a curve.
     """
+    whole_number("width", width, 1, np.shape(means)[-1] - 1, of="steps of a curve")
     return (means[..., :-width] - means[..., width:]).argmax(-1).astype(float)
 
 
@@ -376,8 +388,9 @@ def fall_share(means: np.ndarray, *, width: int) -> np.ndarray:
     """Share of the steepest ``width`` steps in the whole fall of a curve of means.
 
     Curves lie along the last axis. The whole fall is from the first place to the lowest; the share
-    is NaN where nothing falls.
+    is NaN where nothing falls. ``width`` is from 1 to the steps of a curve.
     """
+    whole_number("width", width, 1, np.shape(means)[-1] - 1, of="steps of a curve")
     whole = means[..., 0] - means.min(-1)
     drop = (means[..., :-width] - means[..., width:]).max(-1)
     return np.divide(drop, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
@@ -386,8 +399,10 @@ def fall_share(means: np.ndarray, *, width: int) -> np.ndarray:
 def steepness(means: np.ndarray, *, places: Sequence[float]) -> np.ndarray:
     """Largest slope between neighbouring places of a curve of means, over its mean slope.
 
-    Curves lie along the last axis, over ``places``. A straight line has 1.
+    Curves lie along the last axis, over ``places``, ascending. A straight line has 1.
     """
+    if len(places) != np.shape(means)[-1]:
+        raise ValueError(f"{np.shape(means)[-1]} means need a place each, got {len(places)}")
     slopes = np.diff(means, axis=-1) / np.diff(np.asarray(places, dtype=float))
     return slopes.max(-1) / ((means[..., -1] - means[..., 0]) / (places[-1] - places[0]))
 
@@ -480,9 +495,14 @@ def paired_verdicts(
 
     Raises:
         ValueError: If a margin is not above 0, is above a quarter of the effect, or neither is
-            given; or if a pair has fewer than 2 items, NaN, or too few runs.
+            given; if strata are of no pair; or if a pair has fewer than 2 items, NaN, or too few
+            runs.
     """
     margins = _margins(list(differences), margin, effect)
+    whole_number("runs_needed", runs_needed, 1)
+    unknown = [name for name in strata or {} if name not in differences]
+    if unknown:
+        raise ValueError(f"strata must be of pairs, {unknown} are not among {list(differences)}")
     rows: dict[str, dict] = {}
     for name, measured in differences.items():
         rows[name] = _tested_pair(
@@ -508,8 +528,8 @@ def _margins(
     names: list[str], margin: float | None, effect: float | Mapping[str, float] | None
 ) -> dict[str, float]:
     """The margin of each pair, checked against the effect."""
-    if margin is not None and not margin > 0:
-        raise ValueError(f"margin must be above 0, got {margin}")
+    if margin is not None:
+        margin = number("margin", margin, "above 0", lambda width: 0 < width < math.inf)
     if effect is None:
         if margin is None:
             raise ValueError("margin or effect must be given, got neither")
@@ -519,7 +539,8 @@ def _margins(
     for name in names:
         if name not in effects:
             raise ValueError(f"effect must name every pair, {name!r} is not in {list(effects)}")
-        largest = LARGEST_MARGIN * abs(effects[name])
+        change = number(f"effect of {name!r}", effects[name], "a number", math.isfinite)
+        largest = LARGEST_MARGIN * abs(change)
         margins[name] = largest if margin is None else float(margin)
         if not 0 < margins[name] <= largest:
             raise ValueError(
@@ -667,8 +688,9 @@ def judge(
     """
     if claimed not in CLAIMS:
         raise ValueError(f"claimed must be one of {CLAIMS}, got {claimed!r}")
-    if levels and floor is None:
+    if (levels or unpruned is not None) and floor is None:
         raise ValueError("levels are compared with a floor: floor must be given, got None")
+    higher_is_better = true_or_false("higher_is_better", higher_is_better)
     if isinstance(found, (Interval, FactorInterval)):
         ends = {"value": found.value, "low": found.low, "high": found.high}
         word = _word_of_interval(found, claimed, margin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def distance_map(table: pd.DataFrame, *, value: str = "angular_distance") -> Fig
             cbar_kws={"label": "distance, each row from 0 to 1"},
         )
         axis.plot(
-            raw.idxmin(axis=1) + 0.5,
+            raw.columns.get_indexer(raw.idxmin(axis=1)) + 0.5,
             np.arange(len(raw)) + 0.5,
             "x",
             color="black",
@@ -313,7 +314,9 @@ def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
     need_columns(published, "model", "n_layers", "block_size", "start")
     figure, (axis,) = new_figure(WIDE, 2.6)
     axis.plot([0, 1], [1, 0], "--", color="0.6", linewidth=0.8, label="ends with the last layer")
-    for (model, rows), marker in zip(published.groupby("model", sort=False), "os^Dv", strict=False):
+    for (model, rows), marker in zip(
+        published.groupby("model", sort=False), itertools.cycle("os^Dv"), strict=False
+    ):
         axis.plot(
             rows["block_size"] / rows["n_layers"],
             rows["start"] / rows["n_layers"],

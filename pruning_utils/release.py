@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pruning_utils import __version__, runtime, surgery
-from pruning_utils.engine import model_files, passes
+from pruning_utils import __version__, models, runtime, surgery
+from pruning_utils.engine import model_files, passes, wrappers
 from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
@@ -53,11 +53,15 @@ def save_release(
         The folder.
 
     Raises:
-        ValueError: As for :func:`surgery.save`, or if what is loaded computes other logits: what
-            was in the folder stays then.
+        ValueError: As for :func:`surgery.save`, if the card is no text, or if what is loaded
+            computes other logits: what was in the folder stays then.
     """
-    tokens = torch.arange(32, device=model.device)[None]
-    with tempfile.TemporaryDirectory() as trial:
+    if not isinstance(card, str):
+        raise ValueError(f"card must be a text, of model_card, got {card!r}")
+    surgery.directory_to_write(folder, overwrite=overwrite)
+    n_tokens = min(32, wrappers.vocabulary_size(model), models.context_length(model.config))
+    tokens = torch.arange(n_tokens, device=model.device)[None]
+    with tempfile.TemporaryDirectory() as trial, passes.evaluation_mode(model):
         difference = logit_difference(model, surgery.save(model, tokenizer, trial), tokens)
     if difference != 0:  # or no number
         raise ValueError(

@@ -30,6 +30,7 @@ from pruning_utils.engine.later import nn, torch
 from pruning_utils.healing import HealedModel
 
 if TYPE_CHECKING:  # importing it takes seconds
+    from accelerate import PartialState
     from transformers import PreTrainedTokenizerBase
 
 # Weights in 4 bits cannot be split; each device would hold all of them.
@@ -75,27 +76,10 @@ def heal(
         ValueError: As :func:`healing.heal`; or if the process was not started by ``accelerate
             launch``, or the processes do not divide ``batch_size``.
     """
-    from accelerate import PartialState
-
     from pruning_utils.engine import trainer  # importing it takes seconds
 
-    team = PartialState(cpu=not torch.cuda.is_available())
-    if not torch.distributed.is_initialized():
-        raise ValueError(
-            "sharded.heal runs in two processes or more that accelerate launch starts; in one "
-            "process healing.heal does the same"
-        )
-    settings = healing.check_settings(model, {"method": "lora", **settings})
-    if settings["method"] not in METHODS:
-        raise ValueError(
-            f"method must be one of {', '.join(METHODS)}, got {settings['method']!r}: weights in 4 "
-            "bits cannot be split"
-        )
-    if settings["batch_size"] % team.num_processes:
-        raise ValueError(
-            f"batch_size must be a multiple of the {team.num_processes} processes, got "
-            f"{settings['batch_size']}"
-        )
+    team = _team()
+    settings = _checked_settings(model, settings, team)
     # One looks at the folder first, and removes what is damaged in it.
     with team.main_process_first():
         recorded = {**settings, "engine": ENGINE}
@@ -117,6 +101,37 @@ def heal(
     healed = healing.finished(whole, model, settings["method"], merge)
     trainer.refuse_overflow(healed, model)
     return HealedModel(healed, history, count)
+
+
+def _team() -> PartialState:
+    """The processes that accelerate launch started."""
+    from accelerate import PartialState
+
+    team = PartialState(cpu=not torch.cuda.is_available())
+    if not torch.distributed.is_initialized():
+        raise ValueError(
+            "sharded.heal runs in two processes or more that accelerate launch starts; in one "
+            "process healing.heal does the same"
+        )
+    return team
+
+
+def _checked_settings(
+    model: nn.Module, settings: dict[str, Any], team: PartialState
+) -> dict[str, Any]:
+    """The settings of :func:`healing.heal`, complete, that these processes can train with."""
+    settings = healing.check_settings(model, {"method": "lora", **settings})
+    if settings["method"] not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}, got {settings['method']!r}: weights in 4 "
+            "bits cannot be split"
+        )
+    if settings["batch_size"] % team.num_processes:
+        raise ValueError(
+            f"batch_size must be a multiple of the {team.num_processes} processes, got "
+            f"{settings['batch_size']}"
+        )
+    return settings
 
 
 class Training:
@@ -348,8 +363,13 @@ def main(words: Sequence[str] | None = None) -> int:
     seq_len, dtype = given.pop("seq_len"), given.pop("dtype")
     try:
         out = surgery.directory_to_write(out)
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"--out must be a new or empty folder, but {out} holds something")
+        team = _team()
         given["warmup_steps"] = min(given["warmup_steps"], given["steps"])
         model, tokenizer = models.load_model(name, dtype=dtype, device="cpu")
+        # The text may take minutes.
+        _checked_settings(model, given, team)
         count = given["steps"] * given["batch_size"]
         windows = data.healing_windows(tokenizer, count, seq_len, source=text, seed=given["seed"])
         healed = heal(

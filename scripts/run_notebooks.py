@@ -393,19 +393,19 @@ def refuse_another_model(
 
 
 def refuse_depths(options: argparse.Namespace, chosen: list[Job], project: Path) -> None:
-    """Refuse values that remove more layers than a given model has, before anything runs.
+    """Refuse values that remove more layers than the model has, before anything runs.
 
     A plan looks at the models itself.
 
     Raises:
         Refused: If any do. A model whose configuration cannot be read is the notebook's to refuse.
     """
-    if "model" not in options.values or options.plan:
+    if not options.values or options.plan:
         return
     import configurations  # takes seconds
     from jobs import Refused, depths_fault
 
-    for job in chosen:
+    for job in (one for one in chosen if "model" in one.values):
         try:
             config, _ = configurations.configuration(
                 str(job.values["model"]), project / "reference"

@@ -606,6 +606,21 @@ def test_counts_that_an_own_model_does_not_have_are_refused_before_it_is_loaded(
         assert said.rstrip().endswith("has 5")
 
 
+@pytest.mark.parametrize(
+    ("notebook", "given", "fault"),
+    [
+        ("06", "depths=[40]", "depths must be below the 30 layers of embedded, got [40]"),
+        ("09", "depths=[4]", "healing.rated must be among depths"),
+    ],
+)
+def test_counts_that_the_embedded_model_does_not_have_are_refused_too(
+    notebook, given, fault, no_run, capsys, tmp_path
+):
+    words = ["--only", notebook, "-p", given, "--output", str(tmp_path)]
+    assert run_notebooks.main(words) == 2
+    assert fault in capsys.readouterr().err
+
+
 def test_an_environment_of_another_checkout_is_refused(tmp_path, capsys, monkeypatch):
     """As a worktree has it, or a folder that was copied with its own."""
     monkeypatch.setattr(run_notebooks, "__file__", str(tmp_path / "scripts" / "run_notebooks.py"))

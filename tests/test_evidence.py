@@ -653,7 +653,7 @@ def test_detectable_is_found_in_80_percent_of_cases(pairs):
         ({"a": [1.0, 2]}, {"margin": 1, "runs_needed": 2}, "a: 2 runs are needed, got 1"),
         ({"a": [1.0, 2]}, {"margin": 0.02, "effect": -0.0216}, r"margin 0\.02, effect -0\.0216"),
         ({"a": [1.0, 2]}, {"effect": 0.0}, "a: margin must be above 0"),
-        ({"a": [1.0, 2]}, {"effect": np.nan}, "effect nan"),
+        ({"a": [1.0, 2]}, {"effect": np.nan}, "effect of 'a' must be a number, got nan"),
         ({"a": [1.0, 2]}, {"effect": {"b": 1.0}}, r"'a' is not in \['b'\]"),
     ],
 )
@@ -698,3 +698,66 @@ def test_differences_without_spread_allow_no_test(constant):
 def test_many_questions_without_any_difference_are_equal():
     found = evidence.paired_verdicts({"few": np.zeros(23), "many": np.zeros(24)}, margin=0.1)
     assert found["verdict"].tolist() == [evidence.UNTOLD, "equal"]
+
+
+# --- what is named wrongly, or out of range -------------------------------------------------------
+
+ALIKE = {"a": np.arange(30.0)}
+QUESTIONS = pd.DataFrame({"dataset": ["x"] * 4, "item": range(4), "correct": [0, 1, 1, 0]})
+JUDGED = dict.fromkeys("model measure data depth recipe notebook cell".split(), "x")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: evidence.paired_verdicts(ALIKE, margin=1, strata={"A": np.arange(30) % 2}),
+            r"strata must be of pairs, \['A'\] are not among \['a'\]",
+        ),
+        (lambda: evidence.paired_verdicts(ALIKE, margin="1"), "margin must be above 0, got '1'"),
+        (lambda: evidence.paired_verdicts(ALIKE, margin=True), "margin must be above 0, got True"),
+        (lambda: evidence.paired_verdicts(ALIKE, margin=np.inf), "margin must be above 0, got inf"),
+        (lambda: evidence.paired_verdicts(ALIKE, effect="x"), "effect of 'a' must be a number"),
+        (lambda: evidence.paired_verdicts(ALIKE, effect=np.nan), "effect of 'a' must be a number"),
+        (
+            lambda: evidence.paired_verdicts(ALIKE, margin=1, runs_needed="3"),
+            "runs_needed must be a whole number of at least 1, got '3'",
+        ),
+        (lambda: evidence.fall_place(np.arange(5.0), width=0), "width must be .* from 1 to 4"),
+        (lambda: evidence.fall_share(np.arange(5.0), width=5), "width must be .* from 1 to 4"),
+        (lambda: evidence.fall_share(np.arange(5.0), width=-1), "width must be .* from 1 to 4"),
+        (
+            lambda: evidence.steepness(np.arange(3.0), places=[0, 1]),
+            "3 means need a place each, got 2",
+        ),
+        (lambda: evidence.pooled_accuracy(QUESTIONS, {"x": 25}), r"floor of x must be in \[0, 1\]"),
+        (
+            lambda: evidence.pooled_accuracy(QUESTIONS.drop(columns="dataset"), {"x": 0.25}),
+            "questions has no column dataset",
+        ),
+        (
+            lambda: evidence.group_intervals(QUESTIONS, ["task"], "correct"),
+            r"table has no columns \['task'\]",
+        ),
+        (
+            lambda: evidence.group_intervals(QUESTIONS, "dataset", "correct"),
+            "by must be a list of columns, got 'dataset'",
+        ),
+    ],
+)
+def test_what_is_named_wrongly_or_out_of_range_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"unpruned": 0.25}, "floor must be given, got None"),
+        ({"higher_is_better": "no"}, "higher_is_better must be True or False, got 'no'"),
+    ],
+)
+def test_a_control_needs_its_floor_and_its_direction(given, message):
+    found = evidence.paired_verdicts(ALIKE, margin=1).iloc[0]
+    with pytest.raises(ValueError, match=message):
+        evidence.judge("A1", "a", found, claimed="above 0", **JUDGED, **given)

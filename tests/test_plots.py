@@ -126,6 +126,22 @@ def test_other_figures_show_their_rows():
     assert line.get_xydata().tolist() == [[0.25, 0.5], [0.5, 0.25]]
 
 
+def test_every_published_model_is_drawn():
+    chosen = pd.DataFrame({"model": ["a"], "n_layers": [4], "block_size": [1], "start": [2]})
+    others = pd.concat([chosen.assign(model=f"model {number}") for number in range(7)])
+    axis = plots.relative_starts(chosen, others).axes[0]
+    assert len(axis.lines) == 1 + 7 + 1
+
+
+def test_crosses_lie_on_the_minima_where_the_first_blocks_are_left_out():
+    blocks = pd.DataFrame(
+        [(n, start, abs(start - 5) + 1) for n in (1, 2) for start in range(3, 9)],
+        columns=["block_size", "start", "angular_distance"],
+    )
+    (line,) = plots.distance_map(blocks).axes[0].lines
+    assert line.get_xdata().tolist() == [2.5, 2.5], "the third column, which starts at 5"
+
+
 @pytest.mark.parametrize(
     "draw, lacking",
     [

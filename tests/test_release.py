@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from architectures import ARCHITECTURES
 from tiny_model import N_LAYERS
 
 from pruning_utils import models, release, surgery
@@ -61,6 +62,34 @@ HOSTILE = (
     "<!-- & &lt; -->",
     "key: [1, {a: b}] # 'x\" %TAG !!python/object:os.system",
 )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"card": None}, "card must be a text, of model_card, got None"),
+        ({"folder": "full"}, "path must be a new or empty directory"),
+    ],
+)
+def test_a_release_that_could_not_be_written_is_refused_at_once(
+    given, message, pruned, tmp_path, monkeypatch
+):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(surgery, "save", lambda *_, **__: pytest.fail("the model was saved"))
+    folder = tmp_path / given.pop("folder", "new")
+    with pytest.raises(ValueError, match=message):
+        release.save_release(*pruned, folder, **{"card": "# A card", **given})
+
+
+def test_a_small_model_in_training_is_released(tmp_path, tiny):
+    small = ARCHITECTURES["gpt2"]()
+    assert small.config.resid_pdrop > 0
+    _, tokenizer = models.load_model(tiny)
+    small.resize_token_embeddings(len(tokenizer))
+    small.train()
+    release.save_release(small, tokenizer, tmp_path / "small", card="# A card")
+    assert small.training
 
 
 @pytest.mark.parametrize("given", HOSTILE)

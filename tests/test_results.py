@@ -1066,6 +1066,8 @@ def test_paths_that_are_no_table_are_refused(tmp_path):
         ("a/b/My Model/", "my-model"),
         ("./out", "out"),
         (Path("runs") / "a" / "healed_8", "healed_8"),
+        ("org/Model.points", "org--model-points"),
+        ("v1.measured", "v1-measured"),
     ],
 )
 def test_slugs(name, expected):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_model import WATCHED, WINDOWS, save_tiny_model
 
-from pruning_utils import healing, models, sharded
+from pruning_utils import data, healing, models, sharded
 from pruning_utils.engine import trainer
 
 CHILDREN = Path(__file__).resolve().parent / "children"
@@ -148,7 +148,7 @@ def test_a_bfloat16_model_is_trained_in_its_precision(tiny, team):
     }
 
 
-def test_the_command_saves_a_model_that_loads(tiny, team, tmp_path, capsys):
+def test_the_command_saves_a_model_that_loads(tiny, team, tmp_path, capsys, monkeypatch):
     out = tmp_path / "healed"
     words = [tiny, "--out", str(out), *"--steps 2 --batch-size 2 --seq-len 16 --rank 2".split()]
     assert sharded.main([*words, "--dtype", "float64"]) == 1
@@ -159,8 +159,15 @@ def test_the_command_saves_a_model_that_loads(tiny, team, tmp_path, capsys):
     assert "path must be a new or empty directory" in capsys.readouterr().err
     assert not out.with_name("healed.training").exists(), "seen before the training"
     (out / "notes.txt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "healing_windows", lambda *_, **__: pytest.fail("the text was read"))
+        for wrong, message in (("--rank 0", "rank must be"), ("--steps 0", "steps must be")):
+            assert sharded.main([*words, *wrong.split(), "--dtype", "float32"]) == 1
+            assert f"sharded: {message}" in capsys.readouterr().err
     assert sharded.main([*words, "--dtype", "float32"]) == 0
     assert f"saved in {out}; its last loss is" in capsys.readouterr().out
     before, after = (models.load_model(path)[0].state_dict() for path in (tiny, out))
+    assert sharded.main([*words, "--dtype", "float32"]) == 1
+    assert "--out must be a new or empty folder" in capsys.readouterr().err, "not replaced"
     changed = [name for name in after if not torch.equal(after[name], before[name])]
     assert changed and all("proj" in name for name in changed)
