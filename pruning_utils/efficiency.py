@@ -48,7 +48,7 @@ def stored_parameters(model: nn.Module) -> dict[str, int]:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each counted once.
 
-    The scales of quantised weights count too.
+    The scales of weights in NF4 count too. Those of LLM.int8, four bytes a row, do not.
 
     Args:
         model: A model, or a layer of one, whose weights are in memory.
@@ -65,7 +65,7 @@ def weight_bytes(model: nn.Module) -> int:
         state = getattr(tensor, "quant_state", None)
         scales = getattr(state, "absmax", None)
         scales_of_scales = getattr(getattr(state, "state2", None), "absmax", None)
-        for part in (tensor, scales, scales_of_scales, getattr(tensor, "SCB", None)):
+        for part in (tensor, scales, scales_of_scales):
             if part is not None:
                 found[part.data_ptr(), part.shape] = part.nbytes
     return sum(found.values())

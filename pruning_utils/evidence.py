@@ -683,8 +683,9 @@ def judge(
         reason says why nothing can be tested, else it is "".
 
     Raises:
-        ValueError: For another claim, an equality without a margin above 0, levels without a
-            floor, or an interval whose kind, n or runs nobody says.
+        ValueError: For another claim, an equality without a margin above 0, levels or an unpruned
+            one without a floor, a direction that is neither True nor False, or an interval whose
+            kind, n or runs nobody says.
     """
     if claimed not in CLAIMS:
         raise ValueError(f"claimed must be one of {CLAIMS}, got {claimed!r}")

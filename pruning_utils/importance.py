@@ -170,7 +170,8 @@ def perplexity_without_layer(
         model without layer l.
 
     Raises:
-        ValueError: If an argument is out of range, weights are missing, or a loss is NaN.
+        ValueError: If an argument is out of range, weights are missing, or a loss is NaN; or as
+            :func:`perplexity_without_block` says.
         MemoryError: If not even one sample fits into memory.
     """
     return perplexity_without_block(model, input_ids, block_size=1, batch_size=batch_size)
@@ -201,7 +202,8 @@ def perplexity_without_block(
         - 1.
 
     Raises:
-        ValueError: If an argument is out of range, weights are missing, or a loss is NaN.
+        ValueError: If an argument is out of range, weights are missing, or a loss is NaN; if layers
+            hand on more than their states, or PEFT puts trained tokens before each text.
         MemoryError: If not even one sample fits into memory.
     """
     input_ids = models.check_input_ids(model, input_ids, shortest=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -315,7 +314,7 @@ def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
     figure, (axis,) = new_figure(WIDE, 2.6)
     axis.plot([0, 1], [1, 0], "--", color="0.6", linewidth=0.8, label="ends with the last layer")
     for (model, rows), marker in zip(
-        published.groupby("model", sort=False), itertools.cycle("os^Dv"), strict=False
+        published.groupby("model", sort=False), "os^Dv" * len(published), strict=False
     ):
         axis.plot(
             rows["block_size"] / rows["n_layers"],

@@ -46,10 +46,9 @@ def slug(name: str | os.PathLike) -> str:
     text = os.fspath(name)
     if text.count("/") > 1 or text.startswith((".", "~", "/")) or os.path.isdir(text):
         text = os.path.basename(os.path.abspath(os.path.expanduser(text)))
+    plain = re.sub(r"[^a-z0-9._-]+", "-", text.lower().replace("/", "--")).strip("-._")
     # What ends in .measured or .points lies beside a table.
-    kept = re.sub(
-        r"[^a-z0-9._-]+|\.(?=(measured|points)$)", "-", text.lower().replace("/", "--")
-    ).strip("-._")
+    kept = re.sub(r"\.(?=(measured|points)$)", "-", plain)
     if not kept:
         raise ValueError(f"no file name can be made of the model name {name!r}")
     return kept

@@ -362,9 +362,10 @@ def main(words: Sequence[str] | None = None) -> int:
     name, out, text = given.pop("model"), given.pop("out"), given.pop("text")
     seq_len, dtype = given.pop("seq_len"), given.pop("dtype")
     try:
-        out = surgery.directory_to_write(out)
-        if out.exists() and any(out.iterdir()):
+        folder = Path(out)
+        if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"--out must be a new or empty folder, but {out} holds something")
+        out = surgery.directory_to_write(out)
         team = _team()
         given["warmup_steps"] = min(given["warmup_steps"], given["steps"])
         model, tokenizer = models.load_model(name, dtype=dtype, device="cpu")

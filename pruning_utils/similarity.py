@@ -84,9 +84,9 @@ def measure_similarity(
         The :class:`Similarity`.
 
     Raises:
-        ValueError: If an argument is out of range, weights are missing, the layers do not pass on
-            one state for each token, or a state is zero or not finite (the layer and sample are
-            named).
+        ValueError: If an argument is out of range, weights are missing, PEFT puts trained tokens
+            before each text, the layers do not pass on one state for each token, or a state is zero
+            or not finite (the layer and sample are named).
         MemoryError: If not even one sample fits into memory.
     """
     input_ids = models.check_input_ids(model, input_ids)

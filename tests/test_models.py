@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pruning_utils import efficiency, embedded, models, runtime
+from pruning_utils import embedded, models, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 # Wide enough for 4-bit blocks of 64 weights.
@@ -188,9 +188,6 @@ def test_layers_are_quantised_and_the_head_is_not(llama, quantize, kind, closene
         assert model.config.quantization_config.bnb_4bit_compute_dtype == plain.dtype
     else:
         assert stored.dtype == torch.int8 and stored.numel() == 64 * 128
-        scales = 4 * stored.shape[0]
-        held = efficiency.weight_bytes(model.model.layers[0].mlp.up_proj)
-        assert held == stored.numel() + scales
     near, exact = logits(model).flatten(), logits(plain).flatten()
     assert closeness < torch.corrcoef(torch.stack([near, exact]))[0, 1] < 1 - 1e-7
 

@@ -5,11 +5,11 @@ import re
 import stat
 import sys
 
+import architectures
 import pandas as pd
 import pytest
 import torch
 import yaml
-from architectures import ARCHITECTURES
 from tiny_model import N_LAYERS
 
 from pruning_utils import models, release, surgery
@@ -82,10 +82,10 @@ def test_a_release_that_could_not_be_written_is_refused_at_once(
         release.save_release(*pruned, folder, **{"card": "# A card", **given})
 
 
-def test_a_small_model_in_training_is_released(tmp_path, tiny):
-    small = ARCHITECTURES["gpt2"]()
+def test_a_small_model_in_training_is_released(tmp_path, pruned):
+    small = architectures.tiny("GPT2Config", sizes={**architectures.GPT2_NAMES, "n_positions": 16})
     assert small.config.resid_pdrop > 0
-    _, tokenizer = models.load_model(tiny)
+    _, tokenizer = pruned
     small.resize_token_embeddings(len(tokenizer))
     small.train()
     release.save_release(small, tokenizer, tmp_path / "small", card="# A card")

@@ -1068,6 +1068,7 @@ def test_paths_that_are_no_table_are_refused(tmp_path):
         (Path("runs") / "a" / "healed_8", "healed_8"),
         ("org/Model.points", "org--model-points"),
         ("v1.measured", "v1-measured"),
+        ("org/m.points-", "org--m-points"),
     ],
 )
 def test_slugs(name, expected):

@@ -156,7 +156,7 @@ def test_the_command_saves_a_model_that_loads(tiny, team, tmp_path, capsys, monk
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     assert sharded.main([*words, "--dtype", "float32"]) == 1
-    assert "path must be a new or empty directory" in capsys.readouterr().err
+    assert "--out must be a new or empty folder" in capsys.readouterr().err
     assert not out.with_name("healed.training").exists(), "seen before the training"
     (out / "notes.txt").unlink()
     with monkeypatch.context() as patch:

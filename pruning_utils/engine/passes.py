@@ -250,7 +250,7 @@ def refuse_handed_on(arguments: tuple, before: Sequence[Any], model: nn.Module) 
 
     Args:
         arguments: All arguments of a layer but the states, nested as they are.
-        before: What the layer before it returned, states first.
+        before: A list with what the layer before it returned, states first.
         model: The model, for the message.
 
     Raises:

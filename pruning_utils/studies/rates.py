@@ -1,4 +1,4 @@
-"""Learning rates that are tried on validation text, and the best of them (notebooks 06 to 12)."""
+"""Learning rates tried on validation text, and the best of them (notebooks 04, 06 to 12)."""
 
 from __future__ import annotations
 
