@@ -480,15 +480,15 @@ def test_healing_windows_mix_both_sources():
         assert set(texts_in(data.healing_windows(tokenizer, 20, 512, source=source))) <= documents
 
 
-@pytest.mark.parametrize(
-    "windows",
-    [
-        data.calibration_windows,
-        data.evaluation_windows,
-        data.document_windows,
-        data.healing_windows,
-    ],
+WINDOWS = (
+    data.calibration_windows,
+    data.evaluation_windows,
+    data.document_windows,
+    data.healing_windows,
 )
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize(
     ("n_samples", "seq_len", "message"),
     [
@@ -512,15 +512,7 @@ def test_seeds_of_windows_are_whole_numbers(windows, seed):
         windows(LetterTokenizer(), 2, 64, seed=seed)
 
 
-@pytest.mark.parametrize(
-    "windows",
-    [
-        data.calibration_windows,
-        data.evaluation_windows,
-        data.document_windows,
-        data.healing_windows,
-    ],
-)
+@pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize(
     ("tokenizer", "n_samples", "seq_len", "message"),
     [
