@@ -22,7 +22,7 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 03  Does healing turn the jump of the loss into a slope?
     depth, places, beginnings: similarity, selection, surgery, healing, evaluation
 04  Is it enough to remove the deepest layers?
-    depth: similarity, selection, surgery, healing, evaluation
+    depth, rates: similarity, selection, surgery, healing, evaluation
 05  How much do the seed, the rank, the rate and the shots matter?
     depth, shots: similarity, selection, surgery, healing, evaluation
 06  Which layers matter, and does it matter how one asks?

@@ -238,7 +238,8 @@ def test_05_asks_for_the_answers_that_04_computes(profile):
         assert simple["scored_on"][name] == robust["scored_on"][name], name
     assert simple["scored_on"]["more_questions"] == robust["scored_on"]["n_questions"]
     assert simple["sweep"]["compared"] == robust["share_removed"]
-    for name in simple["healing"].keys() & robust["healing"].keys():
+    # Each tries rates for models of its own.
+    for name in simple["healing"].keys() & robust["healing"].keys() - {"rates"}:
         assert simple["healing"][name] == robust["healing"][name], name
 
 
