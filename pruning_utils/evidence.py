@@ -40,6 +40,7 @@ __all__ = [
     "paired",
     "paired_verdicts",
     "pooled_accuracy",
+    "rank_correlation_interval",
     "save_verdicts",
     "statistic_interval",
     "steepness",
@@ -50,7 +51,7 @@ __all__ = [
 RESAMPLES = 20_000
 CHUNK = 1_000  # resamples that are drawn at once
 FEW = 24  # items from which on simulations hold the intervals
-CLAIMS = ("above 0", "below 0", "equal")
+CLAIMS = ("above 0", "below 0", "equal", verdict_rows.ABOVE_MARGIN)
 LEVEL = 0.95
 # The margin of an equality is at most this share of what pruning itself changes.
 LARGEST_MARGIN = 0.25
@@ -374,6 +375,26 @@ def depth_correlation(means: np.ndarray) -> np.ndarray:
     return (ranks * depth).sum(-1) / np.sqrt((ranks**2).sum(-1) * (depth**2).sum())
 
 
+def rank_correlation_interval(correlation: float, n: int) -> Interval:
+    """Spearman's rank correlation with Fisher's 95 % interval, as if the n items were drawn.
+
+    The variance of its inverse hyperbolic tangent is 1.06 / (n - 3) for ranks: Fieller, Hartley and
+    Pearson (1957), Biometrika 44, 470-481.
+
+    Args:
+        correlation: In [-1, 1].
+        n: Items that were ranked, at least 4.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    number("correlation", correlation, "in [-1, 1]", lambda value: -1 <= value <= 1)
+    whole_number("n", n, 4)
+    half = stats.norm.ppf(0.975) * math.sqrt(1.06 / (n - 3))
+    middle = np.arctanh(np.clip(correlation, -0.999, 0.999))
+    return Interval(correlation, float(np.tanh(middle - half)), float(np.tanh(middle + half)))
+
+
 def fall_place(means: np.ndarray, *, width: int) -> np.ndarray:
     """Place from which a curve of means falls most within ``width`` steps.
 
@@ -656,7 +677,7 @@ def judge(
         part: What part of it, such as ``"healed, loss"``.
         found: Interval of the difference or other quantity, or a row (a Series or a dict) of
             :func:`paired_verdicts`.
-        claimed: ``"above 0"``, ``"below 0"`` or ``"equal"``.
+        claimed: ``"above 0"``, ``"below 0"``, ``"equal"`` or ``"above the margin"``.
         model: Name of the model.
         measure: Such as ``"loss"`` or ``"accuracy"``.
         data: Text or tasks.
@@ -664,7 +685,7 @@ def judge(
         recipe: How the model was healed.
         notebook: Name of the notebook.
         cell: Title of the cell that shows it.
-        margin: For ``"equal"`` with an interval; a pair brings its own.
+        margin: For the last two with an interval; a pair brings its own.
         levels: Levels of the two sides that are compared, as numbers or as intervals.
         unpruned: Level of the unpruned model, the positive control.
         floor: The level without information: of accuracy that without the question, of loss ln V.
@@ -720,10 +741,12 @@ def judge(
 
 def _word_of_interval(found: Interval | FactorInterval, claimed: str, margin: float | None) -> str:
     """The verdict on a claim by the ends of an interval."""
-    if claimed != "equal":
+    if claimed in ("above 0", "below 0"):
         return verdict_rows.word_for_sign(found.low, found.high, claimed)
     if margin is None or not margin > 0:
-        raise ValueError(f"margin must be above 0 for a claim of equality, got {margin}")
+        raise ValueError(f"margin must be above 0 for the claim {claimed!r}, got {margin}")
+    if claimed == verdict_rows.ABOVE_MARGIN:
+        return verdict_rows.word_for_sign(found.low - margin, found.high - margin, "above 0")
     return verdict_rows.word_for_equality(found.low, found.high, margin)
 
 

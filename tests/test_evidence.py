@@ -700,6 +700,17 @@ def test_many_questions_without_any_difference_are_equal():
     assert found["verdict"].tolist() == [evidence.UNTOLD, "equal"]
 
 
+def test_ends_of_a_rank_correlation_are_fishers():
+    found = evidence.rank_correlation_interval(0.5, 30)
+    half = 1.959964 * (1.06 / 27) ** 0.5
+    assert np.arctanh(found.high) - np.arctanh(0.5) == pytest.approx(half)
+    assert np.arctanh(0.5) - np.arctanh(found.low) == pytest.approx(half)
+    assert evidence.rank_correlation_interval(1.0, 30).high < 1
+    for wrong in ((1.1, 30), (0.5, 3)):
+        with pytest.raises(ValueError, match="must be"):
+            evidence.rank_correlation_interval(*wrong)
+
+
 # --- what is named wrongly, or out of range -------------------------------------------------------
 
 ALIKE = {"a": np.arange(30.0)}

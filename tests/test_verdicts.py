@@ -63,10 +63,13 @@ def test_a_row_has_its_columns_in_order():
         (ABOVE, "equal", UNTOLD),
         (BELOW._replace(high=-1.6), "equal", FAILS),
         (ABOVE._replace(low=1.6), "equal", FAILS),
+        (ABOVE._replace(low=1.6), "above the margin", HOLDS),
+        (ABOVE, "above the margin", UNTOLD),
+        (AROUND, "above the margin", FAILS),
     ],
 )
 def test_what_an_interval_says(found, claimed, word):
-    margin = 1.5 if claimed == "equal" else None
+    margin = 1.5 if claimed in ("equal", "above the margin") else None
     row = judged(found, claimed, margin=margin)
     assert (row["verdict"], row["reason"]) == (word, "")
 
@@ -95,11 +98,11 @@ def test_what_a_pair_says_is_corrected_for_its_family():
         for name in shifts
     }
     assert said == {
-        "far": [HOLDS, FAILS, FAILS],
-        "low": [FAILS, HOLDS, FAILS],
-        "within": [FAILS, FAILS, HOLDS],
-        "small": [HOLDS, FAILS, UNTOLD],  # no more than the margin, for all one knows
-        "border": [UNTOLD, UNTOLD, UNTOLD],
+        "far": [HOLDS, FAILS, FAILS, HOLDS],
+        "low": [FAILS, HOLDS, FAILS, FAILS],
+        "within": [FAILS, FAILS, HOLDS, FAILS],
+        "small": [HOLDS, FAILS, UNTOLD, UNTOLD],  # no more than the margin, for all one knows
+        "border": [UNTOLD, UNTOLD, UNTOLD, UNTOLD],
     }
 
 
@@ -108,7 +111,7 @@ def test_a_pair_that_differs_within_the_margin_is_both():
     row = evidence.paired_verdicts({"a": values}, margin=0.4).iloc[0]
     assert row["verdict"] == "differs, within the margin"
     assert [judged(row, claimed)["verdict"] for claimed in evidence.CLAIMS] == [
-        *(HOLDS, FAILS, HOLDS)
+        *(HOLDS, FAILS, HOLDS, FAILS)
     ]
 
 

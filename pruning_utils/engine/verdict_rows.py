@@ -13,6 +13,7 @@ FAILS = "does not hold"
 UNTOLD = "cannot be told"
 UNTESTABLE = "not testable here"
 WORDS = (HOLDS, FAILS, UNTOLD, UNTESTABLE)
+ABOVE_MARGIN = "above the margin"  # a claim on a pair
 # Of one part of a claim, and of several.
 COUNTED = {
     HOLDS: ("holds", "hold"),
@@ -133,12 +134,13 @@ def word_of_pair(pair: Mapping, claimed: str) -> str:
     where the difference is larger than the margin.
     """
     is_equal = pair["p_equal_holm"] <= 0.05
+    is_beyond = pair["p_beyond_holm"] <= 0.05
     if claimed == "equal":
         if is_equal:
             return HOLDS
-        return FAILS if pair["p_beyond_holm"] <= 0.05 else UNTOLD
-    if pair["p_holm"] <= 0.05:
-        return HOLDS if (pair["difference"] > 0) == (claimed == "above 0") else FAILS
+        return FAILS if is_beyond else UNTOLD
+    if is_beyond if claimed == ABOVE_MARGIN else pair["p_holm"] <= 0.05:
+        return HOLDS if (pair["difference"] > 0) == (claimed != "below 0") else FAILS
     return FAILS if is_equal else UNTOLD
 
 
