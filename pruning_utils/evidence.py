@@ -744,7 +744,8 @@ def _word_of_interval(found: Interval | FactorInterval, claimed: str, margin: fl
     if claimed in ("above 0", "below 0"):
         return verdict_rows.word_for_sign(found.low, found.high, claimed)
     if margin is None or not margin > 0:
-        raise ValueError(f"margin must be above 0 for the claim {claimed!r}, got {margin}")
+        of = "equality" if claimed == "equal" else "more than it"
+        raise ValueError(f"margin must be above 0 for a claim of {of}, got {margin}")
     if claimed == verdict_rows.ABOVE_MARGIN:
         return verdict_rows.word_for_sign(found.low - margin, found.high - margin, "above 0")
     return verdict_rows.word_for_equality(found.low, found.high, margin)

@@ -268,7 +268,7 @@ def _streams(
                     )
                 states = states[:n_samples]
             entered[number] = states[:n_samples]
-            passes.refuse_handed_on((given, named), before, model)
+            passes.refuse_handed_on((given, named), before[0], model)
             reached = slice(0, len(states))
             more, by_name = passes.arguments_of_rows((given, named), reached, n_rows, alone[number])
             output = before[0] = own(states, *more, **by_name)

@@ -244,27 +244,25 @@ def joined_rows(outputs: Sequence[Any]) -> Any:
     return torch.utils._pytree.tree_unflatten(joined, flat[0][1])
 
 
-def refuse_handed_on(arguments: tuple, before: Sequence[Any], model: nn.Module) -> None:
+def refuse_handed_on(arguments: tuple, before: Any, model: nn.Module) -> None:
     """Refuse layers that take more than states from the layer before, where a layer is to be left
     out.
 
     Args:
         arguments: All arguments of a layer but the states, nested as they are.
-        before: A list with what the layer before it returned, states first.
+        before: What the layer before it returned; None: it is the first.
         model: The model, for the message.
 
     Raises:
         ValueError: If a tensor that was returned beside the states is among the arguments.
     """
-    beside = {
+    beside = [*before[1:]] if isinstance(before, tuple | list) else []
+    handed_on = {
         id(leaf)
-        for output in before
-        if isinstance(output, tuple | list)
-        for leaf in torch.utils._pytree.tree_leaves(output[1:])
+        for leaf in torch.utils._pytree.tree_leaves(beside)
         if isinstance(leaf, torch.Tensor)
     }
-    taken = [leaf for leaf in torch.utils._pytree.tree_leaves(arguments) if id(leaf) in beside]
-    if taken:
+    if any(id(leaf) in handed_on for leaf in torch.utils._pytree.tree_leaves(arguments)):
         raise ValueError(
             f"layers of {type(model).__name__} hand on more than their states, so that no layer "
             "can be left out within a pass: remove it with surgery.drop_layers, and measure the "

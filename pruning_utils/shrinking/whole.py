@@ -425,9 +425,13 @@ def _refuse_too_little_text(
     try:
         _healing_windows(order, tokenizer, seq_len, steps)
     except ValueError as error:
+        advice = (
+            "ask for fewer --steps or --minutes"
+            if steps > N_PROBED
+            else "so many are timed, however few are asked for: give more text"
+        )
         raise ValueError(
-            f"{steps} steps of healing need {steps * BATCH_SIZE} windows of text; ask for fewer "
-            f"--steps or --minutes: {error}"
+            f"{steps} steps of healing need {steps * BATCH_SIZE} windows of text; {advice}: {error}"
         ) from error
 
 
