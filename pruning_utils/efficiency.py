@@ -95,11 +95,14 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
     whole_number("batch_size", batch_size, 1)
     whole_number("n_tokens", n_tokens, 1, models.context_length(model.config))
     device = model.get_input_embeddings().weight.device
-    # It does not know the product of each token with the weights of its experts.
-    of_experts = {torch.ops.aten._grouped_mm: _grouped_operations}
-    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=of_experts)
+    counter = flop_counter.FlopCounterMode(
+        display=False,
+        # It does not know the product of each token with the weights of its experts.
+        custom_mapping={torch.ops.aten._grouped_mm: _grouped_operations},
+    )
     with (
         torch.no_grad(),
+        passes.frozen_weights(model),  # the counter stumbles over views of those that are not
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         counter,
     ):
@@ -149,6 +152,7 @@ def generation_speed(
         ("new_tokens", new_tokens, 2),
         ("warmups", warmups, 0),
         ("repeats", repeats, 1),
+        ("seed", seed, 0),
     ):
         whole_number(name, value, least)
     passes.refuse_missing_weights(model)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from pruning_utils import models
 from pruning_utils.engine import benchmarks, memory, passes, prefixes, wrappers
-from pruning_utils.engine.checks import refuse_nan, whole_number
+from pruning_utils.engine.checks import refuse_nan, true_or_false, whole_number
 from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
@@ -230,10 +230,10 @@ def evaluate_tasks(
             something else, a task unknown or its data out of reach, all before any scoring; or if
             a log-likelihood is not finite.
     """
-    wrappers.refuse_wrapped(model)
+    wrappers.refuse_wrapped(model, with_head=True)
     batch_size = whole_number("batch_size", batch_size, 1)
     loaded = load_tasks(tasks, num_fewshot=num_fewshot, limit=limit, shot_order=shot_order)
-    if answers_only:
+    if true_or_false("answers_only", answers_only):
         benchmarks.leave_questions_out(loaded)
     with quiet_libraries(), passes.evaluation_mode(model), torch.no_grad():
         scorer = prefixes.language_model(model, tokenizer, batch_size)

@@ -330,9 +330,10 @@ def statistic_interval(
         are NaN where the statistic is NaN for a resample.
 
     Raises:
-        ValueError: If there are fewer than 2 observations, one is NaN, or the confidence is out of
-            range.
+        ValueError: If there are fewer than 2 observations, one is NaN, or the confidence or the
+            seed is out of range.
     """
+    seed = whole_number("seed", seed, 0)
     values = np.asarray(observations, dtype=np.float64)
     if values.ndim == 0 or len(values) < 2 or np.isnan(values).any():
         raise ValueError(

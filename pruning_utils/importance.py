@@ -210,7 +210,9 @@ def perplexity_without_block(
     wrappers.refuse_own_tokens(model)
     passes.refuse_missing_weights(model)
     n_layers = len(models.decoder_layers(model))
-    block_size = whole_number("block_size", block_size, 1, n_layers - 1)
+    block_size = whole_number(
+        "block_size", block_size, 1, n_layers - 1, of=f"one of {n_layers} layers must stay"
+    )
     input_ids = input_ids.to(passes.input_device(model))
     n_streams = n_layers - block_size + 2
     size = memory.samples_at_once(batch_size, input_ids, n_streams)

@@ -174,7 +174,7 @@ def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) ->
 
 def text_config(model: nn.Module) -> PreTrainedConfig:
     """The configuration of the decoder: a multimodal model's text part, else the model's own."""
-    return model.config.get_text_config(decoder=True)
+    return wrappers.refuse_wrapped(model).config.get_text_config(decoder=True)
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -189,24 +189,26 @@ def context_length(config: PreTrainedConfig) -> int:
 
 
 def check_input_ids(
-    model: nn.Module, input_ids: torch.Tensor, *, shortest: int = 1
+    model: nn.Module, input_ids: torch.Tensor, *, shortest: int = 1, name: str = "input_ids"
 ) -> torch.Tensor:
     """Refuse token ids that the model cannot take, before any work.
 
     Args:
         model: A causal language model.
         input_ids: Integer tensor, of any width, of shape ``(n_samples, seq_len)``, both at least 1.
-        shortest: Tokens that each sequence must have: 2 where tokens are to be predicted.
+        shortest: Tokens that each sequence must have: 2 where tokens are to be predicted, for which
+            the model must have a head.
+        name: What the messages call the ids.
 
     Returns:
         The same ids as int64, the one width that every architecture takes.
 
     Raises:
-        ValueError: If the model is none of transformers, or inside something else; if the shape or
-            dtype is wrong, an id lies outside the vocabulary, or a sequence is too short, or longer
-            than the model's context.
+        ValueError: If the model is none of transformers, has no head where it needs one, or is
+            inside something else; if the shape or dtype is wrong, an id lies outside the
+            vocabulary, or a sequence is too short, or longer than the model's context.
     """
-    wrappers.refuse_wrapped(model)
+    wrappers.refuse_wrapped(model, with_head=shortest > 1)
     is_tensor = isinstance(input_ids, torch.Tensor)
     if (
         not is_tensor
@@ -217,21 +219,23 @@ def check_input_ids(
         or input_ids.dtype == torch.bool
     ):
         raise ValueError(
-            f"input_ids must be an integer tensor of shape (n_samples, seq_len), got "
+            f"{name} must be an integer tensor of shape (n_samples, seq_len), got "
             f"{_described(input_ids) if is_tensor else type(input_ids).__name__}"
         )
     input_ids = input_ids.long()
     vocabulary = wrappers.vocabulary_size(model)
     for extreme in (int(input_ids.min()), int(input_ids.max())):
         if not 0 <= extreme < vocabulary:
-            raise ValueError(f"token id {extreme} is outside the vocabulary [0, {vocabulary})")
+            raise ValueError(f"{name} must lie in the vocabulary [0, {vocabulary}), got {extreme}")
     if input_ids.shape[1] < shortest:
-        raise ValueError(f"windows must hold at least {shortest} tokens, got {input_ids.shape[1]}")
+        raise ValueError(
+            f"sequences of {name} must hold at least {shortest} tokens, got {input_ids.shape[1]}"
+        )
     longest = context_length(model.config)
     if input_ids.shape[1] > longest:
         raise ValueError(
-            f"sequences of {input_ids.shape[1]} tokens are longer than the model's context of "
-            f"{longest}"
+            f"sequences of {name} must be at most as long as the model's context of {longest} "
+            f"tokens, got {input_ids.shape[1]}"
         )
     return input_ids
 
@@ -291,9 +295,10 @@ def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the head.
 
     Raises:
-        ValueError: If the backbone has no single norm of its own.
+        ValueError: If the backbone has no single norm of its own, or the model is none of
+            transformers.
     """
-    children = list(backbone(model).children())
+    children = list(backbone(wrappers.refuse_wrapped(model)).children())
     norms = [module for module in children if "norm" in type(module).__name__.lower()]
     # Where there are two, the one before the layers belongs to the embedding.
     found = [
@@ -311,8 +316,11 @@ def untie_head(model: nn.Module) -> None:
 
     The configuration, from now on the model's own, is set so that saving keeps both and loading
     does not tie them again.
+
+    Raises:
+        ValueError: If the model is none of transformers, or has no head.
     """
-    held_configurations.make_own(model)
+    held_configurations.make_own(wrappers.refuse_wrapped(model, with_head=True))
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(

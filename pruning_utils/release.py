@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pruning_utils import __version__, models, runtime, surgery
-from pruning_utils.engine import model_files, passes, wrappers
+from pruning_utils.engine import checks, model_files, passes, wrappers
 from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
@@ -53,11 +53,12 @@ def save_release(
         The folder.
 
     Raises:
-        ValueError: As for :func:`surgery.save`, if the card is no text, or if what is loaded
-            computes other logits: what was in the folder stays then.
+        ValueError: As for :func:`surgery.save`, if the model has no head or the card is no text,
+            or if what is loaded computes other logits: what was in the folder stays then.
     """
     if not isinstance(card, str):
         raise ValueError(f"card must be a text, of model_card, got {card!r}")
+    wrappers.refuse_wrapped(model, with_head=True)
     surgery.directory_to_write(folder, overwrite=overwrite)
     n_tokens = min(32, wrappers.vocabulary_size(model), models.context_length(model.config))
     tokens = torch.arange(n_tokens, device=model.device)[None]
@@ -205,7 +206,7 @@ def export_gguf(folder: str | os.PathLike, *, kind: str = "bf16") -> Path | None
         ValueError: If the kind is unknown, the folder holds no model, or the converter refuses it;
             what it says is in the message, and nothing half-written stays.
     """
-    folder = Path(folder).resolve()
+    folder = checks.file_path("folder", folder).resolve()
     if kind not in GGUF_TYPES:
         raise ValueError(f"kind must be one of {', '.join(GGUF_TYPES)}, got {kind!r}")
     if not (folder / "config.json").is_file():

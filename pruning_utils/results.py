@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from pruning_utils import runtime
-from pruning_utils.engine import definitions, records, saved_points, workers
+from pruning_utils.engine import checks, definitions, records, saved_points, workers
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.records import StaleResult, read_record
 
@@ -133,7 +133,7 @@ def load_or_compute(
             PRUNING_UTILS_NO_COMPUTE is set.
     """
     path, asked = records.table_file(path), records.settings_of(parameters)
-    if not recompute and records.is_there(path):
+    if not checks.true_or_false("recompute", recompute) and records.is_there(path):
         return records.read_table(path, records.checked_record(path, asked))
     code = _before_computing(path, compute, asked)
     commit = records.package_commit()
@@ -186,12 +186,13 @@ def sweep(
         RuntimeError: If a point fails (named, after those running beside it were saved), or if
             another process or thread is computing the same table.
     """
+    anew = checks.true_or_false("recompute", recompute)
     path, asked = records.table_file(path), records.settings_of(parameters)
     executor = executor or workers.asked_for()
     points, folder = saved_points.checked_points(points), path.with_suffix(".points")
     seeds: list[dict] = []
     before = saved_points.seen(path)
-    if not recompute and not saved_points.unfinished(folder) and path.exists():
+    if not anew and not saved_points.unfinished(folder) and path.exists():
         record = records.checked_record(path, asked)
         if [entry["point"] for entry in record.get("points", [])] == points:
             if os.environ.get(PROVE):
@@ -199,7 +200,7 @@ def sweep(
             return records.read_table(path, record)
         seeds = saved_points.reusable(path, record, points)
     code = _before_computing(path, compute_point, asked)
-    with saved_points.opened(path, before, asked, seeds, anew=recompute):
+    with saved_points.opened(path, before, asked, seeds, anew=anew):
         commit = records.package_commit()
         missing = [point for point in points if saved_points.read(folder, point, code) is None]
         with (

@@ -288,9 +288,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     is removed.
 
     Raises:
+        ValueError: If ``path`` is none.
         OSError: When writing fails (a full disk, say), with the target named.
     """
-    path = Path(path)
+    path = checks.file_path("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)

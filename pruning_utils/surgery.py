@@ -425,10 +425,11 @@ def directory_to_write(path: str | os.PathLike, *, overwrite: bool = False) -> P
         overwrite: See above.
 
     Raises:
-        ValueError: If it is a file or holds something else.
+        ValueError: If it is no path, a file, or holds something else.
     """
-    found = Path(path).resolve()  # a link stays a link, and "." has a name
-    ours = found.is_dir() and (overwrite or (found / MARKER).is_file() or not any(found.iterdir()))
+    replaces = checks.true_or_false("overwrite", overwrite)
+    found = checks.file_path("path", path).resolve()  # a link stays a link, and "." has a name
+    ours = found.is_dir() and (replaces or (found / MARKER).is_file() or not any(found.iterdir()))
     if found.exists() and not ours:
         raise ValueError(
             f"path must be a new or empty directory, or one written by surgery.save, got {path}"
@@ -471,8 +472,7 @@ def save(
     wrappers.refuse_wrapped(model)
     passes.refuse_missing_weights(model)
     wrappers.refuse_compiled_parts(model)
-    asked = Path(path)
-    path = directory_to_write(asked, overwrite=overwrite)
+    folder = directory_to_write(path, overwrite=overwrite)
     _refuse_adapters(model)
     # On some CPUs bitsandbytes repacks 4-bit weights when it first evaluates, rounds their scales
     # and unpacks them wrongly as soon as a state dict is asked for.
@@ -490,22 +490,22 @@ def save(
             "bits"
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
             new = Path(beside, "new")
             saved_models.write(model, tokenizer, new, is_plain=is_plain)
             (new / MARKER).write_text(f'{{"pruning_utils": "{__version__}"}}\n')
             for file in filter(Path.is_file, new.iterdir()):
                 file.chmod(0o644)  # safetensors lets nobody else read
-            _replace_directory(path, new, Path(beside, "old"))
+            _replace_directory(folder, new, Path(beside, "old"))
     except (OSError, SafetensorError) as error:
         # safetensors gives the number of a system error in its text only.
         told = re.search(r"os error (\d+)", str(error))
         code = getattr(error, "errno", None) or (int(told[1]) if told else errno.EIO)
         raise OSError(
-            code, f"could not write {path}: {getattr(error, 'strerror', None) or error}"
+            code, f"could not write {folder}: {getattr(error, 'strerror', None) or error}"
         ) from error
-    return asked
+    return Path(path)
 
 
 def _is_held_plainly(model: PreTrainedModel) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from every_architecture import build
 
 from pruning_utils import efficiency, models, surgery
 
@@ -142,6 +143,15 @@ def test_flops_of_experts_are_those_of_their_products(name):
     found = efficiency.forward_flops(model, batch_size=2, n_tokens=16)
     model.set_experts_implementation("eager")
     assert found == efficiency.forward_flops(model, batch_size=2, n_tokens=16)
+
+
+def test_flops_do_not_depend_on_which_weights_are_trained():
+    """DBRX hands views of its weights to modules, which PyTorch's counter follows if they train."""
+    model = build("dbrx")
+    flags = [weight.requires_grad for weight in model.parameters()]
+    found = efficiency.forward_flops(model, batch_size=1, n_tokens=8)
+    assert [weight.requires_grad for weight in model.parameters()] == flags and all(flags)
+    assert found == efficiency.forward_flops(model.requires_grad_(False), batch_size=1, n_tokens=8)
 
 
 def test_weights_that_layers_share_count_once(llama):

@@ -918,14 +918,20 @@ REFUSED = [
     ({"targets": []}, r"targets must be .* got \[\]"),
     ({"targets": None}, "targets must be .* got None"),
     ({"targets": ""}, "targets must be"),
-    ({"train_ids": torch.tensor([[1, V]])}, rf"token id {V} is outside the vocabulary \[0, {V}\)"),
-    ({"train_ids": torch.tensor([[-1, 3]])}, "token id -1 is outside"),
+    (
+        {"train_ids": torch.tensor([[1, V]])},
+        rf"train_ids must lie in the vocabulary \[0, {V}\), got {V}",
+    ),
+    ({"train_ids": torch.tensor([[-1, 3]])}, "train_ids must lie in the vocabulary .* got -1"),
     ({"train_ids": torch.ones(2, 4)}, "integer tensor"),
     ({"train_ids": torch.tensor([1, 2])}, r"got int64 of shape \(2,\)"),
     ({"train_ids": torch.zeros(0, 4, dtype=torch.long)}, r"got int64 of shape \(0, 4\)"),
-    ({"train_ids": torch.ones(2, 65, dtype=torch.long)}, "longer than the model's context of 64"),
-    ({"train_ids": torch.tensor([[1], [2]])}, "windows must hold at least 2 tokens, got 1"),
-    ({"eval_ids": torch.tensor([[1], [2]])}, "windows must hold at least 2 tokens, got 1"),
+    (
+        {"train_ids": torch.ones(2, 65, dtype=torch.long)},
+        "train_ids must be at most as long as the model's context of 64",
+    ),
+    ({"train_ids": torch.tensor([[1], [2]])}, "train_ids must hold at least 2 tokens, got 1"),
+    ({"eval_ids": torch.tensor([[1], [2]])}, "eval_ids must hold at least 2 tokens, got 1"),
     ({"eval_ids": torch.tensor([[1, 500]])}, "token id 500 is outside"),
 ]
 

@@ -236,7 +236,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(monkeypatch, ca
         ),
         (
             lambda model: importance.perplexity_without_layer(model, windows() + 900),
-            "outside the vocabulary",
+            "must lie in the vocabulary",
         ),
         (
             lambda model: importance.perplexity_without_block(

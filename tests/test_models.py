@@ -993,11 +993,11 @@ def test_quantised_copy_refuses(llama):
         (torch.ones(2, 3, dtype=torch.complex64), r"got complex64 of shape \(2, 3\)"),
         (torch.ones(0, 3, dtype=torch.long), r"got int64 of shape \(0, 3\)"),
         (torch.ones(3, 0, dtype=torch.long), r"got int64 of shape \(3, 0\)"),
-        (torch.tensor([[3, 96]]), r"token id 96 is outside the vocabulary \[0, 96\)"),
-        (torch.tensor([[-1, 5]]), r"token id -1 is outside the vocabulary \[0, 96\)"),
+        (torch.tensor([[3, 96]]), r"input_ids must lie in the vocabulary \[0, 96\), got 96"),
+        (torch.tensor([[-1, 5]]), r"input_ids must lie in the vocabulary \[0, 96\), got -1"),
         (
             torch.ones(1, 65, dtype=torch.long),
-            "sequences of 65 tokens are longer than the model's context of 64",
+            "at most as long as the model's context of 64 tokens, got 65",
         ),
     ],
 )

@@ -9,7 +9,20 @@ import pytest
 import torch
 from test_healing import Tokenizer, llama, windows
 
-from pruning_utils import evaluation, healing, importance, results, selection, similarity
+from pruning_utils import (
+    efficiency,
+    evaluation,
+    evidence,
+    healing,
+    importance,
+    models,
+    release,
+    results,
+    runtime,
+    selection,
+    similarity,
+    surgery,
+)
 from pruning_utils.engine import benchmarks, checks, passes, trainer
 
 NAN = float("nan")
@@ -41,6 +54,82 @@ def test_what_is_no_path_is_refused_by_its_name(path):
 
 def test_texts_and_paths_are_paths(tmp_path):
     assert checks.file_path("p", str(tmp_path)) == checks.file_path("p", tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x"])
+def test_what_writes_files_names_a_wrong_path(path):
+    with pytest.raises(ValueError, match="path must be a path, as a text or a Path, got"):
+        surgery.save(llama(), None, path)
+    with pytest.raises(ValueError, match="folder must be a path, as a text or a Path, got"):
+        release.export_gguf(path)
+    with pytest.raises(ValueError, match="path must be a path"), runtime.atomic_path(path):
+        pytest.fail("nothing can be written")
+
+
+# --- texts where True or False is meant, and seeds ------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["no", "False", 0, 1, None, []])
+def test_what_is_neither_true_nor_false_is_refused(value, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="overwrite must be True or False, got"):
+        surgery.save(llama(), None, kept, overwrite=value)
+    assert (kept / "notes.txt").read_text() == "mine"
+    table = tmp_path / "t.csv"
+    with pytest.raises(ValueError, match="recompute must be True or False, got"):
+        results.load_or_compute(table, pytest.fail, parameters={}, recompute=value)
+    with pytest.raises(ValueError, match="recompute must be True or False, got"):
+        results.sweep([{"a": 1}], pytest.fail, path=table, parameters={}, recompute=value)
+    assert list(tmp_path.iterdir()) == [kept]
+    monkeypatch.setattr(evaluation, "load_tasks", lambda *_, **__: {})
+    with pytest.raises(ValueError, match="answers_only must be True or False, got"):
+        evaluation.evaluate_tasks(llama(), Tokenizer(), ["piqa"], answers_only=value)
+
+
+@pytest.mark.parametrize("seed", [None, True, 1.0, "1", -1])
+def test_seeds_of_prompts_and_resamples_are_whole_numbers(seed):
+    with pytest.raises(ValueError, match="seed must be a whole number of at least 0, got"):
+        efficiency.generation_speed(llama(), batch_size=1, prompt_tokens=2, new_tokens=2, seed=seed)
+    with pytest.raises(ValueError, match="seed must be a whole number of at least 0, got"):
+        evidence.statistic_interval([1.0, 2.0], pytest.fail, seed=seed)
+
+
+# --- what is no model, or half of one -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [None, "llama", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused_by_what_reads_one(model, tmp_path):
+    for reads in (models.text_config, models.final_norm, models.untie_head):
+        with pytest.raises(ValueError, match="model must be a causal language model of transf"):
+            reads(model)
+    with pytest.raises(ValueError, match="model must be a causal language model of transformers"):
+        release.save_release(model, Tokenizer(), tmp_path / "new", card="# A card")
+
+
+def test_a_backbone_is_scanned_and_predicts_nothing(tmp_path):
+    model = llama()
+    ids = windows().clamp(min=1)
+    found, whole = (similarity.measure_similarity(read, ids) for read in (model.model, model))
+    assert found.block_influence.tolist() == whole.block_influence.tolist()
+    for predicts in (
+        lambda: evaluation.token_losses(model.model, windows()),
+        lambda: evaluation.evaluate_tasks(model.model, Tokenizer(), ["piqa"]),
+        lambda: importance.taylor(model.model, windows()),
+        lambda: importance.perplexity_without_layer(model.model, windows()),
+        lambda: models.untie_head(model.model),
+        lambda: heal(model.model),
+        lambda: release.save_release(model.model, Tokenizer(), tmp_path / "new", card="# A card"),
+    ):
+        with pytest.raises(ValueError, match="must have a head that predicts tokens, but LlamaMo"):
+            predicts()
+
+
+def test_a_model_of_one_layer_has_none_to_spare():
+    one = surgery.drop_layers(llama(), range(1, len(models.decoder_layers(llama()))))
+    with pytest.raises(ValueError, match=r"from 1 to 0 \(one of 1 layers must stay\), got 1"):
+        importance.perplexity_without_layer(one, windows())
 
 
 # --- what lies in a healing run's folder ----------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -89,7 +90,8 @@ def test_as_many_layers_go_as_a_goal_needs(loaded):
             Goal(max_bytes=10**12),
             "no layer has to go: max_bytes 1,000,000,000,000 is met by",
         ),
-        (Goal(max_ms_per_token=0.0), "max_ms_per_token must be above 0, got 0.0"),
+        (Goal(max_ms_per_token=0.0), "max_ms_per_token must be a finite number above 0, got 0.0"),
+        (Goal(max_ms_per_token=math.inf), "must be a finite number above 0, got inf"),
         (Goal(max_ms_per_token=1.0), "max_ms_per_token must be at least 3, which one layer of 5"),
     ],
 )
@@ -733,6 +735,14 @@ def test_a_disk_that_is_full_is_one_sentence(tiny, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(whole, "shrink", copied)
     assert command.main(["shrink", tiny, "--out", str(tmp_path / "small")]) == 1
     assert capsys.readouterr().err == "pruning-utils: [Errno 28] No space left on device\n"
+
+
+def test_a_recipe_that_is_none_is_refused_by_the_name_of_its_option(tiny, tmp_path, capsys):
+    words = ["shrink", tiny, "--out", str(tmp_path / "small"), "--keep", "60%", "--recipe", "full"]
+    assert command.main(words) == 1
+    said = capsys.readouterr().err
+    assert "--recipe must be one of none, lora, qlora, dora, last_layers, got 'full'" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("option", "value"), [("--steps", "4"), ("--healing-text", "xsum")])

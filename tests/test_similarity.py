@@ -536,7 +536,7 @@ def test_nan_in_one_weight_is_refused_at_the_next_layer():
 @pytest.mark.parametrize(
     ("input_ids", "message"),
     [
-        (torch.tensor([[1, V]]), rf"token id {V} is outside the vocabulary \[0, {V}\)"),
+        (torch.tensor([[1, V]]), rf"must lie in the vocabulary \[0, {V}\), got {V}"),
         (torch.tensor([[1, -1]]), "token id -1 is outside"),
         (torch.ones(2, 3), "must be an integer tensor"),
         (
@@ -547,7 +547,7 @@ def test_nan_in_one_weight_is_refused_at_the_next_layer():
         (torch.ones(3, 0, dtype=torch.long), r"got int64 of shape \(3, 0\)"),
         (
             torch.ones(1, 33, dtype=torch.long),
-            "33 tokens are longer than the model's context of 32",
+            "at most as long as the model's context of 32 tokens, got 33",
         ),
         ([[1, 2]], "got list"),
     ],

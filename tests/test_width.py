@@ -435,7 +435,10 @@ def test_sizes_may_be_numbers_of_numpy():
         ({"criterion": "random"}, "criterion must be one of magnitude, taylor, got 'random'"),
         ({"criterion": "taylor"}, "'taylor' needs input_ids"),
         ({"input_ids": TOKENS}, "'magnitude' takes no input_ids"),
-        ({"criterion": "taylor", "input_ids": TOKENS + 100}, r"outside the vocabulary \[0, 128\)"),
+        (
+            {"criterion": "taylor", "input_ids": TOKENS + 100},
+            r"must lie in the vocabulary \[0, 128\)",
+        ),
         ({"criterion": "taylor", "input_ids": TOKENS[:, :1]}, "at least 2 tokens, got 1"),
         (
             {"criterion": "taylor", "input_ids": TOKENS, "batch_size": 0},

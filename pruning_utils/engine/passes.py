@@ -41,6 +41,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """No weight requires gradients inside; those that did do so again afterwards."""
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in trainable:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
 def run_backbone(
     model: nn.Module, batch: torch.Tensor, **inputs: object
 ) -> tuple[nn.Module | None, Any]:

@@ -91,9 +91,9 @@ class Run:
         passes.refuse_missing_weights(model, offloaded=False)
         if holds(model, torch.float64):
             raise ValueError("the model must be a 16- or 32-bit one, but has weights in float64")
-        models.check_input_ids(model, train_ids, shortest=2)
+        models.check_input_ids(model, train_ids, shortest=2, name="train_ids")
         if eval_ids is not None:
-            models.check_input_ids(model, eval_ids, shortest=2)
+            models.check_input_ids(model, eval_ids, shortest=2, name="eval_ids")
         whole_number(
             "batch_size",
             settings["batch_size"],

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 from pruning_utils.engine.later import nn
+
+Model = TypeVar("Model")
 
 # Parts of the names of attention and other token mixers.
 NOT_FEED_FORWARD = ("attn", "attention", "mixer", "conv", "ssm", "mamba")
 
 
-def refuse_wrapped(model: object) -> None:
+def refuse_wrapped(model: Model, *, with_head: bool = False) -> Model:
     """Refuse what is no causal language model itself, or hides one.
 
     A PEFT model passes: where adapters are in the way, the function that they hinder says so.
 
     Args:
         model: What a function was given as its model.
+        with_head: Whether it is to predict tokens, for which a backbone alone does not suffice.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: If it is compiled, spread over devices by torch, or no model of transformers;
-            what to pass is said.
+        ValueError: If it is compiled, spread over devices by torch, or no model of transformers, or
+            has no head where one is needed; what to pass is said.
     """
     kind = type(model).__name__
     if hasattr(model, "_orig_mod"):
@@ -36,6 +43,12 @@ def refuse_wrapped(model: object) -> None:
             f"model must be a causal language model of transformers, as load_model returns it, got "
             f"{'the class ' + model.__name__ if isinstance(model, type) else kind}"
         )
+    if with_head and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"model must have a head that predicts tokens, but {kind} has none: load it with "
+            "load_model, or by AutoModelForCausalLM"
+        )
+    return model
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -107,8 +107,13 @@ def order_of(given: argparse.Namespace) -> orders.Order:
     """What a command line asks for.
 
     Raises:
-        ValueError: For what would be passed over where nothing is trained.
+        ValueError: For a recipe that is none, and for what would be passed over where nothing is
+            trained.
     """
+    if given.recipe not in orders.METHODS:
+        raise ValueError(
+            f"--recipe must be one of {', '.join(orders.METHODS)}, got {given.recipe!r}"
+        )
     for name in ("steps", "healing_text"):
         value = getattr(given, name)
         if given.recipe == orders.NO_HEALING and value is not None:

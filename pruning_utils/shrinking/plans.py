@@ -33,7 +33,12 @@ def check_goal(goal: Goal) -> None:
         if getattr(goal, name) is not None:
             whole_number(name, getattr(goal, name), 1, 10**18)
     if goal.max_ms_per_token is not None:
-        number("max_ms_per_token", goal.max_ms_per_token, "above 0", lambda time: time > 0)
+        number(
+            "max_ms_per_token",
+            goal.max_ms_per_token,
+            "a finite number above 0",
+            lambda time: 0 < time < math.inf,
+        )
 
 
 class Candidate(NamedTuple):

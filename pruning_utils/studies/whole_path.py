@@ -20,6 +20,7 @@ from pruning_utils import (
     similarity,
     surgery,
 )
+from pruning_utils.engine import passes
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.later import nn, torch
 
@@ -212,9 +213,6 @@ def _token_seconds(model: nn.Module, window: torch.Tensor) -> tuple[float, float
     """Seconds a token forwards, forwards and backwards through frozen weights, and of one token
     alone."""
     ids = window.to(model.device)
-    trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trainable:
-        weight.requires_grad_(False)
     hook = model.get_input_embeddings().register_forward_hook(
         lambda _, given, states: states.detach().requires_grad_()
     )
@@ -230,11 +228,10 @@ def _token_seconds(model: nn.Module, window: torch.Tensor) -> tuple[float, float
             model(ids[:, :1], use_cache=False)
 
     try:
-        training_seconds = _seconds(training)
+        with passes.frozen_weights(model):
+            training_seconds = _seconds(training)
     finally:
         hook.remove()
-        for weight in trainable:
-            weight.requires_grad_(True)
     forward_seconds = _seconds(lambda: evaluation.token_losses(model, ids))
     return forward_seconds / ids.numel(), training_seconds / ids.numel(), _seconds(generating)
 
