@@ -932,7 +932,7 @@ REFUSED = [
     ),
     ({"train_ids": torch.tensor([[1], [2]])}, "train_ids must hold at least 2 tokens, got 1"),
     ({"eval_ids": torch.tensor([[1], [2]])}, "eval_ids must hold at least 2 tokens, got 1"),
-    ({"eval_ids": torch.tensor([[1, 500]])}, "token id 500 is outside"),
+    ({"eval_ids": torch.tensor([[1, 500]])}, "eval_ids must lie in the vocabulary"),
 ]
 
 
