@@ -19,6 +19,9 @@ RUN := $(PY) scripts/run_notebooks.py
 refused = $(error $1 takes the value 1 or is left out, got '$($1)')
 flag = $(if $(filter-out 1,$($1)),$(call refused,$1),$(if $($1),$2))
 keep = $(call flag,KEEP,--keep)
+# What has a profile of its own takes no other one.
+is_given = $(filter command,$(firstword $(origin PROFILE)))
+own_profile = $(if $(is_given),$(error PROFILE goes with make regress alone, got '$(PROFILE)'))
 jobs = $(if $(JOBS),--jobs '$(JOBS)')
 CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 # transformers keeps some names in sets, whose order would be another one in each process.
@@ -59,11 +62,11 @@ check: $(STAMP) ## run all tests but the slow ones, which run notebooks or kill 
 reproduce: $(STAMP) ## compute all anew and compare (hours; ACCEPT=1 replaces results, JOBS=N)
 	@echo "reproduce: computing every notebook at the cpu profile, beside the committed results"
 	@echo "reproduce: this takes hours and goes on where it was stopped"
-	@$(RUN) $(jobs) --reproduce $(call flag,ACCEPT,--accept)
+	@$(RUN) $(own_profile) $(jobs) --reproduce $(call flag,ACCEPT,--accept)
 
 figures: $(STAMP) ## redraw every figure from committed results, without a model (a few minutes)
 	@echo "figures: redrawing from the committed results (a few minutes)"
-	@$(RUN) --jobs '$(or $(JOBS),$(CORES))' --figures
+	@$(RUN) $(own_profile) --jobs '$(or $(JOBS),$(CORES))' --figures
 	@$(RUN) --profile gpu --only 04 --figures
 	@$(PY) scripts/claims.py
 
@@ -75,7 +78,7 @@ regress: $(STAMP) ## compare summary numbers (minutes at smoke, hours at PROFILE
 rehearse: $(STAMP) ## run profile a100 on small stand-ins of its models (minutes; RECORD=1, JOBS=N)
 	@echo "rehearse: every notebook at profile a100, on narrow random models"
 	@echo "rehearse: a stopped rehearsal goes on; RECORD=1 records the numbers, KEEP=1 keeps all"
-	@$(RUN) --jobs '$(or $(JOBS),$(CORES))' --rehearse --profile a100 \
+	@$(RUN) $(own_profile) --jobs '$(or $(JOBS),$(CORES))' --rehearse --profile a100 \
 	    $(call flag,RECORD,--record) $(keep)
 
 bench: $(STAMP) ## measure our ways beside naive ones, into benchmarks/RESULTS.md (20 minutes)

@@ -17,7 +17,6 @@ ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true. Measure here first whether it p
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 
@@ -72,8 +71,8 @@ def measure(way: str, asked: argparse.Namespace) -> None:
 
 
 def _peak() -> float:
-    """Most main memory that this process has held, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Most memory that this process has held, in GiB."""
+    return runtime.peak_memory_bytes() / 2**30
 
 
 def main() -> None:
@@ -96,6 +95,8 @@ def main() -> None:
         process = multiprocessing.get_context("spawn").Process(target=measure, args=(way, asked))
         process.start()
         process.join()
+        if process.exitcode:
+            raise SystemExit(f"the process for {way} ended with {process.exitcode}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """What the distances of all blocks cost beside one bare pass of the backbone, and beside two naive
 ways.
 
-    .venv/bin/python benchmarks/similarity.py .venv/bin/python benchmarks/similarity.py --samples 2
-    --seq-len 32 --rounds 1 --sizes 1    # seconds
+    .venv/bin/python benchmarks/similarity.py
+    .venv/bin/python benchmarks/similarity.py --samples 2 --seq-len 32 --rounds 1 --sizes 1
+
+The second takes seconds.
 
 Each round runs every way once over the same batches, in turn, so that a busy machine slows all of
 them alike. Targets on two otherwise idle cores: at most 5 % over the bare pass in float32, 12 % in
 bfloat16. Nothing is asserted.
 
-bare      the backbone alone, without the head: what no measurement of the states can go below one
-pass  similarity.measure_similarity: every block size, both token rules, both influences stored
-the model's own forward with all states kept until the end, then the same distances from them by
-size   the model's own forward once for each block size; --sizes of them are run, and the time
-scaled to all
+    bare      the backbone alone, without the head: what no measurement of the states can go below
+    one pass  similarity.measure_similarity: every block size, both token rules, both influences
+    stored    the model's own forward with all states kept until the end, then the same distances
+    by size   the model's own forward once for each block size; --sizes of them are run, and the
+              time scaled to all
 """
 
 from __future__ import annotations

@@ -23,17 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TASKS = tuple(benchmarks.TASKS)
-# Of these the mean is taken where answers are pooled.
-POOLED = (
-    "arc_challenge",
-    "arc_easy",
-    "hellaswag",
-    "mmlu_continuation",
-    "openbookqa",
-    "piqa",
-    "social_iqa",
-    "winogrande",
-)
 # Tasks that lm-eval scores per character of the answer too: their published scores are these.
 BY_CHARACTER = (
     "arc_challenge",

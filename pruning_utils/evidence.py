@@ -92,9 +92,7 @@ class FactorInterval(NamedTuple):
 # --- means ----------------------------------------------------------------------------------------
 
 
-def mean_interval(
-    values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, seed: int = 0
-) -> Interval:
+def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95) -> Interval:
     """Mean of independent observations with Student's interval.
 
     The ends are ``mean -+ t * s / sqrt(n)``, with the standard deviation s and the quantile t of
@@ -104,7 +102,6 @@ def mean_interval(
     Args:
         values: At least 2 numbers, shape ``(n,)``.
         confidence: In (0, 1).
-        seed: Without effect, as nothing is drawn.
 
     Raises:
         ValueError: If there are fewer than 2 observations, one is NaN, or they are no row of

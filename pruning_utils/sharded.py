@@ -373,16 +373,11 @@ def main(words: Sequence[str] | None = None) -> int:
         _checked_settings(model, given, team)
         count = given["steps"] * given["batch_size"]
         windows = data.healing_windows(tokenizer, count, seq_len, source=text, seed=given["seed"])
-        healed = heal(
-            model,
-            tokenizer,
-            windows,
-            output_dir=out.with_name(f"{out.name}.training"),
-            merge=True,
-            **given,
-        )
+        training = out.with_name(f"{out.name}.training")
+        healed = heal(model, tokenizer, windows, output_dir=training, merge=True, **given)
         if healed is not None:
             surgery.save(healed.model, tokenizer, out)
+            shutil.rmtree(training, ignore_errors=True)  # optimiser states, many times the model
             print(f"saved in {out}; its last loss is {healed.history['loss'].iloc[-1]:.4f} nats")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"sharded: {error}", file=sys.stderr)

@@ -531,8 +531,9 @@ def show(
             of_job = bill.lines(job)
         except Refused:
             raise
-        except (ValueError, AttributeError) as error:
-            raise Refused(f"{job.name}: no plan for these values: {error}") from error
+        except (ValueError, AttributeError, TypeError, IndexError, RuntimeError) as error:
+            given = ", ".join(f"{name}={value!r}" for name, value in job.changes.items())
+            raise Refused(f"{job.name}: no plan for {given or 'these values'}: {error}") from error
         lines += of_job
         for line in of_job:
             print(

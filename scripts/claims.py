@@ -6,12 +6,13 @@ Run ``.venv/bin/python scripts/claims.py`` when a notebook has new verdicts: it 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from pathlib import Path
 
 import pandas as pd
 
-from pruning_utils import embedded, plots, verdict_plots
+from pruning_utils import embedded, plots, runtime, verdict_plots
 from pruning_utils.engine import verdict_rows
 from pruning_utils.plots import NAMES
 
@@ -148,11 +149,15 @@ def origin(folder: Path) -> str:
     )
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Draw the picture, and write the section into the README."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(words)
     draw(ROOT / "results" / "cpu", FIGURE)
     readme = README.read_text(encoding="utf-8")
-    README.write_text(written(readme, ROOT / "results"), encoding="utf-8")
+    with runtime.atomic_path(README) as temporary:
+        temporary.write_text(written(readme, ROOT / "results"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from parameters import Refused, Values, literal, setting_keys, twice_in
 # The profile whose executed notebooks are the committed ones.
 COMMITTED = "cpu"
 READS = "reads its tables, and would compute them beside it"
-TRAINS = "takes models that it trains, and would write the same files beside it"
+TRAINS = "takes models that it trains, and would wait for them while it holds cores"
 # For a notebook those that must have ended before it begins, if they run at all, and why.
 AFTER = {
     "03_depth_and_next_token_loss": {"02_depth_and_question_answering": READS},
@@ -285,8 +285,14 @@ def counts_of(job: Job, name: str) -> list:
 def ready(waiting: Collection[Job], running: Collection[Job]) -> list[Job]:
     """The waiting jobs that may begin beside the running ones: those first that most wait for."""
     unfinished = {job.name for job in (*waiting, *running)}
-    free = [job for job in waiting if unfinished.isdisjoint(AFTER.get(job.name, ()))]
+    free = [job for job in waiting if unfinished.isdisjoint(all_before(job.name))]
     return sorted(free, key=lambda job: (-len(chain_behind(job.name)), job.name))
+
+
+def all_before(name: str) -> set[str]:
+    """The notebooks that a notebook waits for, and those that these wait for."""
+    first = AFTER.get(name, {})
+    return set(first).union(*map(all_before, first))
 
 
 def chain_behind(name: str) -> list[str]:

@@ -13,7 +13,7 @@ import nbformat
 import notebook_files
 from filelock import FileLock, Timeout
 from jobs import COMMITTED, Failed, Job, Refused, notebook_paths
-from running import THREADS, Finished, Run, write_text
+from running import THREADS, Finished, Run, values_digest, write_text
 
 from pruning_utils import results, runtime
 from pruning_utils.engine import records
@@ -83,9 +83,14 @@ def compute_apart(
     finished = Finished(output)
     if finished.versions != runtime.versions():
         begin_anew(output, finished)
-    for job in jobs if recompute else []:
-        shutil.rmtree(output / "results" / job.profile / job.name, ignore_errors=True)
-        finished.digests.pop(job.name, None)
+    if recompute:
+        # Models that were trained there would be taken for those of a new run.
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    for job in jobs:
+        if recompute or finished.has_other_values(job):
+            shutil.rmtree(output / "results" / job.profile / job.name, ignore_errors=True)
+            finished.digests.pop(job.name, None)
+        finished.values[job.name] = values_digest(job)
     finished.write()
     drop_stale_tables(output)
     keep = {job.name: output / "notebooks" / job.path.name for job in jobs}
@@ -115,6 +120,7 @@ def begin_anew(output: Path, finished: Finished) -> None:
             path.unlink()
     finished.versions = now
     finished.digests = {}
+    finished.values = {}
 
 
 def other_versions(then: dict[str, str], now: dict[str, str]) -> str:
@@ -336,7 +342,18 @@ def replace_committed(jobs: list[Job], project: Path, output: Path) -> None:
 
 
 def figures(jobs: list[Job], project: Path, *, at_once: int) -> bool:
-    """Redraw the figures, computing nothing, and see that nothing else has changed."""
+    """Redraw the figures, computing nothing, and see that nothing else has changed.
+
+    Raises:
+        Refused: If there are no results of a notebook at its profile.
+    """
+    for job in jobs:
+        if not (project / "results" / job.profile / job.name).is_dir():
+            there = sorted(path.parent.name for path in project.glob(f"results/*/{job.name}"))
+            raise Refused(
+                f"figures of {job.name} are redrawn from its results, and there are none of profile"
+                f" {job.profile}; there are those of {', '.join(there) or 'no profile'}"
+            )
     before = file_digests(project)
     # How sums of resampled means are rounded depends on the number of threads: a fixed one makes
     # figures repeatable, however many notebooks run at once.

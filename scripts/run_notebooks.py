@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from parameters import CHOSEN_KEYS
 
@@ -196,6 +196,15 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
             "-p goes with neither --accept nor --record: what is committed and recorded is of the "
             "profile's own values"
         )
+    if options.values and options.figures:
+        parser.error(
+            "-p does not go with --figures: what is redrawn is of the profile's own values"
+        )
+    if options.rehearse and options.profile not in ("a100", "smoke"):
+        parser.error(
+            "--rehearse goes with --profile a100 or smoke, whose numbers are recorded, got "
+            f"{options.profile}"
+        )
     if options.recompute and (options.figures or options.plan):
         parser.error("--recompute goes with neither --figures nor --plan, which compute nothing")
     if options.output and (computes_apart(options) or options.figures or options.plan):
@@ -208,9 +217,12 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
 
 def share(text: str) -> float:
     """A finite number from 0 on."""
-    found = float(text)
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
     if not 0 <= found < math.inf:
-        raise ValueError(f"not a share: {text}")
+        raise argparse.ArgumentTypeError(f"must be a share from 0 on, such as 0.001, got {text!r}")
     return found
 
 
@@ -297,9 +309,7 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
         chosen = jobs.plan(project, options.profile, options.only, options.values, recompute)
         output = output_folder(options)
         kept = output or project
-        refuse_to_replace(options, project, output)
-        refuse_another_model(options, chosen, output)
-        refuse_depths(options, chosen, project)
+        refuse_at_once(options, chosen, project, output)
         agree = carried_out(options, chosen, project, output)
     except jobs.Refused as error:
         print(f"error: {error}", file=sys.stderr)
@@ -342,6 +352,29 @@ def refuse_another_checkout(project: Path) -> None:
             f"these are the scripts of {own}, but the installed package is that of {project}: "
             f"remove {own / '.venv'} and run make setup there, or name a checkout with --project"
         )
+
+
+def refuse_at_once(
+    options: argparse.Namespace, chosen: list[Job], project: Path, output: Path | None
+) -> None:
+    """Refuse what would end in an error, or replace what must stay, before anything runs.
+
+    Raises:
+        Refused: If something would, or nothing can be written where the results are to lie.
+    """
+    from jobs import Refused
+
+    refuse_to_replace(options, project, output)
+    refuse_another_model(options, chosen, output)
+    refuse_depths(options, chosen, project)
+    refuse_names(options, chosen)
+    if output is not None:
+        try:
+            (output / "results").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(
+                f"results must lie in a folder that can be written, got {output}: {error.strerror}"
+            ) from error
 
 
 def refuse_to_replace(options: argparse.Namespace, project: Path, output: Path | None) -> None:
@@ -416,6 +449,37 @@ def refuse_depths(options: argparse.Namespace, chosen: list[Job], project: Path)
         fault = depths_fault(job, n_layers)
         if fault:
             raise Refused(fault)
+
+
+def refuse_names(options: argparse.Namespace, chosen: list[Job]) -> None:
+    """Refuse tasks and healing methods that do not exist, before anything runs.
+
+    Raises:
+        Refused: If a value of the command line names one.
+    """
+    if not options.values or options.plan:
+        return
+    from jobs import Refused
+
+    from pruning_utils.engine import benchmarks
+    from pruning_utils.shrinking import orders
+
+    for job in chosen:
+        scored: Any = job.values.get("scored_on") or {}
+        healing: Any = job.values.get("healing") or {}
+        for key in ("tasks", "papers"):
+            for task in scored.get(key) or []:
+                name = str(task).removeprefix(benchmarks.OFFICIAL)
+                is_known = benchmarks.is_embedded(str(task))
+                if not is_known and name not in benchmarks.task_manager(False).all_tasks:
+                    raise Refused(
+                        f"scored_on.{key} must name tasks among {', '.join(benchmarks.TASKS)} or "
+                        f"those of lm-eval, got {task!r}"
+                    )
+        method = healing.get("method", "full")
+        if method not in {*orders.METHODS, "full"}:
+            known = ", ".join(dict.fromkeys([*orders.METHODS, "full"]))
+            raise Refused(f"healing.method must be one of {known}, got {method!r}")
 
 
 def computes_apart(options: argparse.Namespace) -> bool:

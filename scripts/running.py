@@ -52,6 +52,7 @@ class Finished:
 
     Attributes:
         digests: By notebook.
+        values: By notebook, the digest of the values that it was last begun with.
         versions: Of the packages that computed what lies in the folder; None: not known.
     """
 
@@ -59,12 +60,18 @@ class Finished:
         self.path = folder / FINISHED
         self.versions: dict[str, str] | None = None
         self.digests: dict[str, str] = {}
+        self.values: dict[str, str] = {}
         unsound = (FileNotFoundError, ValueError, KeyError, TypeError)
         with contextlib.suppress(*unsound):
             state = json.loads(self.path.read_text(encoding="utf-8"))
             versions = dict(state["versions"])
             self.digests = dict(state["finished"])
+            self.values = dict(state.get("values", {}))
             self.versions = versions
+
+    def has_other_values(self, job: Job) -> bool:
+        """Whether a notebook was last begun with other values, of which its tables are then."""
+        return self.values.get(job.name, values_digest(job)) != values_digest(job)
 
     def set(self, name: str, digest: str) -> None:
         """A notebook has finished."""
@@ -73,7 +80,7 @@ class Finished:
 
     def write(self) -> None:
         """Write the file."""
-        state = {"versions": self.versions, "finished": self.digests}
+        state = {"versions": self.versions, "finished": self.digests, "values": self.values}
         write_text(self.path, json.dumps(state, indent=1, sort_keys=True) + "\n")
 
 
@@ -249,10 +256,15 @@ def cores() -> int:
 def run_digest(job: Job) -> str:
     """Digest of what decides what a run shows: the notebook's source, its values, the package."""
     source = notebook_files.source_digest(notebook_files.read_notebook(job.path))
+    # A notebook may look at all embedded models at hand.
+    at_hand = [name for name in embedded.MODELS if embedded.is_installed(name)]
+    parts = [source, values_digest(job), definitions.INSTALLED.digest(), at_hand]
+    return records.digest(records.canonical(parts))
+
+
+def values_digest(job: Job) -> str:
+    """Digest of the values of a run, but for those that no table depends on."""
     values = dict(job.values)
     for name in notebook_files.UNRECORDED:
         values.pop(name, None)
-    # A notebook may look at all embedded models at hand.
-    at_hand = [name for name in embedded.MODELS if embedded.is_installed(name)]
-    parts = [source, records.plain(values), definitions.INSTALLED.digest(), at_hand]
-    return records.digest(records.canonical(parts))
+    return records.digest(records.canonical(records.plain(values)))

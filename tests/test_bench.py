@@ -78,6 +78,8 @@ def test_activations_are_computed_again_in_one_of_two_ways_to_train(tmp_path):
 @pytest.mark.slow
 def test_a_run_writes_its_tables_and_its_page(tmp_path):
     tiny = save_tiny_model(tmp_path / "tiny")
+    with pytest.raises(SystemExit):
+        report.main(["--quick", "--model", tiny])
     assert report.main(["--quick", "--model", tiny, "--out", str(tmp_path / "out")]) == 0
     rows = pd.read_csv(tmp_path / "out" / "results.csv")
     assert rows["stage"].tolist() == list(report.STAGES)

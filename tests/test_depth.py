@@ -305,20 +305,25 @@ def test_shares_that_are_one_number_of_a_small_model_count_once():
 
 
 def test_sizes_are_those_of_the_models(tiny):
+    def in_each_layer(model):
+        layers = models.decoder_layers(model)
+        return sum(weight.numel() for weight in layers.parameters()) / len(layers)
+
     network, tokenizer = models.load_model()
     expected = (
         len(models.decoder_layers(network)),
         sum(weight.numel() for weight in network.parameters()),
         len(tokenizer),
         network.config.num_key_value_heads,
+        in_each_layer(network),
     )
     for name in ("embedded", "smollm2-135m"):
         assert depth.size_of(name, None, "float32") == expected
     small, _ = models.load_model(tiny)
     n_parameters = sum(weight.numel() for weight in small.parameters())
     found = depth.size_of(str(tiny), None, "float32")
-    heads = small.config.num_key_value_heads
-    assert found == (N_LAYERS, n_parameters, small.config.vocab_size, heads)
+    heads, vocabulary = small.config.num_key_value_heads, small.config.vocab_size
+    assert found == (N_LAYERS, n_parameters, vocabulary, heads, in_each_layer(small))
 
 
 def test_models_at_hand_are_kept_or_can_be_computed(tmp_path, monkeypatch):

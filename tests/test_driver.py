@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -24,7 +25,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from pruning_utils.engine import definitions
+from pruning_utils.engine import benchmarks, definitions
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -99,6 +100,8 @@ def project(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "checkout"
     write_notebook(folder / "notebooks" / "00_first.ipynb", TABLE, NOISE)
     write_notebook(folder / "notebooks" / "01_second.ipynb", "import os")
+    for name in ("00_first", "01_second"):
+        (folder / "results" / "cpu" / name).mkdir(parents=True)
     (folder / "profiles").mkdir()
     (folder / "profiles" / "cpu.yaml").write_text("all:\n  profile: cpu\n")
     (folder / "profiles" / "smoke.yaml").write_text(
@@ -200,12 +203,53 @@ def test_what_is_not_there_is_refused(project, no_run, capsys, words, profile, m
         ["--regress", "--output", "x"],
         ["--keep"],
         ["--reproduce", "--keep"],
+        ["--figures", "--only", "00", "-p", "seed=1"],
+        ["--rehearse"],
+        ["--rehearse", "--profile", "gpu"],
     ],
 )
 def test_options_that_do_not_go_together_are_refused(project, no_run, words):
     with pytest.raises(SystemExit) as caught:
         drive(project, *words)
     assert caught.value.code == 2
+
+
+def test_a_tolerance_that_is_none_is_told_what_one_is(project, no_run, capsys):
+    with pytest.raises(SystemExit):
+        drive(project, "--reproduce", "--tolerance", "x")
+    assert "must be a share from 0 on, such as 0.001, got 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("healing.method=foo", "healing.method must be one of none, lora, .*, full, got 'foo'"),
+        ("scored_on.tasks={nope: 0}", "scored_on.tasks must name tasks among hellaswag, .* 'nope'"),
+        ("scored_on.papers={nope: 0}", "scored_on.papers must name tasks among .* got 'nope'"),
+    ],
+)
+def test_names_of_nothing_are_refused_before_anything_runs(
+    given, message, no_run, capsys, tmp_path, monkeypatch
+):
+    theirs = types.SimpleNamespace(all_tasks=["piqa"])
+    monkeypatch.setattr(benchmarks, "task_manager", lambda embedded: theirs)
+    words = ["--only", "03", "--output", str(tmp_path), "-p", given]
+    assert run_notebooks.main(words) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_results_that_cannot_lie_where_they_are_to_are_refused_at_once(
+    project, no_run, capsys, tmp_path
+):
+    (tmp_path / "file").write_text("mine")
+    assert drive(project, "--only", "00", "--output", str(tmp_path / "file")) == 2
+    said = capsys.readouterr().err
+    assert f"a folder that can be written, got {tmp_path / 'file'}: Not a directory" in said
+
+
+def test_figures_of_no_results_are_refused(project, no_run, capsys):
+    assert drive(project, "--figures", "--profile", "smoke", "--only", "00") == 2
+    assert "there are none of profile smoke; there are those of cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -642,7 +686,14 @@ def test_a_full_disk_is_one_line(project, capsys, monkeypatch):
 def test_a_plan_of_values_that_cannot_be_is_refused(capsys):
     words = ["--profile", "smoke", "--plan", "--only", "03", "-p"]
     assert run_notebooks.main([*words, "dtype=float8"]) == 2
-    assert "03_depth_and_next_token_loss: no plan for these values" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "03_depth_and_next_token_loss: no plan for " in said and "dtype='float8'" in said
+
+
+@pytest.mark.parametrize("given", ["depths=[]", "text={n_samples: 0, seq_len: 0}"])
+def test_a_plan_of_nothing_is_refused(given, capsys):
+    assert run_notebooks.main(["--profile", "smoke", "--plan", "--only", "00", "-p", given]) == 2
+    assert "00_quickstart: no plan for " in capsys.readouterr().err
 
 
 def test_keys_that_the_user_chooses_may_be_new_in_a_whole_mapping(nested):
@@ -1357,6 +1408,27 @@ def test_regress_of_some_notebooks_leaves_what_waits(recorded, quick, monkeypatc
     assert files(recorded / "regressed") == waiting and quick == ["00_first", "00_first"]
 
 
+def test_what_other_values_made_is_not_gone_on_with(recorded, quick, monkeypatch):
+    """Its tables would be refused by the notebook, which asks for others."""
+    words = ["--regress", "--profile", "smoke", "--only", "00", "--keep"]
+    folder = recorded / "regressed" / "smoke-00" / "results" / "smoke" / "00_first"
+    there = []
+
+    def execute(job, *given):
+        there.append(folder.exists())
+        folder.mkdir(parents=True, exist_ok=True)
+        return executed(job)
+
+    monkeypatch.setattr(running, "execute", execute)
+    for value in (2, 3, 3):
+        drive(recorded, *words, "-p", f"steps={value}")
+    assert there == [False, False], "dropped for other values, and not run again for the same"
+    models = folder.parents[2] / "checkpoints"
+    models.mkdir()
+    drive(recorded, *words, "-p", "steps=3", "--recompute")
+    assert there == [False, False, False] and not models.exists()
+
+
 def test_what_other_versions_computed_is_not_gone_on_with(recorded, quick, monkeypatch, capfd):
     fail_at(monkeypatch, "01_second", quick)
     assert drive(recorded, "--regress", "--profile", "smoke") == 1
@@ -1592,6 +1664,9 @@ def test_those_begin_first_that_most_others_wait_for(project):
     every = [jobs.Job(Path(name), "cpu", {}, {}) for name in names]
     first = [job.name[:2] for job in jobs.ready(every, [])]
     assert first == ["02", "00", "01", "13"]
+    # 12 waits for 11, which waits for 10: without 11, for 10.
+    apart = [job for job in every if job.name[:2] in ("10", "12")]
+    assert [job.name[:2] for job in jobs.ready(apart, [])] == ["10"]
     assert jobs.chain_behind("02_depth_and_question_answering") == [
         "09_seven_metrics",
         "10_how_to_heal",
@@ -1696,7 +1771,7 @@ def timed(project) -> Path:
     """The same checkout with committed tables that took 50 minutes and two hours to compute."""
     for name, seconds in (("00_first", (2000, 1000.4)), ("01_second", (7200,))):
         folder = project / "results" / "cpu" / name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         record = {f"table-{place}": {"seconds": took} for place, took in enumerate(seconds)}
         (folder / "run.json").write_text(json.dumps(record))
     return project

@@ -20,7 +20,7 @@ def test_right_is_what_the_published_score_of_a_task_counts():
 
 def test_names_of_tasks_agree():
     assert set(evaluation.BY_CHARACTER) < set(evaluation.TASKS)
-    assert set(evaluation.POOLED) < set(evaluation.GUESSES) < set(evaluation.TASKS)
+    assert set(evaluation.GUESSES) < set(evaluation.TASKS)
 
 
 def test_tasks_with_a_score_by_character_are_those_of_lm_eval():

@@ -131,7 +131,7 @@ def test_verdicts_name_the_claim_the_depth_and_who_was_trained(measured, compare
     rows = pairs.judged_pairs(
         compared,
         measured,
-        size=depth.Size(12, 10**6, 50_000, 4),
+        size=depth.Size(12, 10**6, 50_000, 4, 10**4),
         n_tasks=8,
         trained={
             "recipe": "LoRA on 8 tokens",

@@ -150,6 +150,13 @@ def test_slopes_of_two_curves_are_compared_at_their_largest():
     assert depth.slope_difference(means, places=[0, 2, 3]).tolist() == [1.5 - 6, 6 - 1.5]
 
 
+def test_the_share_that_healing_takes_back_is_that_of_the_cost():
+    accuracy, loss = [0.5, 0.1, 0.3], [3.0, 5.0, 3.5]
+    found = depth.share_recovered(np.array([accuracy, loss, [2.0, 2.0, 3.0]]))
+    assert found[:2].tolist() == pytest.approx([0.5, 0.75]) and np.isnan(found[2])
+    assert depth.share_recovered(accuracy).shape == ()
+
+
 def test_figures_mark_blocks_at_their_loss_and_distance():
     shown = pd.DataFrame(
         [

@@ -171,6 +171,8 @@ def test_gemma_is_what_it_says(gemma):
     assert sum(map(torch.numel, model.parameters())) == SIZES["gemma-3-270m"].n_parameters
     assert model.get_output_embeddings().out_features == SIZES["gemma-3-270m"].vocabulary
     assert model.config.num_key_value_heads == SIZES["gemma-3-270m"].n_kv_heads == 1
+    in_layers = sum(map(torch.numel, models.decoder_layers(model).parameters()))
+    assert in_layers == 18 * SIZES["gemma-3-270m"].layer_parameters
     assert sum(weight.numel() for weight in model.parameters()) == 268_098_176
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert tuple(model.lm_head.weight.shape) == (262_144, 640) and len(tokenizer) == 262_144

@@ -165,6 +165,7 @@ def test_the_command_saves_a_model_that_loads(tiny, team, tmp_path, capsys, monk
             assert sharded.main([*words, *wrong.split(), "--dtype", "float32"]) == 1
             assert f"sharded: {message}" in capsys.readouterr().err
     assert sharded.main([*words, "--dtype", "float32"]) == 0
+    assert not out.with_name("healed.training").exists(), "optimiser states are not left behind"
     assert f"saved in {out}; its last loss is" in capsys.readouterr().out
     before, after = (models.load_model(path)[0].state_dict() for path in (tiny, out))
     assert sharded.main([*words, "--dtype", "float32"]) == 1

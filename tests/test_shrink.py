@@ -1,5 +1,6 @@
 """A smaller model of one's own: plan, judgement, what is kept on the way, and the command."""
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -504,6 +505,28 @@ def test_bad_orders_are_refused_before_a_model_is_loaded(given, message, tiny, t
     assert not here and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("time", [0, -3.0, math.inf, "abc"])
+def test_a_time_that_is_no_limit_is_refused_before_a_model_is_loaded(time, tiny, tmp_path, here):
+    limits = Limits(ms_per_token=time)
+    with pytest.raises(ValueError, match="limit of the time of a token must be a finite number of"):
+        whole.shrink(order(tiny, limits=limits), tmp_path / "small")
+    assert not here and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--keep", "abc", "must be a share, 75% or 0.75, got 'abc'"),
+        ("--max-parameters", "100X", "must be a number, 12345, 100M or 1.5B, got '100X'"),
+        ("--max-bytes", "inf", "must be a number, 12345, 100M or 1.5B, got 'inf'"),
+    ],
+)
+def test_numbers_that_are_none_are_told_what_one_is(option, value, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["shrink", "MODEL", option, value])
+    assert message in capsys.readouterr().err
+
+
 def test_a_task_twice_is_refused():
     with pytest.raises(ValueError, match="each task must be named once, got piqa piqa"):
         judgements.check_measured(Measured(tasks=("piqa", "piqa")))
@@ -703,7 +726,7 @@ def test_numbers_of_the_command_line():
         2_000_000_000,
     ]
     for text in ("1e400", "inf", "nan"):
-        with pytest.raises(ValueError, match="not a number of things"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a number, 12345, 100M or 1"):
             command.count(text)
 
 
@@ -785,7 +808,7 @@ def test_what_is_wrong_is_one_line(words, message, tiny, capsys):
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "pruning-utils: stopped; the same command goes on from here\n"),
+        (KeyboardInterrupt(), 130, "pruning-utils: stopped; the same command begins anew\n"),
         (OSError(28, "could not write small: No space left"), 1, "No space left\n"),
         (MemoryError("one window does not fit"), 1, "pruning-utils: one window does not fit\n"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -90,17 +89,22 @@ def parser() -> argparse.ArgumentParser:
 
 def share(text: str) -> float:
     """``75%`` or ``0.75`` as a number."""
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a share, 75% or 0.75, got {text!r}") from None
 
 
 def count(text: str) -> int:
     """``1.5B``, ``100M``, ``20k`` or ``12345`` as a whole number."""
     scales = {"k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
     scale = scales.get(text[-1:], 1)
-    found = float(text if scale == 1 else text[:-1]) * scale
-    if not math.isfinite(found):
-        raise ValueError(f"not a number of things: {text!r}")
-    return round(found)
+    try:
+        return round(float(text if scale == 1 else text[:-1]) * scale)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"must be a number, 12345, 100M or 1.5B, got {text!r}"
+        ) from None
 
 
 def order_of(given: argparse.Namespace) -> orders.Order:
@@ -145,9 +149,9 @@ def order_of(given: argparse.Namespace) -> orders.Order:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command: 0 if all went well, whatever the judgement; 1 with one line if not."""
     given = parser().parse_args(words)
-    from pruning_utils.shrinking import whole  # importing it takes seconds
-
     try:
+        from pruning_utils.shrinking import whole  # importing it takes seconds
+
         if not given.plan and not given.out:
             raise ValueError("--out must name a new folder, or --plan be given")
         order = order_of(given)
@@ -168,6 +172,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print("pruning-utils:", *str(error).split(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("pruning-utils: stopped; the same command goes on from here", file=sys.stderr)
+        kept = given.out and not given.plan and orders.work_folder(given.out).is_dir()
+        goes_on = "goes on from here" if kept else "begins anew"
+        print(f"pruning-utils: stopped; the same command {goes_on}", file=sys.stderr)
         return 130
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,13 @@ def check_limits(limits: Limits) -> None:
     number("the limit of the loss", limits.loss, "above 0", lambda nats: 0 < nats < 1e6)
     for name, share in (("accuracy", limits.accuracy), ("repetition", limits.repetition)):
         number(f"the limit of the {name}", share, "in (0, 1)", lambda given: 0 < given < 1)
+    if limits.ms_per_token is not None:
+        number(
+            "the limit of the time of a token",
+            limits.ms_per_token,
+            "a finite number of milliseconds above 0",
+            lambda time: 0 < time < math.inf,
+        )
 
 
 def check_measured(measured: Measured) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 LOWEST_LOSS = "lowest loss"
 # What a set of layers may be chosen by. The first takes, of the sets of those in CHEAP_RULES, that
@@ -112,3 +114,9 @@ class Order:
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0
+
+
+def work_folder(out: str | os.PathLike) -> Path:
+    """The folder beside a target in which the work towards it is kept until it is done."""
+    target = Path(out).resolve()
+    return target.with_name(f"{target.name}.work")

@@ -41,7 +41,7 @@ from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import number, whole_number
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking import judgements, plans, reports
-from pruning_utils.shrinking.orders import METHODS, NO_HEALING, RULES, Order
+from pruning_utils.shrinking.orders import METHODS, NO_HEALING, RULES, Order, work_folder
 from pruning_utils.shrinking.plans import Candidate
 from pruning_utils.studies.study import fresh_processes, text_identity, without_layers
 
@@ -304,7 +304,7 @@ class _Work:
 @contextlib.contextmanager
 def _workplace(target: Path, order: Order) -> Iterator[_Work]:
     """The folder beside, held by this process alone, of this order and no other."""
-    folder = target.with_name(f"{target.name}.work")
+    folder = work_folder(target)
     _refuse_another_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from pruning_utils import embedded, evaluation, evidence, models
+from pruning_utils import efficiency, embedded, evaluation, evidence, models
 from pruning_utils.studies.recipes import Cut, Point, Recipe, Stage
 from pruning_utils.studies.study import loaded
 
@@ -34,18 +34,20 @@ class Size(NamedTuple):
         n_parameters: Numbers that are stored; a shared head counts once.
         vocabulary: Entries of the head.
         n_kv_heads: Key-value heads of each layer; 0 where the configuration does not name them.
+        layer_parameters: Numbers that a decoder layer stores, in the mean over layers.
     """
 
     n_layers: int
     n_parameters: int
     vocabulary: int
     n_kv_heads: int
+    layer_parameters: int
 
 
 # Of the embedded models, so that tables are read where a model is not installed.
 SIZES = {
-    "smollm2-135m": Size(30, 134_515_008, 49_152, 3),
-    "gemma-3-270m": Size(18, 268_098_176, 262_144, 1),
+    "smollm2-135m": Size(30, 134_515_008, 49_152, 3, 3_540_096),
+    "gemma-3-270m": Size(18, 268_098_176, 262_144, 1, 5_573_632),
 }
 
 
@@ -60,6 +62,7 @@ def size_of(model: str, revision: str | None, dtype: str) -> Size:
         sum(weight.numel() for weight in network.parameters()),
         network.get_output_embeddings().out_features,
         getattr(models.text_config(network), "num_key_value_heads", None) or 0,
+        efficiency.stored_parameters(network)["layers"] // len(models.decoder_layers(network)),
     )
 
 
@@ -212,6 +215,21 @@ def slope_difference(means: np.ndarray, *, places: Sequence[float]) -> np.ndarra
     slopes = np.diff(means, axis=-1) / np.diff(np.asarray(places, dtype=float))
     largest = slopes.max(-1)
     return largest[..., 0] - largest[..., 1]
+
+
+def share_recovered(means: np.ndarray) -> np.ndarray:
+    """Share of what pruning costs that healing takes back; 1 is all of it.
+
+    Args:
+        means: Shape ``(..., 3)``: of the unpruned model, and of the pruned one before and after
+            healing, in any one measure.
+
+    Returns:
+        Shape ``(...)``; NaN where pruning changes nothing.
+    """
+    whole, pruned, healed = np.moveaxis(np.asarray(means, dtype=float), -1, 0)
+    cost = whole - pruned
+    return np.divide(healed - pruned, cost, out=np.full(np.shape(cost), np.nan), where=cost != 0)
 
 
 def answers_alone(

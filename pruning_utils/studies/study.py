@@ -426,6 +426,7 @@ class Study:
             "dtype": runtime.dtype_name(model.dtype),
             "seq_len": self.seq_len,
             "text": text_identity(self.healing_source),
+            "trained_with": {"device": model.device.type, **runtime.versions()},
         }
 
     def _folder(self, kind: str, made: dict) -> Path:
