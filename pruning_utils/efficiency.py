@@ -156,6 +156,7 @@ def generation_speed(
     ):
         whole_number(name, value, least)
     passes.refuse_missing_weights(model)
+    passes.refuse_wrong_numbers(model)
     longest = models.context_length(model.config)
     if prompt_tokens + new_tokens > longest:
         raise ValueError(

@@ -406,7 +406,7 @@ def _lengths(scorer: Any, prompt: str, answer: str) -> tuple[int, int]:
     """Tokens of a prompt and of the answer after it."""
     if not prompt:
         # Before an answer without a prompt, lm-eval puts one token of its own.
-        return 1, len(scorer.tok_encode(answer))
+        return 1, len(scorer.tok_encode(answer, add_special_tokens=False))
     prompt_ids, answer_ids = scorer._encode_pair(prompt, answer)
     return len(prompt_ids), len(answer_ids)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 import warnings
@@ -230,8 +229,8 @@ def trainable_copy(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     method = settings["method"]
     # float16 is too narrow for gradients.
     narrow = any(weight.dtype == torch.float16 for weight in model.parameters())
-    source = copy.deepcopy(model).float() if narrow else model
-    trained = models.quantized_copy(source) if method == "qlora" else copy.deepcopy(source)
+    source = wrappers.copied(model).float() if narrow else model
+    trained = models.quantized_copy(source) if method == "qlora" else wrappers.copied(source)
 
     if method == "full":
         parts = [trained]

@@ -104,11 +104,12 @@ def _taylor(
     # Of a mean over many tokens float16 rounds the gradients to 0, so they are those of the sum.
     is_narrow = any(weight.dtype == torch.float16 for weight in layers.parameters())
     scale = input_ids[:, 1:].numel() if is_narrow else 1
-    owner = {weight: number for number, layer in enumerate(layers) for weight in layer.parameters()}
+    in_layers = [set(layer.parameters()) for layer in layers]
+    scored = set().union(*in_layers)
 
     def reduce(weight: torch.Tensor) -> None:
         """Called once for each weight, when the gradients of all micro-batches have been added."""
-        scores[owner[weight]] += float(
+        scores[[weight in own for own in in_layers]] += float(
             (weight.detach().float() * weight.grad.float()).abs().sum(dtype=torch.float64)
         )
         weight.grad = None
@@ -120,8 +121,8 @@ def _taylor(
         undo.enter_context(passes.evaluation_mode(model))
         for weight in model.parameters():
             undo.callback(weight.requires_grad_, weight.requires_grad)
-            weight.requires_grad_(weight in owner)
-        for weight in owner:
+            weight.requires_grad_(weight in scored)
+        for weight in scored:
             undo.callback(setattr, weight, "grad", weight.grad)
             weight.grad = None
             undo.callback(weight.register_post_accumulate_grad_hook(reduce).remove)

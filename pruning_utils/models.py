@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import re
 from pathlib import Path
@@ -267,10 +266,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         for name, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers and n_layers
     }
-    # A list inside another candidate's layer (the experts of a mixture, say) is not a list of
-    # decoder layers.
-    inside = tuple(f"{name}." for name in found)
-    outer = {name: module for name, module in found.items() if not name.startswith(inside)}
+    outer = wrappers.lists_of_layers(found)
     if len(outer) != 1:
         raise ValueError(
             f"{type(model).__name__} has no single list of decoder layers: expected one "
@@ -364,7 +360,7 @@ def quantized_copy(model: nn.Module) -> nn.Module:
         )
     device = runtime.choose_device() if model.device.type == "cpu" else model.device
     # Sharing the weights to be quantised keeps the copy from holding them in 16 bits as well.
-    duplicate = copy.deepcopy(
+    duplicate = wrappers.copied(
         model, {id(source.weight): source.weight for source in linear.values()}
     )
     for name, source in linear.items():

@@ -188,6 +188,9 @@ def logit_difference(
     ``from_pretrained``, such as ``gguf_file``."""
     kind = model_files.auto_class(model.config)
     device = passes.input_device(model)
+    # Another one adds in another order.
+    attention = getattr(model.config, "_attn_implementation", None)
+    loading = {"attn_implementation": attention, **loading}
     loaded = kind.from_pretrained(folder, dtype=model.dtype, **loading).to(device).eval()
     input_ids = input_ids.to(device)
     with torch.no_grad():

@@ -60,6 +60,23 @@ def test_questions_score_without_any_special_token_as_with_one():
     assert (bare.pad_token, bare.eos_token, bare.bos_token) == (None, None, None)
 
 
+def test_answers_alone_have_as_many_tokens_with_a_beginning_as_without():
+    """lm-eval puts one token before them, and the tokenizer none."""
+    network = model()
+    without, with_one = tokenizer(bos_token="<s>"), tokenizer(bos_token="<s>")
+    with_one._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", with_one.bos_token_id)]
+    )
+    found, same = (
+        evaluation.evaluate_tasks(
+            network, own, ["openbookqa"], limit=3, answers_only=True
+        ).questions
+        for own in (without, with_one)
+    )
+    assert with_one("a")["input_ids"] != without("a")["input_ids"]
+    pd.testing.assert_frame_equal(found, same)
+
+
 @pytest.mark.parametrize(("begins", "ends"), [("<s> ", " </s>"), ("", " </s> </s>")])
 def test_tokens_that_end_a_text_are_no_part_of_an_answer(begins, ends):
     def adding(pattern: str):

@@ -1021,6 +1021,26 @@ def test_the_longest_and_the_shortest_ids_pass():
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"is_causal": False}, "as is_causal is False"),
+        ({"use_bidirectional_attention": True}, "as use_bidirectional_attention is True"),
+        ({"text_config": {"use_bidirectional_attention": "all"}}, "is 'all'"),
+        ({"model_type": "paligemma"}, "tokens of paligemma see those that follow them"),
+    ],
+)
+def test_models_that_see_later_tokens_are_refused(llama_copy, fields, message):
+    edit_config(llama_copy, **fields)
+    with pytest.raises(ValueError, match=message):
+        models.load_model(llama_copy)
+
+
+def test_pictures_alone_may_be_seen_from_both_sides(llama_copy):
+    edit_config(llama_copy, use_bidirectional_attention="vision")
+    assert models.load_model(llama_copy)
+
+
+@pytest.mark.parametrize(
     "fields", [{"num_hidden_layers": 10**9}, {"vision_config": {"depth": 10**9}}]
 )
 def test_a_count_that_nothing_has_is_refused(llama_copy, fields):

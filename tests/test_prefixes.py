@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, tiny
 from every_architecture import build
 from lm_eval.models.huggingface import HFLM
 
@@ -221,6 +221,32 @@ def test_what_cannot_be_shared_goes_to_the_stock_backend(name, window, most, emb
 
 def test_layers_that_look_at_pictures_take_no_mask_of_ours():
     assert prefixes.longest_shared(build("mllama")) == 0
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "n_shared"),
+    [
+        ("FalconConfig", {"alibi": True, "multi_query": False, "parallel_attn": False}, 0),
+        ("FalconConfig", {}, math.inf),
+    ],
+)
+def test_a_bias_of_another_shape_takes_no_mask_of_ours(config_class, fields, n_shared):
+    assert prefixes.longest_shared(tiny(config_class, **fields)) == n_shared
+
+
+def test_texts_are_shared_only_where_all_are_rotated_alike(embedded):
+    """Frequencies of longrope follow the longest text of a batch."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    own = {"original_max_position_embeddings": 16, "sliding_window": None, "pad_token_id": 0}
+    model = tiny("Phi3Config", rope_parameters=rope, **own)
+    _, tokenizer = embedded
+    scorer = prefixes.language_model(model, tokenizer, 8)
+    assert prefixes.longest_alike(model) == 16
+    short, long = (("", ""), [5, 6, 7], [8, 9]), (("", ""), list(range(3, 40)), [7])
+    alone = scorer._loglikelihood_tokens([short], disable_tqdm=True)[0][0]
+    beside = scorer._loglikelihood_tokens([short, long], disable_tqdm=True)[0][0]
+    assert beside == pytest.approx(alone, abs=1e-4)
 
 
 def test_architectures_take_the_way_that_is_told_of_them():

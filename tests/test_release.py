@@ -92,6 +92,14 @@ def test_a_small_model_in_training_is_released(tmp_path, pruned):
     assert small.training
 
 
+def test_a_model_that_adds_in_another_order_is_released(tmp_path, pruned):
+    """Plain transformers would load it with another implementation of attention."""
+    small = architectures.tiny("LlamaConfig", attn_implementation="eager")
+    _, tokenizer = pruned
+    small.resize_token_embeddings(len(tokenizer))
+    release.save_release(small, tokenizer, tmp_path / "small", card="# A card")
+
+
 @pytest.mark.parametrize("given", HOSTILE)
 def test_what_a_card_is_given_is_shown_as_text(given):
     """The card has the lines, cells, fences and fields of one that is given plain words."""

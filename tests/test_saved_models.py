@@ -11,6 +11,7 @@ from architectures import LATENT, ROUTED, SIZES, tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from pruning_utils import models, surgery
@@ -162,6 +163,49 @@ def test_rotation_by_kind_under_its_former_names(tmp_path):
     assert {name: reads(folder)[name] for name in wanted} == wanted
     back = AutoModelForCausalLM.from_pretrained(folder)
     assert back.config.rope_parameters == model.config.rope_parameters
+
+
+def test_longrope_under_the_three_names_that_phi3_looks_for(tmp_path):
+    """transformers 4.57.6 loads the folder, and gives the same logits."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    model = tiny("Phi3Config", rope_parameters=rope | factors, pad_token_id=0)
+    folder = saved(model, tmp_path)
+    assert reads(folder)["rope_scaling"] == {"type": "longrope"} | factors
+    back = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(back), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("content", "scaling"),
+    [
+        ({"rope_type": "default", "mrope_section": [2, 1, 1]}, True),
+        ({"rope_type": "default"}, False),
+    ],
+)
+def test_sections_of_pictures_stay_in_the_rotation(content, scaling):
+    written = saved_models._of_transformers_4({"rope_parameters": {"rope_theta": 1e4, **content}})
+    assert written["rope_scaling"] == (content if scaling else None)
+
+
+def test_rotation_of_olmo3_under_its_former_name():
+    full = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5}
+    rope = {"full_attention": full, "sliding_attention": {"rope_theta": 5e5}}
+    found = saved_models._of_transformers_4({"model_type": "olmo3", "rope_parameters": rope})
+    assert found["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_tokens_that_a_tokenizer_adds_are_said_where_others_would_be_added(adds, tmp_path):
+    own = Tokenizer(BPE({"<unk>": 0, "<s>": 1, "a": 2}, [], unk_token="<unk>"))
+    if adds:
+        own.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    for name in ("LlamaTokenizerFast", "PreTrainedTokenizerFast"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>")
+        content = {"tokenizer_class": name}
+        saved_models._say_ends(content, saved_models._own_tokens(tokenizer))
+        said = {"add_bos_token": adds, "add_eos_token": False} if name[0] == "L" else {}
+        assert content == {"tokenizer_class": name} | said
 
 
 def test_experts_under_their_former_name(tmp_path):

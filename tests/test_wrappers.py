@@ -3,6 +3,7 @@
 import pytest
 import torch
 from architectures import ARCHITECTURES, tiny
+from every_architecture import build
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
@@ -16,7 +17,8 @@ from pruning_utils import (
     surgery,
     width,
 )
-from pruning_utils.engine import wrappers
+from pruning_utils.engine import passes, wrappers
+from pruning_utils.studies.study import without_layers
 
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(3))
 WRAPPED = {
@@ -79,6 +81,87 @@ def test_a_part_that_is_compiled_is_named(change):
     model.model.layers[2] = torch.compile(model.model.layers[2])
     with pytest.raises(ValueError, match="model.layers.2 is inside torch.compile"):
         change(model)
+
+
+HEALS = {"method": "lora", "steps": 1, "batch_size": 1, "warmup_steps": 0, "rank": 2}
+
+
+@pytest.mark.parametrize("path", ["", "model.layers.2"])
+@pytest.mark.parametrize(
+    "copies",
+    [
+        lambda model: healing.heal(model, None, IDS, **HEALS),
+        lambda model: without_layers(model, [1]),
+        lambda model: models.quantized_copy(model),
+    ],
+    ids=["heal", "without_layers", "quantized_copy"],
+)
+def test_a_compiled_forward_is_not_copied(copies, path):
+    """It would run the model that was copied, whose weights no training changes."""
+    model = tiny("LlamaConfig")
+    part = model.get_submodule(path)
+    part.forward = torch.compile(part.forward, backend="eager")
+    with pytest.raises(ValueError, match=f"the forward of {path or 'model'} is inside torch.comp"):
+        copies(model)
+    del part.forward
+    copies(model)
+
+
+def test_a_copy_generates_by_itself_after_generation_with_a_static_cache():
+    model = tiny("LlamaConfig")
+    model._compiled_call = model.__call__
+    copied = wrappers.copied(model)
+    assert "_compiled_call" not in vars(copied) and "_compiled_call" in vars(model)
+    assert torch.equal(copied(IDS).logits, model(IDS).logits)
+
+
+def test_routers_give_no_logits_while_questions_and_losses_are_measured():
+    """Layers that are not run, and rows of several texts, have none of the asked shape."""
+    model = tiny("MixtralConfig", num_local_experts=4)
+    expected = evaluation.token_losses(model, IDS)
+    model.config.output_router_logits = True
+    assert torch.equal(evaluation.token_losses(model, IDS), expected)
+    with passes.evaluation_mode(model):
+        assert model(IDS).aux_loss is None
+    assert model.config.output_router_logits
+
+
+def test_layers_removed_by_hand_without_new_numbers_are_refused():
+    model = tiny("LlamaConfig")
+    del model.model.layers[2]
+    model.config.num_hidden_layers -= 1
+    for runs in (
+        lambda: efficiency.generation_speed(model, batch_size=1, prompt_tokens=2, new_tokens=2),
+        lambda: evaluation.evaluate_tasks(model, None, ["piqa"], limit=1),
+    ):
+        with pytest.raises(ValueError, match="layer 6 of 7 bears the number 7: layers were remov"):
+            runs()
+
+
+def test_a_cut_to_as_many_layers_as_a_tower_has_blocks_leaves_the_layers_known():
+    model = build("phi4_multimodal")
+    surgery.drop_layers(model, [0, 1, 3, 4])
+    assert len(models.decoder_layers(model)) == 2
+    assert len(similarity.measure_similarity(model, IDS).block_influence) == 2
+    surgery.drop_layers(model, [0])
+    assert len(models.decoder_layers(model)) == 1
+
+
+def test_weights_that_layers_share_count_in_each_of_them():
+    """As in the magnitude of a layer: Zamba has one attention in several of its layers."""
+    model = build("zamba")
+    logits = model(IDS, use_cache=False).logits
+    nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    by_hand = [
+        sum(
+            float((w.detach() * w.grad).abs().sum())
+            for w in layer.parameters()
+            if w.grad is not None
+        )
+        for layer in models.decoder_layers(model)
+    ]
+    model.zero_grad()
+    assert importance.taylor(model, IDS).tolist() == pytest.approx(by_hand, rel=1e-3)
 
 
 # --- models of PEFT -------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ WEIGHTS = "model.safetensors"
 # of them: building them would not end.
 COUNTS = re.compile(r"(n|num)_(hidden_)?layers?|\w+_layers|depth|(n|num)_(\w+_)?experts")
 TOO_MANY = 10_000
+# Kinds of models whose tokens see those that follow them.
+SEE_AHEAD = ("cpmant", "paligemma", "xlnet")
 # Masks that were saved with the weights of GPT-2 and its kin, and are made anew today.
 MASKS = re.compile(r".*\.(attn|attention)\.(masked_)?bias")
 # What only a layer that predicts further tokens has, and the number of the layer.
@@ -88,6 +90,7 @@ def configuration(source: str, options: dict[str, Any]) -> PreTrainedConfig:
     settings = PreTrainedConfig.get_config_dict(source, **options)[0]
     refuse_kernels_of_hub(settings)
     refuse_countless(settings)
+    refuse_seeing_ahead(settings)
     config = AutoConfig.from_pretrained(source, **options)
     n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if n_layers is not None:
@@ -139,6 +142,30 @@ def refuse_countless(settings: dict[str, Any]) -> None:
             )
         if isinstance(value, dict):
             refuse_countless(value)
+
+
+def refuse_seeing_ahead(settings: dict[str, Any]) -> None:
+    """Refuse a configuration of a model whose tokens see those that follow them.
+
+    Losses of such a model are of no prediction.
+
+    Raises:
+        ValueError: If it is of such a kind, or says so; the setting is named.
+    """
+    if settings.get("model_type") in SEE_AHEAD:
+        raise ValueError(
+            f"tokens of {settings['model_type']} see those that follow them, but layer pruning "
+            "needs a model that predicts each token from those before it"
+        )
+    for name, value in settings.items():
+        if isinstance(value, dict) and name in ("text_config", "llm_config", "language_config"):
+            refuse_seeing_ahead(value)
+        sees = name == "use_bidirectional_attention" and value in (True, "all")
+        if sees or name == "is_causal" and value is False:
+            raise ValueError(
+                f"tokens see those that follow them, as {name} is {value!r}, but layer pruning "
+                "needs a model that predicts each token from those before it"
+            )
 
 
 def refuse_other_files(source: str, config: PreTrainedConfig, options: dict[str, Any]) -> None:

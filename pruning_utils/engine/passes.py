@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pruning_utils import models, runtime
-from pruning_utils.engine import wrappers
+from pruning_utils.engine import held_configurations, wrappers
 from pruning_utils.engine.later import nn, torch
 
 # float32 logits that are alive at a time: 128 MiB.
@@ -31,14 +31,30 @@ def replaced(module: object, name: str, value: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module has its own mode back afterwards."""
+    """No dropout inside; every module has its own mode back afterwards.
+
+    Mixtures of experts do not collect the logits of their routers, which takes masks of a shape of
+    its own, and layers that are run.
+    """
     with contextlib.ExitStack() as undo:
+        for config in _configurations(model):
+            if getattr(config, "output_router_logits", False):
+                undo.enter_context(replaced(config, "output_router_logits", False))
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
             # In evaluation mode 4-bit layers on a CPU pack their weights: they are slower then, and
             # cannot be trained afterwards.
             module.training = bool(getattr(module, "support_avx512bf16_for_cpu", False))
         yield
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    """A model's configuration, and that of its decoder where it has one of its own."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return []
+    text = config.get_text_config(decoder=True)
+    return [config] if text is config else [config, text]
 
 
 @contextlib.contextmanager
@@ -131,6 +147,19 @@ def input_device(model: nn.Module) -> torch.device:
         return embedding.weight.device
     hooks = [hook for module in model.modules() for hook in _loading_hooks(module)]
     return torch.device(hooks[0].execution_device)
+
+
+def refuse_wrong_numbers(model: nn.Module) -> None:
+    """Refuse a model some of whose layers were removed without numbering the others anew.
+
+    Raises:
+        ValueError: If a layer bears a number that the cache has no place for.
+    """
+    try:
+        layers = models.decoder_layers(model)
+    except ValueError:
+        return  # of what has no list of layers none was removed
+    held_configurations.refuse_numbers_beyond(layers)
 
 
 def refuse_missing_weights(model: nn.Module, *, offloaded: bool = True) -> None:

@@ -53,6 +53,7 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
     from lm_eval.models.huggingface import HFLM
 
     passes.refuse_missing_weights(model)
+    passes.refuse_wrong_numbers(model)
     own, begins = _own_tokenizer(tokenizer, model)
     ends = _n_appended(own)
 
@@ -77,7 +78,7 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
             longest = longest_shared(self.model)
             if max(lengths, default=0) > longest + 1 and takes_masks_by_kind(self.model):
                 longest = math.inf
-            longest = min(longest, self.max_length)
+            longest = min(longest, longest_alike(self.model), self.max_length)
             fits = [length <= longest + 1 for length in lengths]
             pairs = [request[1:] for request, fit in zip(requests, fits, strict=True) if fit]
             others = [request for request, fit in zip(requests, fits, strict=True) if not fit]
@@ -227,17 +228,33 @@ def longest_shared(model: nn.Module) -> float:
         needed <= set(inspect.signature(causal.forward).parameters)
         and kinds <= {"full_attention", "sliding_attention"}
         and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        # Its bias is made from a mask of another shape (Falcon).
+        and not getattr(config, "alibi", False)
+        # It looks back by places in a row, which holds several texts (GPT-Neo).
+        and "local" not in getattr(config, "attention_layers", ())
+        # Its last layers are not run on all tokens (Gemma 3n, some of Gemma 4).
+        and not getattr(config, "num_kv_shared_layers", 0)
         # Layers that look at pictures take a mask of another size.
         and not getattr(config, "cross_attention_layers", None)
     )
     if not takes_masks or prompt_learning or getattr(causal, "_is_stateful", False):
         return 0
-    # GPT-Neo has names of its own.
-    if "local" in getattr(config, "attention_layers", ()):
-        return config.window_size or math.inf
     if not getattr(config, "use_sliding_window", True):
         return math.inf
     return getattr(config, "sliding_window", None) or math.inf
+
+
+def longest_alike(model: nn.Module) -> float:
+    """Tokens up to which a text is rotated alike, whatever other texts are in its batch.
+
+    Frequencies of longrope follow the longest text of a batch, from the original context on.
+    """
+    config = models.text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return math.inf
+    original = getattr(config, "original_max_position_embeddings", None)
+    return rope.get("original_max_position_embeddings") or original or math.inf
 
 
 def takes_masks_by_kind(model: nn.Module) -> bool:

@@ -40,6 +40,8 @@ FURTHER_TOKENS = (
 NAMES_OF_CODE = ("auto_map", "custom_pipelines")
 # Settings that a tokenizer writes only if it was made with them, not if they were set later.
 SIDES = ("padding_side", "truncation_side")
+# Tokenizers of these names add tokens to each text in transformers 4, unless they say otherwise.
+ADD_BY_DEFAULT = ("Llama", "CodeLlama", "Gemma", "Cohere")
 # Names of transformers 4, and what they are called now.
 FORMER_NAMES = {"torch_dtype": "dtype", "num_experts": "num_local_experts"}
 # A period in layers, the list that it stands for, and what the last layer of each period is.
@@ -79,6 +81,8 @@ def write(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             _complete(folder / "tokenizer_config.json", _complete_tokenizer)
+            ends = _own_tokens(tokenizer)
+            _complete(folder / "tokenizer_config.json", lambda content: _say_ends(content, ends))
             sides = {side: getattr(tokenizer, side, "right") for side in SIDES}
             _complete(folder / "tokenizer_config.json", lambda content: content.update(sides))
         refuse_unlike(model, folder, device="cpu" if is_plain else model.device)
@@ -194,7 +198,12 @@ def _of_transformers_4(content: dict[str, Any]) -> dict[str, Any]:
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             found[name] = scaling.pop(name)
-    found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    is_plain = scaling.get("rope_type", "default") == "default" and set(scaling) <= {"rope_type"}
+    found["rope_scaling"] = None if is_plain else scaling
+    if model_type.startswith("phi3") and scaling.get("rope_type") == "longrope":
+        # It looks for these three and no other.
+        factors = {name: scaling[name] for name in ("short_factor", "long_factor")}
+        found["rope_scaling"] = {"type": "longrope", **factors}
     if model_type.startswith("gpt_neox"):
         found["rotary_emb_base"] = found["rope_theta"]
         found["rotary_pct"] = found.get("partial_rotary_factor", 1.0)
@@ -209,7 +218,7 @@ def _rotation_by_kind(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
         "global_rope_theta" if is_modernbert else "rope_theta": full.get("rope_theta"),
         "local_rope_theta" if is_modernbert else "rope_local_base_freq": local.get("rope_theta"),
     }
-    if model_type.startswith("gemma3") and full.get("rope_type", "default") != "default":
+    if model_type.startswith(("gemma3", "olmo3")) and full.get("rope_type", "default") != "default":
         found["rope_scaling"] = {key: value for key, value in full.items() if key != "rope_theta"}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -222,6 +231,22 @@ def _complete_tokenizer(content: dict[str, Any]) -> None:
     further = content.get("extra_special_tokens")
     if isinstance(further, list):
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
+
+
+def _own_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """Whether a tokenizer puts its own tokens before and after a text."""
+    ids = tokenizer("a")["input_ids"]
+    return {
+        "add_bos_token": bool(ids) and ids[0] == tokenizer.bos_token_id,
+        "add_eos_token": bool(ids) and ids[-1] == tokenizer.eos_token_id,
+    }
+
+
+def _say_ends(content: dict[str, Any], ends: dict[str, bool]) -> None:
+    """Say which tokens are added where transformers 4 would add some by default."""
+    if str(content.get("tokenizer_class", "")).startswith(ADD_BY_DEFAULT):
+        for name, is_added in ends.items():
+            content.setdefault(name, is_added)
 
 
 # --- read back ------------------------------------------------------------------------------------

@@ -51,6 +51,23 @@ def refuse_wrapped(model: Model, *, with_head: bool = False) -> Model:
     return model
 
 
+def lists_of_layers(found: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """Of lists of modules, by name, those that may be the decoder layers.
+
+    A list inside another one's module is none (the experts of a mixture, say). Where several are
+    left, and the parts of one alone are numbered as layers are, it is that one: a tower may have as
+    many blocks as a decoder that was cut.
+    """
+    inside = tuple(f"{name}." for name in found)
+    outer = {name: layers for name, layers in found.items() if not name.startswith(inside)}
+    numbered = {
+        name: layers
+        for name, layers in outer.items()
+        if any("layer_idx" in vars(part) for part in layers.modules())
+    }
+    return numbered if len(outer) > 1 and len(numbered) == 1 else outer
+
+
 def vocabulary_size(model: nn.Module) -> int:
     """Rows of the input embedding, adapters of PEFT around it or not."""
     return len(model.get_input_embeddings().weight)
@@ -86,14 +103,40 @@ def refuse_compiled_parts(model: nn.Module) -> None:
         model: A causal language model.
 
     Raises:
-        ValueError: If there is such a part; it is named.
+        ValueError: If there is such a part, or one whose ``forward`` is compiled; it is named.
     """
     for path, part in model.named_modules():
+        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+            raise ValueError(
+                f"the forward of {path or 'model'} is inside torch.compile, and would run this "
+                "model in every copy: delete it (del module.forward), and compile with "
+                "module.compile(), which stays itself"
+            )
         if hasattr(part, "_orig_mod"):
             raise ValueError(
                 f"{path} is inside torch.compile: put the module that was compiled in its place "
                 "(module._orig_mod), or compile with module.compile(), which stays itself"
             )
+
+
+def copied(model: Model, memo: dict | None = None) -> Model:
+    """A copy of a model that runs itself.
+
+    Generation with a static cache leaves a compiled call in a model. In a copy it would run the
+    model that was copied, so it is left out.
+
+    Args:
+        model: A causal language model.
+        memo: What is not to be copied, by ``id``, as for ``copy.deepcopy``.
+
+    Raises:
+        ValueError: If parts of it are inside ``torch.compile``; one is named.
+    """
+    refuse_compiled_parts(model)
+    duplicate = copy.deepcopy(model, memo)
+    for name in ("_compiled_call", "_last_compile_config"):
+        vars(duplicate).pop(name, None)
+    return duplicate
 
 
 # --- adapters around modules ----------------------------------------------------------------------
@@ -133,7 +176,7 @@ def merged_into_copy(trained: nn.Module, model: nn.Module) -> nn.Module:
 
     In 4 bits the adapters would be rounded away.
     """
-    merged = copy.deepcopy(model)
+    merged = copied(model)
     for name, module in trained.named_modules():
         if hasattr(module, "get_delta_weight"):
             weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight

@@ -8,7 +8,6 @@ whoever asks for them, the rows of a measured model, and the tables that keep th
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import json
 import multiprocessing
@@ -38,7 +37,7 @@ from pruning_utils import (
     surgery,
     width,
 )
-from pruning_utils.engine import passes, records
+from pruning_utils.engine import passes, records, wrappers
 from pruning_utils.engine.later import nn, safetensors_torch, torch
 from pruning_utils.studies.recipes import Cut, Point, Stage, layer_text
 
@@ -384,7 +383,7 @@ class Study:
                 windows = data.calibration_windows(
                     self.tokenizer, **CALIBRATION, source=self.calibration_source, seed=self.seed
                 )
-                model = narrowed(copy.deepcopy(network), cut.width, windows)
+                model = narrowed(wrappers.copied(network), cut.width, windows)
                 self._narrow = Narrow(cut.width, model)
             return self._narrow.model
         layers = self._layers(cut, network, self._prepared[2])
@@ -531,7 +530,7 @@ class Study:
         windows = data.calibration_windows(
             self.tokenizer, **CALIBRATION, source=self.calibration_source, seed=self.seed
         )
-        exact = copy.deepcopy(model).float()
+        exact = wrappers.copied(model).float()
         if cut.rule == "taylor":
             scores = importance.taylor(exact, windows)
         else:
@@ -555,7 +554,7 @@ def _completed(row: dict) -> dict:
 def without_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     """A copy of the model without these layers (0-based) that shares its weights."""
     weights = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
-    return surgery.drop_layers(copy.deepcopy(model, weights), layers)
+    return surgery.drop_layers(wrappers.copied(model, weights), layers)
 
 
 def narrowed(
@@ -671,7 +670,7 @@ def healed_once(
     training = folder / "training"
     with records.locked(folder):
         if weights.is_file():
-            healed = copy.deepcopy(model)
+            healed = wrappers.copied(model)
             if settings["method"] == "last_layers" and settings.get("untie", True):
                 models.untie_head(healed)
             # What is not there is as it was.
@@ -721,7 +720,7 @@ def stored(model: nn.Module, tokenizer: PreTrainedTokenizerBase, precision: str)
     It computes in the model's dtype.
     """
     if precision == PRECISIONS[0]:
-        rounded = copy.deepcopy(model)
+        rounded = wrappers.copied(model)
         for weight in rounded.parameters():  # not buffers: rotary frequencies have their own
             weight.data = weight.data.to(torch.bfloat16).to(weight.dtype)
         return rounded
