@@ -60,12 +60,13 @@ def lists_of_layers(found: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]
     """
     inside = tuple(f"{name}." for name in found)
     outer = {name: layers for name, layers in found.items() if not name.startswith(inside)}
-    numbered = {
-        name: layers
-        for name, layers in outer.items()
-        if any("layer_idx" in vars(part) for part in layers.modules())
-    }
+    numbered = {name: layers for name, layers in outer.items() if _are_numbered(layers)}
     return numbered if len(outer) > 1 and len(numbered) == 1 else outer
+
+
+def _are_numbered(layers: nn.ModuleList) -> bool:
+    """Whether a part of these modules bears a number, as it needs for its place in the cache."""
+    return any("layer_idx" in vars(part) for part in layers.modules())
 
 
 def vocabulary_size(model: nn.Module) -> int:
