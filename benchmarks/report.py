@@ -418,7 +418,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--quick", action="store_true", help="sizes that say nothing")
     asked = parser.parse_args(words)
-    if asked.quick and asked.out == Path(__file__).resolve().parent:
+    if asked.quick and asked.out.resolve() == Path(__file__).resolve().parent:
         parser.error("--quick needs --out: its numbers must not replace the committed ones")
     runtime.setup(0)
     bench = Bench(asked.model, quick=asked.quick)

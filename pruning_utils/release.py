@@ -22,7 +22,7 @@ from pruning_utils.engine import checks, model_files, passes, wrappers
 from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 CARD = "README.md"
 CONVERTER = "convert_hf_to_gguf.py"  # of llama.cpp
@@ -188,13 +188,24 @@ def logit_difference(
     ``from_pretrained``, such as ``gguf_file``."""
     kind = model_files.auto_class(model.config)
     device = passes.input_device(model)
-    # Another one adds in another order.
-    attention = getattr(model.config, "_attn_implementation", None)
-    loading = {"attn_implementation": attention, **loading}
+    loading = {"attn_implementation": _attention_of(model.config), **loading}
     loaded = kind.from_pretrained(folder, dtype=model.dtype, **loading).to(device).eval()
     input_ids = input_ids.to(device)
     with torch.no_grad():
         return float((model(input_ids).logits - loaded(input_ids).logits).abs().max())
+
+
+def _attention_of(config: PreTrainedConfig) -> dict[str, str | None]:
+    """The implementation of attention of each part of a model: another one adds in another order.
+
+    Parts are named by their configurations, and the model itself by an empty text.
+    """
+    found = {"": getattr(config, "_attn_implementation", None)}
+    for name in getattr(config, "sub_configs", {}):
+        part = getattr(config, name, None)
+        if part is not None:
+            found[name] = getattr(part, "_attn_implementation", None)
+    return found
 
 
 def export_gguf(folder: str | os.PathLike, *, kind: str = "bf16") -> Path | None:

@@ -83,12 +83,17 @@ def compute_apart(
     finished = Finished(output)
     if finished.versions != runtime.versions():
         begin_anew(output, finished)
-    if recompute:
-        # Models that were trained there would be taken for those of a new run.
+    if recompute and {job.name for job in jobs} >= finished.values.keys():
+        # Models that were trained there would be taken for those of a new run. Where others have
+        # been begun, they are left for these.
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
     for job in jobs:
-        if recompute or finished.has_other_values(job):
-            shutil.rmtree(output / "results" / job.profile / job.name, ignore_errors=True)
+        results_of = output / "results" / str(job.values["profile"]) / job.name
+        is_other = finished.has_other_values(job)
+        if is_other and results_of.is_dir():
+            print(f"{job.name} was begun there with other values: its tables are computed anew")
+        if recompute or is_other:
+            shutil.rmtree(results_of, ignore_errors=True)
             finished.digests.pop(job.name, None)
         finished.values[job.name] = values_digest(job)
     finished.write()

@@ -461,13 +461,14 @@ def refuse_names(options: argparse.Namespace, chosen: list[Job]) -> None:
         return
     from jobs import Refused
 
+    from pruning_utils import healing
     from pruning_utils.engine import benchmarks
     from pruning_utils.shrinking import orders
 
     for job in chosen:
         scored: Any = job.values.get("scored_on") or {}
-        healing: Any = job.values.get("healing") or {}
-        for key in ("tasks", "papers"):
+        asked: Any = job.values.get("healing") or {}
+        for key in ("tasks", "papers", "pooled"):
             for task in scored.get(key) or []:
                 name = str(task).removeprefix(benchmarks.OFFICIAL)
                 is_known = benchmarks.is_embedded(str(task))
@@ -476,10 +477,11 @@ def refuse_names(options: argparse.Namespace, chosen: list[Job]) -> None:
                         f"scored_on.{key} must name tasks among {', '.join(benchmarks.TASKS)} or "
                         f"those of lm-eval, got {task!r}"
                     )
-        method = healing.get("method", "full")
-        if method not in {*orders.METHODS, "full"}:
-            known = ", ".join(dict.fromkeys([*orders.METHODS, "full"]))
-            raise Refused(f"healing.method must be one of {known}, got {method!r}")
+        shrinks = job.name == "13_your_own_model"
+        known = orders.METHODS if shrinks else healing.METHODS
+        method = asked.get("method", known[0])
+        if method not in known:
+            raise Refused(f"healing.method must be one of {', '.join(known)}, got {method!r}")
 
 
 def computes_apart(options: argparse.Namespace) -> bool:

@@ -223,8 +223,9 @@ def test_a_tolerance_that_is_none_is_told_what_one_is(project, no_run, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("healing.method=foo", "healing.method must be one of none, lora, .*, full, got 'foo'"),
+        ("healing.method=foo", "healing.method must be one of lora, .*, full, got 'foo'"),
         ("scored_on.tasks={nope: 0}", "scored_on.tasks must name tasks among hellaswag, .* 'nope'"),
+        ("healing.method=none", "healing.method must be one of lora, .*, full, got 'none'"),
         ("scored_on.papers={nope: 0}", "scored_on.papers must name tasks among .* got 'nope'"),
     ],
 )
@@ -1408,7 +1409,7 @@ def test_regress_of_some_notebooks_leaves_what_waits(recorded, quick, monkeypatc
     assert files(recorded / "regressed") == waiting and quick == ["00_first", "00_first"]
 
 
-def test_what_other_values_made_is_not_gone_on_with(recorded, quick, monkeypatch):
+def test_what_other_values_made_is_not_gone_on_with(recorded, quick, monkeypatch, capfd):
     """Its tables would be refused by the notebook, which asks for others."""
     words = ["--regress", "--profile", "smoke", "--only", "00", "--keep"]
     folder = recorded / "regressed" / "smoke-00" / "results" / "smoke" / "00_first"
@@ -1423,10 +1424,26 @@ def test_what_other_values_made_is_not_gone_on_with(recorded, quick, monkeypatch
     for value in (2, 3, 3):
         drive(recorded, *words, "-p", f"steps={value}")
     assert there == [False, False], "dropped for other values, and not run again for the same"
+    assert "00_first was begun there with other values" in capfd.readouterr().out
     models = folder.parents[2] / "checkpoints"
     models.mkdir()
     drive(recorded, *words, "-p", "steps=3", "--recompute")
     assert there == [False, False, False] and not models.exists()
+
+
+def test_results_of_a_rehearsal_lie_under_the_profile_of_their_values(tmp_path, monkeypatch):
+    """It has a name of its own for what it records."""
+    monkeypatch.setattr(modes, "Run", lambda *_, **__: types.SimpleNamespace(all=dict))
+    for value in (2, 3):
+        job = jobs.Job(Path("00_first"), "rehearsal-x", {"profile": "smoke", "steps": value}, {})
+        table = tmp_path / "results" / "smoke" / "00_first" / "points.jsonl"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.touch()
+        finished = running.Finished(tmp_path)
+        finished.versions = modes.runtime.versions()
+        finished.write()
+        modes.compute_apart([job], tmp_path, tmp_path, recompute=False, at_once=1, estimated=False)
+        assert table.exists() is (value == 2)
 
 
 def test_what_other_versions_computed_is_not_gone_on_with(recorded, quick, monkeypatch, capfd):

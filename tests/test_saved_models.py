@@ -10,7 +10,7 @@ import transformers
 from architectures import LATENT, ROUTED, SIZES, tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
@@ -174,6 +174,20 @@ def test_longrope_under_the_three_names_that_phi3_looks_for(tmp_path):
     assert reads(folder)["rope_scaling"] == {"type": "longrope"} | factors
     back = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(back), logits(model))
+    model.config.rope_parameters["attention_factor"] = 1.7
+    assert saved_models._of_transformers_4(model.config.to_dict())["rope_scaling"] == {
+        name: value
+        for name, value in model.config.rope_parameters.items()
+        if name not in ("rope_theta", "partial_rotary_factor")
+    }, "what is more than these stays, as transformers 5 reads it there"
+
+
+def test_a_tokenizer_that_cannot_read_our_text_is_saved_as_it_is(tmp_path):
+    own = Tokenizer(WordLevel({"C": 0, "N": 1}))
+    own.enable_truncation(8)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, pad_token="N", eos_token="C")
+    folder = saved(tiny("LlamaConfig"), tmp_path, tokenizer)
+    assert reads(folder, "tokenizer.json")["truncation"]["max_length"] == 8
 
 
 @pytest.mark.parametrize(
@@ -203,7 +217,7 @@ def test_tokens_that_a_tokenizer_adds_are_said_where_others_would_be_added(adds,
     for name in ("LlamaTokenizerFast", "PreTrainedTokenizerFast"):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>")
         content = {"tokenizer_class": name}
-        saved_models._say_ends(content, saved_models._own_tokens(tokenizer))
+        saved_models._say_ends(content, tokenizer)
         said = {"add_bos_token": adds, "add_eos_token": False} if name[0] == "L" else {}
         assert content == {"tokenizer_class": name} | said
 

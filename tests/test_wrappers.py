@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import ARCHITECTURES, tiny
 from every_architecture import build
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -105,6 +106,18 @@ def test_a_compiled_forward_is_not_copied(copies, path):
         copies(model)
     del part.forward
     copies(model)
+
+
+def test_a_hook_around_a_forward_that_is_decorated_is_no_compiled_one():
+    """It bears the marks of what it calls."""
+    model = tiny("LlamaConfig")
+    layer = model.model.layers[0]
+    kind = type(
+        "Decorated", (type(layer),), {"forward": torch.compiler.disable(type(layer).forward)}
+    )
+    layer.__class__ = kind
+    add_hook_to_module(layer, ModelHook())
+    assert len(without_layers(model, [1]).model.layers) == 7
 
 
 def test_a_copy_generates_by_itself_after_generation_with_a_static_cache():

@@ -42,6 +42,10 @@ NAMES_OF_CODE = ("auto_map", "custom_pipelines")
 SIDES = ("padding_side", "truncation_side")
 # Tokenizers of these names add tokens to each text in transformers 4, unless they say otherwise.
 ADD_BY_DEFAULT = ("Llama", "CodeLlama", "Gemma", "Cohere")
+# What longrope of Phi-3 says at most without more than its factors.
+LONGROPE_OF_PHI3 = {
+    *("rope_type", "type", "short_factor", "long_factor", "original_max_position_embeddings")
+}
 # Names of transformers 4, and what they are called now.
 FORMER_NAMES = {"torch_dtype": "dtype", "num_experts": "num_local_experts"}
 # A period in layers, the list that it stands for, and what the last layer of each period is.
@@ -81,8 +85,9 @@ def write(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
             _complete(folder / "tokenizer_config.json", _complete_tokenizer)
-            ends = _own_tokens(tokenizer)
-            _complete(folder / "tokenizer_config.json", lambda content: _say_ends(content, ends))
+            _complete(
+                folder / "tokenizer_config.json", lambda content: _say_ends(content, tokenizer)
+            )
             sides = {side: getattr(tokenizer, side, "right") for side in SIDES}
             _complete(folder / "tokenizer_config.json", lambda content: content.update(sides))
         refuse_unlike(model, folder, device="cpu" if is_plain else model.device)
@@ -200,8 +205,8 @@ def _of_transformers_4(content: dict[str, Any]) -> dict[str, Any]:
             found[name] = scaling.pop(name)
     is_plain = scaling.get("rope_type", "default") == "default" and set(scaling) <= {"rope_type"}
     found["rope_scaling"] = None if is_plain else scaling
-    if model_type.startswith("phi3") and scaling.get("rope_type") == "longrope":
-        # It looks for these three and no other.
+    if model_type.startswith("phi3") and scaling.keys() <= LONGROPE_OF_PHI3:
+        # It looks for these three and no other. What else is derived, transformers 5 derives again.
         factors = {name: scaling[name] for name in ("short_factor", "long_factor")}
         found["rope_scaling"] = {"type": "longrope", **factors}
     if model_type.startswith("gpt_neox"):
@@ -233,20 +238,13 @@ def _complete_tokenizer(content: dict[str, Any]) -> None:
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
 
 
-def _own_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """Whether a tokenizer puts its own tokens before and after a text."""
-    ids = tokenizer("a")["input_ids"]
-    return {
-        "add_bos_token": bool(ids) and ids[0] == tokenizer.bos_token_id,
-        "add_eos_token": bool(ids) and ids[-1] == tokenizer.eos_token_id,
-    }
-
-
-def _say_ends(content: dict[str, Any], ends: dict[str, bool]) -> None:
-    """Say which tokens are added where transformers 4 would add some by default."""
+def _say_ends(content: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say which tokens a tokenizer adds, where transformers 4 would add some by default."""
     if str(content.get("tokenizer_class", "")).startswith(ADD_BY_DEFAULT):
-        for name, is_added in ends.items():
-            content.setdefault(name, is_added)
+        # To tokenize a text changes what a tokenizer says of truncation and padding.
+        ids = copy.deepcopy(tokenizer)("a")["input_ids"]
+        content.setdefault("add_bos_token", bool(ids) and ids[0] == tokenizer.bos_token_id)
+        content.setdefault("add_eos_token", bool(ids) and ids[-1] == tokenizer.eos_token_id)
 
 
 # --- read back ------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def refuse_wrapped(model: Model, *, with_head: bool = False) -> Model:
             f"model must be a causal language model of transformers, as load_model returns it, got "
             f"{'the class ' + model.__name__ if isinstance(model, type) else kind}"
         )
-    if with_head and model.get_output_embeddings() is None:
+    if with_head and getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(
             f"model must have a head that predicts tokens, but {kind} has none: load it with "
             "load_model, or by AutoModelForCausalLM"
@@ -107,7 +107,10 @@ def refuse_compiled_parts(model: nn.Module) -> None:
         ValueError: If there is such a part, or one whose ``forward`` is compiled; it is named.
     """
     for path, part in model.named_modules():
-        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+        # A hook of accelerate bears the marks of the forward that it calls.
+        forward = vars(part).get("_old_forward", vars(part).get("forward"))
+        is_own = getattr(forward, "__self__", None) is part
+        if hasattr(forward, "_torchdynamo_orig_callable") and not is_own:
             raise ValueError(
                 f"the forward of {path or 'model'} is inside torch.compile, and would run this "
                 "model in every copy: delete it (del module.forward), and compile with "
