@@ -14,7 +14,7 @@ the core. All of them load with ``models`` and ``data``. Notebooks 02 to 13 shar
 which cuts, trains and measures a model, and ``studies.recipes``, which says how.
 
 00  What breaks when eight of thirty layers go, and what does healing bring back?
-    whole_path: similarity, selection, surgery, healing, evaluation
+    whole_path, depth: similarity, selection, surgery, healing, evaluation
 01  Which layers change the hidden states least?
     scan, depth: similarity, selection
 02  How many layers can go before the answers fall?

@@ -182,6 +182,12 @@ def test_longrope_under_the_three_names_that_phi3_looks_for(tmp_path):
     }, "what is more than these stays, as transformers 5 reads it there"
 
 
+def test_phi3_without_longrope_has_no_factors():
+    rope = {"rope_theta": 1e4, "rope_type": "default"}
+    found = saved_models._of_transformers_4({"model_type": "phi3", "rope_parameters": rope})
+    assert found["rope_scaling"] is None
+
+
 def test_a_tokenizer_that_cannot_read_our_text_is_saved_as_it_is(tmp_path):
     own = Tokenizer(WordLevel({"C": 0, "N": 1}))
     own.enable_truncation(8)

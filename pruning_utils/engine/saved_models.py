@@ -42,10 +42,9 @@ NAMES_OF_CODE = ("auto_map", "custom_pipelines")
 SIDES = ("padding_side", "truncation_side")
 # Tokenizers of these names add tokens to each text in transformers 4, unless they say otherwise.
 ADD_BY_DEFAULT = ("Llama", "CodeLlama", "Gemma", "Cohere")
-# What longrope of Phi-3 says at most without more than its factors.
-LONGROPE_OF_PHI3 = {
-    *("rope_type", "type", "short_factor", "long_factor", "original_max_position_embeddings")
-}
+# The factors of longrope, and what Phi-3 says at most beside them.
+LONGROPE_FACTORS = {"short_factor", "long_factor"}
+LONGROPE_OF_PHI3 = LONGROPE_FACTORS | {"rope_type", "type", "original_max_position_embeddings"}
 # Names of transformers 4, and what they are called now.
 FORMER_NAMES = {"torch_dtype": "dtype", "num_experts": "num_local_experts"}
 # A period in layers, the list that it stands for, and what the last layer of each period is.
@@ -205,9 +204,9 @@ def _of_transformers_4(content: dict[str, Any]) -> dict[str, Any]:
             found[name] = scaling.pop(name)
     is_plain = scaling.get("rope_type", "default") == "default" and set(scaling) <= {"rope_type"}
     found["rope_scaling"] = None if is_plain else scaling
-    if model_type.startswith("phi3") and scaling.keys() <= LONGROPE_OF_PHI3:
-        # It looks for these three and no other. What else is derived, transformers 5 derives again.
-        factors = {name: scaling[name] for name in ("short_factor", "long_factor")}
+    if model_type.startswith("phi3") and LONGROPE_FACTORS <= scaling.keys() <= LONGROPE_OF_PHI3:
+        # It looks for its type and factors alone. The rest is derived again by transformers 5.
+        factors = {name: scaling[name] for name in sorted(LONGROPE_FACTORS)}
         found["rope_scaling"] = {"type": "longrope", **factors}
     if model_type.startswith("gpt_neox"):
         found["rotary_emb_base"] = found["rope_theta"]
