@@ -86,7 +86,7 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
     Raises:
         ValueError: If a number is out of range, or the model is none of transformers or quantised.
     """
-    wrappers.refuse_wrapped(model)
+    wrappers.refuse_wrapped(model, with_head=True)
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "operations are counted for 16- or 32-bit weights, but this model's are quantised: "
@@ -155,7 +155,7 @@ def generation_speed(
         ("seed", seed, 0),
     ):
         whole_number(name, value, least)
-    passes.refuse_missing_weights(model)
+    passes.refuse_missing_weights(model, with_head=True)
     passes.refuse_wrong_numbers(model)
     longest = models.context_length(model.config)
     if prompt_tokens + new_tokens > longest:
@@ -190,7 +190,7 @@ def _generation_moments(model: nn.Module, tokens: torch.Tensor, new_tokens: int)
     """Seconds on the clock at the start and after each new token."""
     kept: dict[str, object] = {}
     moments = [_now()]
-    with torch.no_grad():
+    with torch.no_grad(), passes.named_outputs(model):
         for _ in range(new_tokens):
             output = model(tokens, **kept, use_cache=True, logits_to_keep=1)
             # Each architecture makes the cache that it needs, of states of another kind too.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # importing it takes seconds
 
 ADAPTERS = ("lora", "qlora", "dora")
 METHODS = (*ADAPTERS, "last_layers", "full")
+TARGETS = ("all", "mlp")
 # Evenly over the steps; the evaluation loss before the first step comes in addition.
 EVALUATIONS = 8
 SAVES = 4
@@ -125,7 +126,7 @@ def heal(
 
     run = trainer.Run(output_dir, settings, model, tokenizer, train_ids, eval_ids)
     # The caller may be in a mode without gradients.
-    with torch.inference_mode(False), torch.enable_grad():
+    with trainer.own_random_state(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(settings["seed"])
         trained = trainable_copy(model, settings)
         run.begin()
@@ -230,7 +231,10 @@ def trainable_copy(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     # float16 is too narrow for gradients.
     narrow = any(weight.dtype == torch.float16 for weight in model.parameters())
     source = wrappers.copied(model).float() if narrow else model
-    trained = models.quantized_copy(source) if method == "qlora" else wrappers.copied(source)
+    if method == "qlora":
+        trained = models.quantized_copy(source)
+    else:
+        trained = source if narrow else wrappers.copied(source)
 
     if method == "full":
         parts = [trained]
@@ -311,7 +315,7 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     known = {name.rpartition(".")[2] for name in linear}
     listed = targets if isinstance(targets, list | tuple) else []
     asked = {name if isinstance(name, str) else None for name in listed}
-    if isinstance(targets, str) and targets in ("all", "mlp"):
+    if isinstance(targets, str) and targets in TARGETS:
         asked = known
     if isinstance(targets, str) and targets == "mlp":
         linear = [name for name in linear if wrappers.is_feed_forward(name.removeprefix(prefix))]

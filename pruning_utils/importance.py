@@ -29,10 +29,10 @@ def magnitude(model: nn.Module, *, norm: int = 1) -> np.ndarray:
         float64 scores ``(L,)``, summed in float32 or better.
 
     Raises:
-        ValueError: If the weights are quantised or not in memory, the norm is another one, or a
-            score is not finite.
+        ValueError: If the weights are quantised, have adapters or are not in memory, the norm is
+            another one, or a score is not finite.
     """
-    wrappers.refuse_quantized(model)
+    wrappers.refuse_other_than_weights(model)
     passes.refuse_missing_weights(model, offloaded=False)
     norm = whole_number("norm", norm, 1, 2)
     scores = [_layer_magnitude(layer, norm) for layer in models.decoder_layers(model)]
@@ -71,11 +71,11 @@ def taylor(
         products taken in float32 and sums in float64.
 
     Raises:
-        ValueError: If the weights are quantised or not in memory, an argument is out of range, or
-            a score is not finite.
+        ValueError: If the weights are quantised, have adapters, are not in memory or were made in
+            inference mode, an argument is out of range, or a score is not finite.
         MemoryError: If not even one sample fits into memory.
     """
-    wrappers.refuse_quantized(model)
+    wrappers.refuse_other_than_weights(model)
     input_ids = models.check_input_ids(model, input_ids, shortest=2)
     wrappers.refuse_own_tokens(model)
     passes.refuse_missing_weights(model, offloaded=False)

@@ -58,8 +58,8 @@ def load_model(
         device: A torch device; None takes the first CUDA GPU, or the CPU.
 
     Returns:
-        ``(model, tokenizer)``. The tokenizer has a padding token, and its ``model_max_length`` is
-        the context length.
+        ``(model, tokenizer)``. The tokenizer has a padding token, where it has one or a token that
+        ends a text, and its ``model_max_length`` is the context length.
 
     Raises:
         ValueError: If an argument is not among those, or the name is no decoder-only language
@@ -85,7 +85,9 @@ def load_model(
             raise ValueError(
                 f"its weights are quantised already, so quantize must be None, got {quantize!r}"
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = model_files.refuse_no_vocabulary(
+            AutoTokenizer.from_pretrained(source, **options)
+        )
         model_files.refuse_other_files(source, config, options)
         model, report = model_files.auto_class(config).from_pretrained(
             source,

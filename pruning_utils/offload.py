@@ -66,7 +66,9 @@ def load_model(
         with quiet_loading(), model_files.named_errors(source, revision), on_disk:
             model_files.refuse_adapter(source, options)
             config = model_files.configuration(source, options)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = model_files.refuse_no_vocabulary(
+                AutoTokenizer.from_pretrained(source, **options)
+            )
             model_files.refuse_other_files(source, config, options)
             places: dict[str | int, int] = {"cpu": most}
             if place.type != "cpu":

@@ -32,6 +32,7 @@ DIFFERENCES = (
     "A difference is what a part names first, minus what it is compared with: above 0, a loss is "
     "higher."
 )
+RATIOS = "A ratio of times below 1 is faster than the unpruned model."
 # First line of the cell that papermill puts behind the parameters.
 INJECTED = "# Parameters"
 
@@ -114,7 +115,9 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
         return Note(f"No verdicts of the profile {profile} are kept yet: run this notebook.")
     rows = verdict_rows.read(path)
     claims = pd.read_csv(runtime.project_root() / "reference" / "claims.csv").set_index("id")
-    lines = [*_verdict_lines(rows), "", DIFFERENCES, ""]
+    is_ratio = rows["measure"].str.startswith("ratio")
+    told_of = [RATIOS] * bool(is_ratio.any()) + [DIFFERENCES] * bool((~is_ratio).any())
+    lines = [*_verdict_lines(rows), "", *told_of, ""]
     for claim in dict.fromkeys(rows["claim"]):
         text = claims.loc[claim, "claim"]
         lines.append(f"* [{claim}](../reference/claims.csv): *{text}.*")

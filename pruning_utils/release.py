@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pruning_utils import __version__, models, runtime, surgery
-from pruning_utils.engine import checks, model_files, passes, wrappers
+from pruning_utils.engine import checks, model_files, passes, saved_models, wrappers
 from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
@@ -62,16 +61,18 @@ def save_release(
     surgery.directory_to_write(folder, overwrite=overwrite)
     n_tokens = min(32, wrappers.vocabulary_size(model), models.context_length(model.config))
     tokens = torch.arange(n_tokens, device=model.device)[None]
-    with tempfile.TemporaryDirectory() as trial, passes.evaluation_mode(model):
-        difference = logit_difference(model, surgery.save(model, tokenizer, trial), tokens)
-    if difference != 0:  # or no number
-        raise ValueError(
-            f"what transformers loads differs from the model by {difference:g} in its logits"
-        )
-    folder = surgery.save(model, tokenizer, folder, overwrite=overwrite)
-    with runtime.atomic_path(folder / CARD) as temporary:
-        temporary.write_text(card, encoding="utf-8")
-    return folder
+
+    def finish(new: Path) -> None:
+        """See that it computes the same, and add the card."""
+        difference = logit_difference(model, new, tokens)
+        if difference != 0:  # or no number
+            raise ValueError(
+                f"what transformers loads differs from the model by {difference:g} in its logits"
+            )
+        (new / CARD).write_text(card, encoding="utf-8")
+
+    with passes.evaluation_mode(model):
+        return surgery.save(model, tokenizer, folder, overwrite=overwrite, finish=finish)
 
 
 def model_card(
@@ -102,12 +103,16 @@ def model_card(
         record: Of the run: any plain values, such as parameters, versions and commit.
 
     Raises:
-        ValueError: If there are no scores: a card without measurements says nothing.
+        ValueError: If there are no scores, as a card without measurements says nothing; if a layer
+            is none of the base model's; or if ``record`` holds what JSON does not.
     """
-    if scores.empty:
+    if not isinstance(scores, pd.DataFrame) or scores.empty:
         raise ValueError(
-            "scores must have a row at least: a card without measurements says nothing"
+            "scores must be a table with a row at least, as a card without measurements says "
+            f"nothing, got {scores!r}"
         )
+    for layer in layers:
+        checks.whole_number("each of layers", layer, 0, n_layers - 1)
     from huggingface_hub import ModelCardData
 
     # Where it lies on this machine is of no use to others.
@@ -169,14 +174,18 @@ def _shown_cell(value: object) -> str:
 def _shown_table(scores: pd.DataFrame) -> pd.DataFrame:
     """A table whose texts and names are cells of Markdown, and nothing else."""
     shown = scores.map(_shown_cell)
-    shown.index = pd.Index(map(_shown_cell, scores.index), name=_shown_cell(scores.index.name))
+    heading = "" if scores.index.name is None else _shown_cell(scores.index.name)
+    shown.index = pd.Index(map(_shown_cell, scores.index), name=heading)
     shown.columns = pd.Index(map(_shown_cell, scores.columns))
     return shown
 
 
 def _shown_json(record: dict) -> str:
     """JSON that is the same when it is read, and shows no HTML or backticks when it is not."""
-    text = json.dumps(record, indent=1, sort_keys=True)
+    try:
+        text = json.dumps(record, indent=1, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"record must hold plain values: {error}") from error
     return re.sub("[<>&`]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -240,6 +249,8 @@ def export_gguf(folder: str | os.PathLike, *, kind: str = "bf16") -> Path | None
         )
         if done.returncode or not temporary.is_file() or not temporary.stat().st_size:
             raise ValueError(f"{CONVERTER} failed on {folder.name}: {done.stderr.strip()[-500:]}")
+    if (folder / saved_models.MARKER).is_file():
+        saved_models.mark(folder, target.name)
     return target
 
 

@@ -171,8 +171,9 @@ def sweep(
             of plain values. The point's own values are put in front of each row.
         path: The table's file, from :func:`table_path`.
         parameters: Everything else that decides the numbers, as in :func:`load_or_compute`.
-        executor: Any ``concurrent.futures`` executor to spread the points over. By default as many
-            processes as the environment variable PRUNING_UTILS_WORKERS says, which is one.
+        executor: Any ``concurrent.futures`` executor to spread the points over; threads of one
+            process take turns. By default as many processes as the environment variable
+            PRUNING_UTILS_WORKERS says, which is one.
         recompute: Discard the table's saved points, compute all and replace it. If that is killed,
             go on without it.
 

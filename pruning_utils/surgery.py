@@ -12,14 +12,13 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 from safetensors import SafetensorError
 
-from pruning_utils import __version__
 from pruning_utils.engine import checks, held_configurations, passes, saved_models, wrappers
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.models import decoder_layers, text_config
@@ -64,7 +63,6 @@ OTHER_LISTS = re.compile(
 WITHOUT_LENGTH = frozenset(("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"))
 HAS_A_KIND = re.compile(r"has_\w+_layers")  # whether a kind of layer is there at all
 ABSENT = "absent"  # stands for the value of an attribute that a module does not have
-MARKER = "pruning_utils.json"  # tells our directories from somebody else's
 
 
 def _kept_layers(layers: Iterable[int], n_layers: int) -> list[int]:
@@ -100,14 +98,6 @@ def _keep(layers: nn.ModuleList, kept: list[int]) -> None:
                 part.layer_idx = kept.index(number)
 
 
-def _refuse_adapters(model: nn.Module) -> None:
-    """ValueError if PEFT wraps the model or sits in it."""
-    if any(type(part).__module__.startswith("peft.") for part in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} carries adapters: merge them first (merge_and_unload)"
-        )
-
-
 def refuse_unfit(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> None:
     """Refuse a cut for reasons that no configuration repairs.
 
@@ -121,7 +111,7 @@ def refuse_unfit(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> No
             bear numbers of a longer list, the cache of what stays could not count tokens, or layers
             would lack the one whose keys and values they take.
     """
-    _refuse_adapters(model)
+    wrappers.refuse_adapters(model)
     wrappers.refuse_compiled_parts(model)
     held_configurations.refuse_numbers_beyond(layers)
     owner: dict[int, int] = {}
@@ -429,11 +419,8 @@ def directory_to_write(path: str | os.PathLike, *, overwrite: bool = False) -> P
     """
     replaces = checks.true_or_false("overwrite", overwrite)
     found = checks.file_path("path", path).resolve()  # a link stays a link, and "." has a name
-    ours = found.is_dir() and (replaces or (found / MARKER).is_file() or not any(found.iterdir()))
-    if found.exists() and not ours:
-        raise ValueError(
-            f"path must be a new or empty directory, or one written by surgery.save, got {path}"
-        )
+    if found.exists() and not (replaces and found.is_dir()):
+        saved_models.refuse_what_others_wrote(found, str(path))
     return found
 
 
@@ -443,6 +430,7 @@ def save(
     path: str | os.PathLike,
     *,
     overwrite: bool = False,
+    finish: Callable[[Path], object] = wrappers.leave_as_it_is,
 ) -> Path:
     """Write a directory that plain ``from_pretrained`` of a model and of a tokenizer loads.
 
@@ -457,8 +445,11 @@ def save(
             Weights that were read from fewer bits, and are held in 16 or 32, are saved as held.
         tokenizer: Its tokenizer, or None to write the model alone. The processor of a model that
             takes pictures or sound is not written: save it into the same directory afterwards.
-        path: The directory. It may exist if it is empty or was written by this function.
+        path: The directory. It may exist if it is empty or holds what this function wrote, and
+            nothing else.
         overwrite: Replace a directory whatever it holds.
+        finish: Called with the whole directory before it is renamed into place. Files that it adds
+            belong to it, and where it raises an error nothing is replaced.
 
     Returns:
         ``path``, as a Path.
@@ -474,7 +465,7 @@ def save(
     passes.refuse_missing_weights(model)
     wrappers.refuse_compiled_parts(model)
     folder = directory_to_write(path, overwrite=overwrite)
-    _refuse_adapters(model)
+    wrappers.refuse_adapters(model)
     # On some CPUs bitsandbytes repacks 4-bit weights when it first evaluates, rounds their scales
     # and unpacks them wrongly as soon as a state dict is asked for.
     states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
@@ -495,7 +486,8 @@ def save(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
             new = Path(beside, "new")
             saved_models.write(model, tokenizer, new, is_plain=is_plain)
-            (new / MARKER).write_text(f'{{"pruning_utils": "{__version__}"}}\n')
+            finish(new)
+            saved_models.mark(new)
             for file in filter(Path.is_file, new.iterdir()):
                 file.chmod(0o644)  # safetensors lets nobody else read
             _replace_directory(folder, new, Path(beside, "old"))

@@ -108,6 +108,7 @@ DIVIDED: dict[str, Callable[[Any], Any]] = {
     "equal_steps": lambda pairs: [[depth, N_STEPS] for depth, _ in pairs],
     "batch_size": at_most(2),
     "batch_sizes": at_most(2),
+    "rounds": at_most(2),
     "step": lambda _: 4,
     "rates": first_two,
     "source_rates": first_two,

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -452,36 +452,73 @@ def refuse_depths(options: argparse.Namespace, chosen: list[Job], project: Path)
 
 
 def refuse_names(options: argparse.Namespace, chosen: list[Job]) -> None:
-    """Refuse tasks and healing methods that do not exist, before anything runs.
+    """Refuse names of tasks, methods, targets and precisions that mean nothing.
 
     Raises:
-        Refused: If a value of the command line names one.
+        Refused: If a value of the command line is one.
     """
     if not options.values or options.plan:
         return
     from jobs import Refused
 
-    from pruning_utils import healing
-    from pruning_utils.engine import benchmarks
-    from pruning_utils.shrinking import orders
-
     for job in chosen:
-        scored: Any = job.values.get("scored_on") or {}
-        asked: Any = job.values.get("healing") or {}
-        for key in ("tasks", "papers", "pooled"):
-            for task in scored.get(key) or []:
-                name = str(task).removeprefix(benchmarks.OFFICIAL)
-                is_known = benchmarks.is_embedded(str(task))
-                if not is_known and name not in benchmarks.task_manager(False).all_tasks:
-                    raise Refused(
-                        f"scored_on.{key} must name tasks among {', '.join(benchmarks.TASKS)} or "
-                        f"those of lm-eval, got {task!r}"
-                    )
-        shrinks = job.name == "13_your_own_model"
-        known = orders.METHODS if shrinks else healing.METHODS
-        method = asked.get("method", known[0])
-        if method not in known:
-            raise Refused(f"healing.method must be one of {', '.join(known)}, got {method!r}")
+        for place, key, value in values_within(job.values):
+            fault = fault_of_name(job.name, key, value)
+            if fault:
+                raise Refused(f"{place} must {fault}")
+
+
+def values_within(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Every value of nested parameters: its place with dots, its own key, and itself."""
+    for key, value in values.items():
+        yield above + key, key, value
+        if isinstance(value, dict):
+            yield from values_within(value, f"{above}{key}.")
+
+
+def fault_of_name(notebook: str, key: str, value: Any) -> str:
+    """What a parameter of this key must do, if it names what does not exist; else ""."""
+    if key in ("tasks", "papers", "pooled"):
+        return fault_of_tasks(value or [])
+    known = known_names(notebook).get(key)
+    given = value if isinstance(value, list) else [value]
+    if known is None or (key == "targets" and isinstance(value, list)):
+        return ""
+    wrong = [name for name in given if name not in known]
+    further = ", or a list of modules' names" if key == "targets" else ""
+    return f"be among {', '.join(known)}{further}, got {wrong[0]!r}" if wrong else ""
+
+
+def fault_of_tasks(tasks: Collection[Any]) -> str:
+    """What these must do, if one of them is no task; else ""."""
+    from pruning_utils.engine import benchmarks
+
+    for task in map(str, tasks):
+        name = task.removeprefix(benchmarks.OFFICIAL)
+        if not benchmarks.is_embedded(task):
+            if name not in benchmarks.task_manager(False).all_tasks:
+                known = ", ".join(benchmarks.TASKS)
+                return f"name tasks among {known} or those of lm-eval, got {task!r}"
+    return ""
+
+
+def known_names(notebook: str) -> dict[str, Sequence[str]]:
+    """By key of a parameter, the names that it may have; for other keys there are no such names."""
+    from pruning_utils import healing
+    from pruning_utils.engine import precisions
+    from pruning_utils.shrinking import orders
+    from pruning_utils.studies import scan, study
+
+    known: dict[str, Sequence[str]] = {
+        "method": healing.METHODS,
+        "targets": healing.TARGETS,
+        "precisions": study.PRECISIONS,
+    }
+    if notebook == "01_layer_similarity":
+        known["precisions"] = (*precisions.DTYPES, *scan.QUANTISED)
+    if notebook == "13_your_own_model":
+        known |= {"method": orders.METHODS, "rule": orders.RULES}
+    return known
 
 
 def computes_apart(options: argparse.Namespace) -> bool:

@@ -404,6 +404,7 @@ def depth_or_width(values: Values, n_layers: int) -> list[Table]:
     return [
         Table("sizes", "other", tuple(sizes)),
         Table("speed", "speed", tuple(timed), dtype=speed["dtype"], settings=speed),
+        in_rounds(scored, sizes),
         Table("memory", "memory", tuple(held), dtype=speed["dtype"], settings=once),
         replace(
             bare(own), name="rates", points=trials((*one, "lora", rates) for one in judged)(healing)
@@ -414,19 +415,23 @@ def depth_or_width(values: Values, n_layers: int) -> list[Table]:
 
 def times_of_shapes(values: Values, n_layers: int) -> list[Table]:
     """What notebook 07 asks a second model: times for one text, in the shares of the first."""
-    scored, speed = values["scored_on"], values["scored_on"]["speed"]
+    scored = values["scored_on"]
     of_first = depth.SIZES["smollm2-135m"]
     # No two embedded models have equally many layers.
     heads = {size.n_layers: size.n_kv_heads for size in depth.SIZES.values()}
     depths = [depth.layers_in(n / of_first.n_layers, n_layers) for n in values["depths"]]
     its_shapes = shapes_of_heads(values["shapes"], of_first.n_kv_heads, heads[n_layers])
     sizes = [("unpruned", 0)] + [(shape, n) for n in depths for shape in its_shapes]
-    batch = scored["batch_sizes"][0]
-    timed = [(*size, batch, prompt) for prompt in scored["prompts"] for size in sizes]
-    return [
-        Table("sizes", "other", tuple(sizes)),
-        Table("speed", "speed", tuple(timed), dtype=speed["dtype"], settings=speed),
-    ]
+    return [Table("sizes", "other", tuple(sizes)), in_rounds(scored, sizes)]
+
+
+def in_rounds(scored: Values, sizes: list[tuple[str, int]]) -> Table:
+    """Times for one text, of each shape in each round, one run of a process each."""
+    speed, batch = scored["speed"], scored["batch_sizes"][0]
+    once = [(*size, batch, prompt) for prompt in scored["prompts"] for size in sizes]
+    settings = {**speed, "repeats": 1}
+    points = tuple(scored["rounds"] * once)
+    return Table("rounds", "speed", points, dtype=speed["dtype"], settings=settings)
 
 
 def adapters_or_all(values: Values, n_layers: int) -> list[Table]:

@@ -223,9 +223,10 @@ def test_a_tolerance_that_is_none_is_told_what_one_is(project, no_run, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("healing.method=foo", "healing.method must be one of lora, .*, full, got 'foo'"),
+        ("healing.method=foo", "healing.method must be among lora, .*, full, got 'foo'"),
         ("scored_on.tasks={nope: 0}", "scored_on.tasks must name tasks among hellaswag, .* 'nope'"),
-        ("healing.method=none", "healing.method must be one of lora, .*, full, got 'none'"),
+        ("healing.method=none", "healing.method must be among lora, .*, full, got 'none'"),
+        ("healing.targets=mpl", "healing.targets must be among all, mlp, or a list .* got 'mpl'"),
         ("scored_on.papers={nope: 0}", "scored_on.papers must name tasks among .* got 'nope'"),
     ],
 )
@@ -237,6 +238,31 @@ def test_names_of_nothing_are_refused_before_anything_runs(
     words = ["--only", "03", "--output", str(tmp_path), "-p", given]
     assert run_notebooks.main(words) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("notebook", "values", "message"),
+    [
+        ("05_robustness", {"shots": {"tasks": {"piga": 0}}}, "shots.tasks must name .* 'piga'"),
+        ("08_stored", {"quantised": {"precisions": ["nf5"]}}, "precisions must be among .* 'nf5'"),
+        ("01_layer_similarity", {"precisions": ["nf4", "nf5"]}, "be among bfloat16, .* 'nf5'"),
+        ("02_depth", {"sweep": {"healing": {"method": "lor"}}}, "healing.method must be .* 'lor'"),
+        ("13_your_own_model", {"goal": {"rule": "worst"}}, "goal.rule must be among .* 'worst'"),
+    ],
+)
+def test_names_of_nothing_are_found_at_any_depth(notebook, values, message, monkeypatch):
+    theirs = types.SimpleNamespace(all_tasks=["piqa"])
+    monkeypatch.setattr(benchmarks, "task_manager", lambda embedded: theirs)
+    job = types.SimpleNamespace(name=notebook, values=values)
+    options = types.SimpleNamespace(values=["said"], plan=False)
+    with pytest.raises(jobs.Refused, match=message):
+        run_notebooks.refuse_names(options, [job])
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "a100"])
+def test_no_name_of_our_own_profiles_means_nothing(profile):
+    options = types.SimpleNamespace(values=["said"], plan=False)
+    run_notebooks.refuse_names(options, jobs.plan(ROOT, profile, [], {}, recompute=False))
 
 
 def test_results_that_cannot_lie_where_they_are_to_are_refused_at_once(

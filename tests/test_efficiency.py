@@ -191,3 +191,17 @@ def test_limits_of_the_machine_are_rates():
         efficiency.machine_limits(size=0)
     with pytest.raises(ValueError, match="repeats must be a whole number of at least 1, got 0"):
         efficiency.machine_limits(repeats=0)
+
+
+def test_a_backbone_alone_is_refused_where_tokens_are_predicted(llama):
+    backbone = llama.model
+    with pytest.raises(ValueError, match="head"):
+        efficiency.forward_flops(backbone, batch_size=1, n_tokens=4)
+    with pytest.raises(ValueError, match="head"):
+        efficiency.generation_speed(backbone, batch_size=1, prompt_tokens=2, new_tokens=2)
+
+
+def test_generation_of_a_model_that_is_told_to_return_tuples(llama):
+    llama.config.return_dict = False
+    asked = {"batch_size": 1, "prompt_tokens": 2, "new_tokens": 2, "repeats": 1}
+    assert len(efficiency.generation_speed(llama, **asked)) == 1

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from architectures import ARCHITECTURES
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pruning_utils import evaluation, healing, models
-from pruning_utils.engine import trainer
+from pruning_utils.engine import trainer, wrappers
 
 CHILDREN = Path(__file__).resolve().parent / "children"
 L, V, T = 4, 128, 16
@@ -1017,3 +1018,47 @@ def test_no_adapter_lands_outside_the_decoder_layers():
     assert len(names) == 2 * 7 * 8 and all(
         name.startswith("base_model.model.model.layers.") for name in names
     )
+
+
+def test_a_run_of_another_configuration_is_not_taken(tmp_path):
+    model, other = llama(), llama()
+    other.config.rms_norm_eps = 0.5
+    heal(model, output_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="a healing run with other settings: configuration"):
+        heal(other, output_dir=tmp_path / "run")
+
+
+def test_a_run_that_was_not_told_its_configuration_goes_on(tmp_path):
+    whole = heal(llama(), output_dir=tmp_path / "run")
+    path = tmp_path / "run" / trainer.SETTINGS
+    settings = json.loads(path.read_text())
+    del settings["configuration"]
+    path.write_text(json.dumps(settings))
+    again = heal(llama(), output_dir=tmp_path / "run")
+    pd.testing.assert_frame_equal(whole.history, again.history)
+
+
+def test_what_is_drawn_afterwards_does_not_depend_on_healing():
+    drawn = []
+    for is_healed in (False, True):
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        if is_healed:
+            heal(llama(), seed=5)
+        drawn.append((random.random(), np.random.rand(), float(torch.rand(1))))
+    assert drawn[0] == drawn[1]
+
+
+def test_a_float16_model_is_copied_once(monkeypatch):
+    copies = []
+    copied = wrappers.copied
+    monkeypatch.setattr(
+        wrappers, "copied", lambda model, *given: copies.append(model) or copied(model, *given)
+    )
+    model = llama(dtype=torch.float16)
+    before = bits(model)
+    trained = healing.trainable_copy(model, healing.check_settings(model, {"method": "full"}))
+    assert len(copies) == 1
+    assert all(weight.dtype == torch.float32 for weight in trained.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in bits(model).items())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from every_architecture import build
+from peft import LoraConfig, get_peft_model
 
 from pruning_utils import evaluation, importance, models, runtime, selection, surgery
 
@@ -320,3 +321,33 @@ def test_published_scores_give_the_published_orders_and_removed_sets():
             else selection.removal_order(own, **kept)
         )
         assert " ".join(map(str, found)) == row.blocks, row
+
+
+@pytest.mark.parametrize("score", [importance.magnitude, importance.taylor])
+def test_weights_that_are_not_what_is_computed_with_are_refused(score):
+    given = () if score is importance.magnitude else (windows(),)
+    adapted = get_peft_model(ARCHITECTURES["llama"](), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="carries adapters: merge them first"):
+        score(adapted, *given)
+    with torch.inference_mode():
+        model = ARCHITECTURES["llama"]()
+    with pytest.raises(ValueError, match="were made inside torch.inference_mode"):
+        score(model, *given)
+
+
+def test_a_state_that_layers_keep_of_a_text_is_let_go():
+    model = build("recurrent_gemma")
+    kept = {name: part for name, part in model.named_modules() if hasattr(part, "recurrent_states")}
+    assert kept
+    importance.taylor(model, windows())
+    assert all(part.recurrent_states is None for part in kept.values())
+    copy.deepcopy(model)
+
+
+def test_a_model_that_is_told_to_return_tuples_is_scored_all_the_same():
+    model = ARCHITECTURES["llama"]()
+    expected = importance.taylor(model, windows())
+    model.config.return_dict = False
+    assert importance.taylor(model, windows()).tolist() == expected.tolist()
+    assert evaluation.perplexity(model, windows()) > 1
+    assert model.config.return_dict is False

@@ -1134,3 +1134,11 @@ def test_untying_one_of_two_models_of_a_configuration_leaves_the_other():
     assert other.config is one.config
     models.untie_head(one)
     assert (one.config.tie_word_embeddings, other.config.tie_word_embeddings) == (False, True)
+
+
+@pytest.mark.parametrize("config_class", ["Qwen2Config", "GPTNeoXConfig", "Gemma3TextConfig"])
+def test_a_folder_without_a_tokenizer_is_refused(config_class, tmp_path):
+    """transformers makes one up, of special tokens alone, which makes nothing of any text."""
+    tiny(config_class).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its tokenizer has no vocabulary: no tokenizer.json"):
+        models.load_model(tmp_path)

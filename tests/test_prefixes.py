@@ -352,3 +352,8 @@ def test_questions_score_alike_with_shared_layers(embedded):
             found[name] = evaluation.evaluate_tasks(model, tokenizer, ["piqa"], limit=2).questions
     pd.testing.assert_frame_equal(found["bare"], found["first"], check_exact=True)
     pd.testing.assert_frame_equal(found["bare"], found["again"], check_exact=True)
+
+
+def test_positions_behind_a_number_for_padding_go_to_the_stock_backend():
+    assert prefixes.longest_shared(build("kosmos-2.5")) == 0
+    assert prefixes.longest_shared(build("opt")) > 0

@@ -305,3 +305,26 @@ def test_vllm_is_asked_where_it_is(tmp_path, monkeypatch):
     )
     assert release.vllm_text(tmp_path, "Hello", new_tokens=4) == " world"
     assert asked == [str(tmp_path), (["Hello"], {"temperature": 0, "max_tokens": 4})]
+
+
+def test_a_release_may_be_written_again_with_its_card(pruned, tmp_path):
+    for card in ("first", "second"):
+        release.save_release(*pruned, tmp_path / "released", card=card)
+    assert (tmp_path / "released" / release.CARD).read_text() == "second"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scores": [1.0]}, "scores must be a table"),
+        ({"layers": [1, 6]}, "each of layers must be a whole number from 0 to 5, got 6"),
+        ({"record": {"seed": {1}}}, "record must hold plain values"),
+    ],
+)
+def test_what_no_card_can_say_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        release.model_card(**CARD | given)
+
+
+def test_a_table_without_a_name_has_no_heading():
+    assert "| None" not in release.model_card(**CARD)

@@ -1082,3 +1082,19 @@ def test_slug_of_a_directory_and_of_nothing(tmp_path, monkeypatch):
     assert results.slug("org/model") == "model", "a directory, not the hub"
     with pytest.raises(ValueError, match="no file name"):
         results.slug("***")
+
+
+def test_threads_of_one_process_take_turns(tmp_path):
+    inside, most = [], []
+
+    def compute(point):
+        inside.append(point["n"])
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.remove(point["n"])
+        return {"value": 1}
+
+    points = [{"n": n} for n in range(6)]
+    with ThreadPoolExecutor(3) as executor:
+        results.sweep(points, compute, path=tmp_path / "t.csv", parameters={}, executor=executor)
+    assert max(most) == 1

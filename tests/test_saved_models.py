@@ -441,3 +441,54 @@ def test_a_link_stays_a_link(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     surgery.save(tiny("LlamaConfig"), None, ".")
     assert reads(tmp_path / "here")["num_hidden_layers"] == 8
+
+
+def test_weights_in_two_precisions_are_not_rounded_in_silence(tmp_path):
+    model = tiny("LlamaConfig").bfloat16()
+    model.model.layers.float()
+    for weight in model.model.layers.parameters():
+        weight.data += 1e-5
+    with pytest.raises(ValueError, match="would have other values when it is loaded again"):
+        surgery.save(model, None, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "runs/log.txt"])
+def test_what_others_added_to_a_saved_model_is_not_replaced(name, tmp_path):
+    model, folder = tiny("LlamaConfig"), tmp_path / "saved"
+    surgery.save(model, None, folder)
+    surgery.save(model, None, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"1 files that surgery.save did not write, {name} for"):
+        surgery.save(model, None, folder)
+    assert (folder / name).read_text() == "mine"
+    surgery.save(model, None, folder, overwrite=True)
+    assert not (folder / name).exists()
+
+
+def test_a_model_that_an_older_version_saved_is_replaced(tmp_path):
+    folder = surgery.save(tiny("LlamaConfig"), None, tmp_path / "saved")
+    (folder / saved_models.MARKER).write_text('{"pruning_utils": "0.1"}')
+    assert surgery.save(tiny("LlamaConfig"), None, folder) == folder
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_folder_whose_mark_is_damaged_is_not_replaced(content, tmp_path):
+    folder = surgery.save(tiny("LlamaConfig"), None, tmp_path / "saved")
+    (folder / saved_models.MARKER).write_text(content)
+    with pytest.raises(ValueError, match="pruning_utils.json is damaged"):
+        surgery.save(tiny("LlamaConfig"), None, folder)
+
+
+def test_where_the_last_step_fails_nothing_is_replaced(tmp_path):
+    def fails(new):
+        assert (new / "config.json").is_file()
+        raise OSError(28, "No space left on device")
+
+    folder = surgery.save(tiny("LlamaConfig"), None, tmp_path / "saved")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(OSError, match="No space left on device"):
+        surgery.save(tiny("GPT2Config"), None, folder, finish=fails)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]

@@ -768,7 +768,15 @@ def test_a_recipe_that_is_none_is_refused_by_the_name_of_its_option(tiny, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("option", "value"), [("--steps", "4"), ("--healing-text", "xsum")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--steps", "4"),
+        ("--healing-text", "xsum"),
+        ("--minutes", "5"),
+        ("--learning-rate", "1e-3"),
+    ],
+)
 def test_what_healing_would_take_is_refused_where_nothing_is_trained(
     option, value, tiny, tmp_path, capsys
 ):
@@ -899,3 +907,9 @@ def test_the_page_shows_text_as_text():
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>" not in page
     assert page.count("data:image/png;base64,") == 2
     json.dumps(page)
+
+
+def test_a_time_cannot_be_met_without_times(tiny):
+    model, _ = models.load_model(tiny)
+    with pytest.raises(ValueError, match="times, of token_times, must be given where the goal has"):
+        plans.layers_to_go(model, Goal(max_ms_per_token=1e-6))

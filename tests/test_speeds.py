@@ -3,22 +3,24 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from pruning_utils import evidence
 from pruning_utils.studies import shapes, speeds
 
 NAMES = {"depth": "fewer layers", "width": "narrower layers"}
+NAMED = ("depth", "unpruned")
 REMOVED = {2: "3 4", 5: "1 2 3 4 5"}
 
 
-def made_times(ratios: dict, *, n_runs: int = 5) -> pd.DataFrame:
+def made_times(ratios: dict, *, n_runs: int = 5, sample: str = "round") -> pd.DataFrame:
     """Seconds of the unpruned model, and of shapes that take a share of them, with some noise."""
     rng = np.random.default_rng(0)
     rows = []
     for batch, prompt in ((1, 12), (4, 12)):
         for (n_dropped, shape), ratio in {(0, "unpruned"): 1.0, **ratios}.items():
             for run in range(n_runs):
-                row = {"n_dropped": n_dropped, "shape": shape, "run": run}
+                row = {"n_dropped": n_dropped, "shape": shape, "run": 0, sample: run}
                 row |= {"batch_size": batch, "prompt_tokens": prompt}
                 seconds = 0.05 * batch * ratio * np.exp(rng.normal(scale=0.01))
                 rows.append({**row, "per_token_seconds": seconds})
@@ -28,7 +30,7 @@ def made_times(ratios: dict, *, n_runs: int = 5) -> pd.DataFrame:
 def judged(ratios: dict) -> dict:
     """The verdicts by part, at one text."""
     rows = speeds.judged_ratios(
-        speeds.time_ratios(made_times(ratios)),
+        speeds.round_ratios(made_times(ratios)),
         batch=1,
         bound=0.95,
         n_layers=10,
@@ -79,11 +81,22 @@ def test_a_narrow_model_loses_no_layers_while_it_is_timed():
     assert [row["prompt_tokens"] for row in found] == [12] * 10 + [99] * 10
 
 
-def test_ratios_are_geometric_means_of_paired_runs():
+def test_in_rounds_every_shape_is_asked_for_again():
+    sizes = pd.DataFrame(shapes.sized_points({2: "3 4"}, {"depth": 0})).assign(width="")
+    asked = {"batch_sizes": [1], "prompts": [12, 99]}
+    once = shapes.timed_points(sizes, **asked)
+    found = shapes.timed_points(sizes, **asked, rounds=3)
+    assert [point.pop("round") for point in found] == [0] * 4 + [1] * 4 + [2] * 4
+    assert found == 3 * once
+
+
+def test_ratios_are_geometric_means_of_rounds_and_paired_by_them():
     times = made_times({(2, "depth"): 0.8})
-    found = speeds.time_ratios(times)
+    # All is slower in one round, which no ratio shows.
+    times.loc[times["round"] == 3, "per_token_seconds"] *= 2
+    found = speeds.round_ratios(times)
     seconds = times.query("batch_size == 1").pivot(
-        index="run", columns="shape", values="per_token_seconds"
+        index="round", columns="shape", values="per_token_seconds"
     )
     each = np.log(seconds["depth"] / seconds["unpruned"])
     row = found.rows.set_index("batch").loc[1]
@@ -92,6 +105,40 @@ def test_ratios_are_geometric_means_of_paired_runs():
         tuple(np.exp(evidence.mean_interval(each)))[1:]
     )
     assert found.logarithms[12, 1, 2, "depth"].to_numpy() == pytest.approx(each.to_numpy())
+
+
+def test_runs_of_a_process_in_a_round_are_one_sample():
+    times = made_times({(2, "depth"): 0.8})
+    twice = pd.concat([times, times.assign(run=1)], ignore_index=True)
+    once, again = (speeds.round_ratios(table).rows for table in (times, twice))
+    pd.testing.assert_frame_equal(once, again)
+
+
+def test_runs_of_two_processes_are_not_paired():
+    times = made_times({(2, "depth"): 0.8}, sample="run").query("batch_size == 1")
+    own, whole = (np.log(times.query("shape == @shape")["per_token_seconds"]) for shape in NAMED)
+    row = speeds.run_ratios(times).rows.iloc[0]
+    assert row["ratio"] == pytest.approx(np.exp(own.mean() - whole.mean())) and row["n"] == 5
+    # Welch's interval, written out.
+    parts = own.var() / 5, whole.var() / 5
+    freedom = sum(parts) ** 2 / sum(part**2 / 4 for part in parts)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts))
+    assert np.log([row["low"], row["high"]]) == pytest.approx(
+        [np.log(row["ratio"]) - half, np.log(row["ratio"]) + half]
+    )
+    shuffled = times.copy()
+    is_whole = shuffled["shape"] == "unpruned"
+    shuffled.loc[is_whole, "run"] = shuffled.loc[is_whole, "run"].to_numpy()[::-1]
+    assert tuple(speeds.run_ratios(shuffled).rows.iloc[0]) == tuple(row)
+
+
+@pytest.mark.parametrize(
+    ("ratios_of", "sample"), [(speeds.run_ratios, "run"), (speeds.round_ratios, "round")]
+)
+def test_a_single_time_has_no_interval(ratios_of, sample):
+    times = made_times({(2, "depth"): 0.8}, n_runs=1, sample=sample)
+    with pytest.raises(ValueError, match=f"at least 2 {sample}s of each shape, got one"):
+        ratios_of(times)
 
 
 @pytest.mark.parametrize(

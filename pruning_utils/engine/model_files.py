@@ -15,7 +15,7 @@ from pruning_utils.engine.later import torch
 from pruning_utils.engine.memory import is_lack_of_memory
 
 if TYPE_CHECKING:  # importing it takes seconds
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 # Fields of a configuration that may name a kernel on a hub, which is code.
@@ -238,6 +238,28 @@ def refuse_other_weights(report: dict[str, Any]) -> None:
             f"its files hold {len(left_out)} weights that its configuration does not describe, "
             f"{left_out[0]} for one: is the number of layers right, is it another kind of model?"
         )
+
+
+def refuse_no_vocabulary(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Refuse a tokenizer that has special tokens alone, so that any text becomes none.
+
+    transformers makes one up where a folder holds no tokenizer.
+
+    Args:
+        tokenizer: As it was loaded.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If it knows no other token.
+    """
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ValueError(
+            "its tokenizer has no vocabulary: no tokenizer.json, or what the architecture reads in "
+            "its place, lies beside the weights; save the tokenizer into the same directory"
+        )
+    return tokenizer
 
 
 def refuse_picture_needed(model: PreTrainedModel, device: torch.device) -> None:

@@ -34,18 +34,41 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout inside; every module has its own mode back afterwards.
 
     Mixtures of experts do not collect the logits of their routers, which takes masks of a shape of
-    its own, and layers that are run.
+    its own, and layers that are run. Models return outputs with names. What modules keep of a text
+    beside their weights, such as the state of a recurrent layer, is let go.
     """
     with contextlib.ExitStack() as undo:
+        undo.enter_context(named_outputs(model))
         for config in _configurations(model):
             if getattr(config, "output_router_logits", False):
                 undo.enter_context(replaced(config, "output_router_logits", False))
         for module in model.modules():
+            undo.callback(_let_go, module, dict(vars(module)))
             undo.callback(setattr, module, "training", module.training)
             # In evaluation mode 4-bit layers on a CPU pack their weights: they are slower then, and
             # cannot be trained afterwards.
             module.training = bool(getattr(module, "support_avx512bf16_for_cpu", False))
         yield
+
+
+@contextlib.contextmanager
+def named_outputs(model: nn.Module) -> Iterator[None]:
+    """Outputs have names, although the configuration may ask for tuples."""
+    with contextlib.ExitStack() as undo:
+        for config in _configurations(model):
+            if not getattr(config, "return_dict", True):
+                undo.enter_context(replaced(config, "return_dict", True))
+        yield
+
+
+def _let_go(module: nn.Module, before: dict[str, Any]) -> None:
+    """Give attributes that are tensors now, and were not these, what they had before, if any."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, torch.Tensor) and before.get(name) is not value:
+            if name in before:
+                setattr(module, name, before[name])
+            else:
+                delattr(module, name)
 
 
 def _configurations(model: nn.Module) -> list[Any]:
@@ -162,7 +185,9 @@ def refuse_wrong_numbers(model: nn.Module) -> None:
     held_configurations.refuse_numbers_beyond(layers)
 
 
-def refuse_missing_weights(model: nn.Module, *, offloaded: bool = True) -> None:
+def refuse_missing_weights(
+    model: nn.Module, *, offloaded: bool = True, with_head: bool = False
+) -> None:
     """Refuse a model with weights that are not there: what is computed without them is no result.
 
     Args:
@@ -170,12 +195,13 @@ def refuse_missing_weights(model: nn.Module, *, offloaded: bool = True) -> None:
         offloaded: Whether weights are taken that lie in main memory or on a disk until hooks of
             accelerate bring them in for a forward pass. Where the weights themselves are asked for,
             they are not.
+        with_head: Whether it is to predict tokens, for which a backbone alone does not suffice.
 
     Raises:
         ValueError: If a parameter or buffer is on the device ``meta``; the first one is named. Also
-            for what is no model, or is inside something else.
+            for what is no model, is inside something else, or lacks a head that is needed.
     """
-    wrappers.refuse_wrapped(model)
+    wrappers.refuse_wrapped(model, with_head=with_head)
     # Of each module, whether a hook on it or above it brings in all that it holds.
     brought: dict[str, bool] = {}
     for name, module in model.named_modules():

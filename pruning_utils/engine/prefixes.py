@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pruning_utils import models
-from pruning_utils.engine import memory, passes, wrappers
+from pruning_utils.engine import memory, model_files, passes, wrappers
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.later import nn, torch
 
@@ -129,7 +129,7 @@ def _own_tokenizer(
         raise ValueError(f"tokenizer must be that of the model, got {tokenizer!r}")
     # HFLM may give it a padding token, and what it encodes resets padding and truncation of the
     # backend: a shallow copy shares both with the caller's tokenizer.
-    own = copy.deepcopy(tokenizer)
+    own = model_files.refuse_no_vocabulary(copy.deepcopy(tokenizer))
     begins = first_token(own, model)
     # HFLM would take one of these. Else it would add a token that the model does not have.
     if own.pad_token_id is None and own.unk_token_id is None and own.eos_token_id is None:
@@ -234,6 +234,9 @@ def longest_shared(model: nn.Module) -> float:
         and "local" not in getattr(config, "attention_layers", ())
         # Its last layers are not run on all tokens (Gemma 3n, some of Gemma 4).
         and not getattr(config, "num_kv_shared_layers", 0)
+        and not _counts_from_padding(causal)
+        # It groups bytes into patches by their places in a row (BLT).
+        and not getattr(config, "patching_mode", None)
         # Layers that look at pictures take a mask of another size.
         and not getattr(config, "cross_attention_layers", None)
     )
@@ -242,6 +245,15 @@ def longest_shared(model: nn.Module) -> float:
     if not getattr(config, "use_sliding_window", True):
         return math.inf
     return getattr(config, "sliding_window", None) or math.inf
+
+
+def _counts_from_padding(causal: nn.Module) -> bool:
+    """Whether positions begin behind a number for padding, which ours do not (Kosmos-2.5, BERT)."""
+    return any(
+        "position" in f"{name}{type(part).__name__}".lower()
+        and getattr(part, "padding_idx", None) is not None
+        for name, part in causal.named_modules()
+    )
 
 
 def longest_alike(model: nn.Module) -> float:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from pruning_utils import __version__, runtime
 from pruning_utils.embedded import quiet_loading
 from pruning_utils.engine import passes
 from pruning_utils.engine.later import torch
@@ -26,6 +27,8 @@ from pruning_utils.engine.memory import is_lack_of_memory
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# In a saved directory: which of its files we wrote.
+MARKER = "pruning_utils.json"
 # Values of a weight that are compared after it was read back, evenly spaced.
 SAMPLES = 256
 # Counts of layers that predict further tokens: transformers runs none, so none are in memory.
@@ -55,6 +58,52 @@ PERIODS = {
     "global_attn_every_n_layers": ("layer_types", "full_attention"),
     "no_rope_layer_interval": ("no_rope_layers", 0),
 }
+
+
+def mark(folder: Path, *further: str) -> None:
+    """Write down which files of a directory are ours: all that are there, or further ones too.
+
+    Args:
+        folder: That is saved, or has been saved.
+        further: Names of files that were added to a directory which is marked already.
+    """
+    if further:
+        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        names = {*found.get("files", ()), *further}
+    else:
+        names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    content = {"pruning_utils": __version__, "files": sorted(names)}
+    with runtime.atomic_path(folder / MARKER) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def refuse_what_others_wrote(folder: Path, name: str) -> None:
+    """Refuse to replace a directory that holds anything but what we wrote there.
+
+    Args:
+        folder: That exists.
+        name: What the message calls it.
+
+    Raises:
+        ValueError: If it is a file, not one of ours, or holds further files, one of which is named.
+    """
+    allowed = "path must be a new or empty directory, or one written by surgery.save"
+    if not folder.is_dir():
+        raise ValueError(f"{allowed}, got {name}, which is a file")
+    names = {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
+    if names and MARKER not in names:
+        raise ValueError(f"{allowed}, got {name}")
+    if names:
+        try:
+            ours = json.loads((folder / MARKER).read_text(encoding="utf-8")).get("files", names)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{allowed}, got {name}, whose {MARKER} is damaged") from error
+        others = sorted(names - {*ours, MARKER})
+        if others:
+            raise ValueError(
+                f"{name} holds {len(others)} files that surgery.save did not write, {others[0]} "
+                "for one: give overwrite=True to lose them, or another path"
+            )
 
 
 def write(
@@ -289,7 +338,7 @@ def _is_same(held: torch.Tensor, loaded: torch.Tensor) -> bool:
     if not held.numel() or held.is_meta or loaded.is_meta:
         return True
     places = torch.linspace(0, held.numel() - 1, SAMPLES, dtype=torch.float64).long()
-    values = held.detach().flatten()[places.to(held.device)].to(loaded.dtype)
+    values = held.detach().flatten()[places.to(held.device)]
     others = loaded.detach().flatten()[places.to(loaded.device)]
     # Not all types of few bits can be compared as they are.
     return torch.allclose(values.cpu().double(), others.cpu().double(), 0, 0, equal_nan=True)

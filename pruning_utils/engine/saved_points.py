@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed, wait
@@ -28,6 +29,7 @@ from pruning_utils.runtime import atomic_path
 log = logging.getLogger(__name__)
 SETTINGS = "parameters.json"
 LOCK = "lock"
+_computing = threading.RLock()
 
 
 def checked_points(points: Sequence[Mapping]) -> list[dict]:
@@ -401,7 +403,10 @@ def _failure(point: dict, error: BaseException) -> RuntimeError:
 
 
 def _outcome(compute_point: Callable, point: dict) -> dict:
-    returned, cost = records.timed(compute_point, dict(point))
+    # Threads of one process share its random state, and a model that a point has changed for a
+    # time: they take turns.
+    with _computing:
+        returned, cost = records.timed(compute_point, dict(point))
     rows = [returned] if isinstance(returned, Mapping) else returned
     if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"compute_point must return a dict or a list of dicts, got {returned!r}")

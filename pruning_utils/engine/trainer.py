@@ -9,17 +9,20 @@ Importing this module imports transformers, which takes seconds: import it where
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import math
+import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -49,8 +52,36 @@ SETTINGS = "settings.json"
 SEAL = "complete.json"
 logger = logging.getLogger(__name__)
 
+# Fields of a configuration that say nothing of what is computed.
+NAMES = {"architectures", "dtype", "transformers_version", "bos_token_id", "eos_token_id"}
+
 # From a model and token ids (B, T) to the mean loss in nats per predicted token.
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+@contextlib.contextmanager
+def own_random_state() -> Iterator[None]:
+    """What Python, NumPy and torch draw afterwards does not depend on what is drawn inside."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+def _digest_beside_weights(model: nn.Module) -> str:
+    """Digest of what a model computes by, beside its parameters: configuration and buffers."""
+    fields = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in NAMES and not name.startswith("_")
+    }
+    kept = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    content = json.dumps(fields, sort_keys=True, default=str) + runtime.tensor_digest(buffers)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 class Run:
@@ -116,6 +147,7 @@ class Run:
             self.folder = file_path("output_dir", output_dir)
             self._recorded = settings | {
                 "model": runtime.tensor_digest(dict(model.named_parameters())),
+                "configuration": _digest_beside_weights(model),
                 "train_ids": runtime.tensor_digest({"ids": train_ids}),
                 "eval_ids": None if eval_ids is None else runtime.tensor_digest({"ids": eval_ids}),
             }
@@ -534,6 +566,8 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder / SETTINGS} is damaged ({error}); delete {folder}, or choose another "
             "output_dir"
         ) from error
+    # Runs of before were not told by it.
+    recorded.setdefault("configuration", settings.get("configuration"))
     differing = [
         f"{key} {recorded.get(key)!r} there, {settings.get(key)!r} asked"
         for key in sorted(recorded | settings)

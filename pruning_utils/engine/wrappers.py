@@ -74,8 +74,27 @@ def vocabulary_size(model: nn.Module) -> int:
     return len(model.get_input_embeddings().weight)
 
 
-def refuse_quantized(model: nn.Module) -> None:
-    """Refuse a model in 8 or 4 bits, whose weights are not what is computed with."""
+def refuse_adapters(model: nn.Module) -> None:
+    """ValueError if PEFT wraps the model or sits in it."""
+    if any(type(part).__module__.startswith("peft.") for part in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} carries adapters: merge them first (merge_and_unload)"
+        )
+
+
+def refuse_other_than_weights(model: nn.Module) -> None:
+    """Refuse a model whose weights are not what is computed with.
+
+    Raises:
+        ValueError: If they are in 8 or 4 bits, adapters are added to them, or they were made in
+            torch's inference mode, so that none has a gradient.
+    """
+    refuse_adapters(model)
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise ValueError(
+            f"the weights of {type(model).__name__} were made inside torch.inference_mode(), where "
+            "nothing has a gradient: make or load the model outside of it"
+        )
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "scores of weights need the weights themselves, but this model's are quantised: load "

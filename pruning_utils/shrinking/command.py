@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from pruning_utils.shrinking import orders
 
@@ -43,14 +44,21 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--recipe", metavar="NAME", default="lora", help=f"one of {', '.join(orders.METHODS)}"
     )
+    asked = {field.name: field.default for field in fields(orders.Order)}
     how.add_argument(
-        "--minutes", metavar="M", type=float, default=10.0, help="of healing (default: 10)"
+        "--minutes",
+        metavar="M",
+        type=float,
+        help=f"of healing (default: {asked['minutes']:g})",
     )
     how.add_argument(
         "--steps", metavar="N", type=int, help="of healing, instead of as many as the minutes allow"
     )
     how.add_argument(
-        "--learning-rate", metavar="RATE", type=float, default=1e-3, help="(default: 1e-3)"
+        "--learning-rate",
+        metavar="RATE",
+        type=float,
+        help=f"(default: {asked['learning_rate']:g})",
     )
     how.add_argument(
         "--healing-text", metavar="TEXT", help="a text's name, or a .jsonl file of questions"
@@ -118,9 +126,10 @@ def order_of(given: argparse.Namespace) -> orders.Order:
         raise ValueError(
             f"--recipe must be one of {', '.join(orders.METHODS)}, got {given.recipe!r}"
         )
-    for name in ("steps", "healing_text"):
-        value = getattr(given, name)
-        if given.recipe == orders.NO_HEALING and value is not None:
+    names = ("minutes", "steps", "learning_rate", "healing_text")
+    of_healing = {name: vars(given)[name] for name in names if vars(given)[name] is not None}
+    if given.recipe == orders.NO_HEALING:
+        for name, value in of_healing.items():
             option = name.replace("_", "-")
             raise ValueError(f"--{option} needs a --recipe that trains, got {value!r} with 'none'")
     goal = orders.Goal(given.keep, given.max_parameters, given.max_bytes, given.max_ms_per_token)
@@ -129,10 +138,7 @@ def order_of(given: argparse.Namespace) -> orders.Order:
         goal,
         rule=given.rule,
         method=given.recipe,
-        minutes=given.minutes,
-        steps=given.steps,
-        learning_rate=given.learning_rate,
-        healing_text=given.healing_text,
+        **of_healing,
         limits=orders.Limits(
             given.loss_limit, given.accuracy_limit, given.repetition_limit, given.max_ms_per_token
         ),

@@ -140,9 +140,14 @@ def layers_to_go(model: nn.Module, goal: Goal, times: TokenTimes | None = None) 
 
     Raises:
         ValueError: If the model meets the goal as it is, or no number of layers does: the message
-            names the nearest that can be had.
+            names the nearest that can be had; or if the goal has a time and ``times`` is None.
     """
     check_goal(goal)
+    if goal.max_ms_per_token is not None and times is None:
+        raise ValueError(
+            "times, of token_times, must be given where the goal has a time, max_ms_per_token "
+            f"{goal.max_ms_per_token:g}"
+        )
     n_layers = len(models.decoder_layers(model))
     needed = {name: 0 for name, value in vars(goal).items() if value is not None}
     if goal.keep is not None:

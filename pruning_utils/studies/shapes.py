@@ -103,7 +103,7 @@ def shapes_of_heads(shapes: Mapping[str, int], first: int, its: int) -> dict[str
 
 
 def timed_points(
-    sizes: pd.DataFrame, *, batch_sizes: Sequence[int], prompts: Sequence[int]
+    sizes: pd.DataFrame, *, batch_sizes: Sequence[int], prompts: Sequence[int], rounds: int = 0
 ) -> list[dict]:
     """Points of :func:`costs.measure_speed`: each model of a table, at each setting.
 
@@ -111,8 +111,10 @@ def timed_points(
         sizes: Rows of :func:`equal_shape` with their points.
         batch_sizes: Texts at once.
         prompts: Tokens of each.
+        rounds: How often all of it is asked for, with the ``round`` in each point; 0: once,
+            without.
     """
-    return [
+    once = [
         {
             "n_dropped": row.n_dropped,
             "shape": row.shape,
@@ -123,3 +125,6 @@ def timed_points(
         }
         for prompt, batch, row in itertools.product(prompts, batch_sizes, sizes.itertuples())
     ]
+    if not rounds:
+        return once
+    return [{**point, "round": number} for number in range(rounds) for point in once]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from pruning_utils import evidence
+from pruning_utils.engine.later import stats
+
+KEYS = ["prompt_tokens", "batch_size", "n_dropped", "shape"]
+UNPRUNED = (0, "unpruned")
 
 
 class Ratios(NamedTuple):
@@ -17,16 +21,19 @@ class Ratios(NamedTuple):
 
     Attributes:
         rows: One for each ``prompt``, ``batch``, size (``removed``) and ``shape``, with the
-            ``ratio``, its 95 % interval (``low``, ``high``) and the number of runs ``n``.
-        logarithms: Of the ratio in each run, by the same four.
+            ``ratio``, its 95 % interval (``low``, ``high``) and the number ``n`` of rounds or runs.
+        logarithms: Of the ratio in each round, by the same four; none for runs of one process.
     """
 
     rows: pd.DataFrame
     logarithms: dict[tuple, pd.Series]
 
 
-def time_ratios(times: pd.DataFrame) -> Ratios:
-    """Geometric means over runs that are paired by their number; intervals are Student's.
+def run_ratios(times: pd.DataFrame) -> Ratios:
+    """Geometric means over the runs of one process for each shape; intervals are Welch's.
+
+    Runs of two processes have nothing to do with each other, so that they are not paired. What
+    another process would show is in no interval: see :func:`round_ratios`.
 
     Args:
         times: Rows of :func:`costs.measure_speed` with their points: ``prompt_tokens``,
@@ -36,18 +43,55 @@ def time_ratios(times: pd.DataFrame) -> Ratios:
     Raises:
         ValueError: For a single run.
     """
+    seconds = _logarithms(times, "run")
+    rows = []
+    for key, own in seconds.items():
+        whole = seconds[*key[:2], *UNPRUNED]
+        if key[2:] != UNPRUNED:
+            ends = stats.ttest_ind(own, whole, equal_var=False).confidence_interval(0.95)
+            rows.append(_ratio_row(key, (own.mean() - whole.mean(), *ends), len(own)))
+    return Ratios(pd.DataFrame(rows), {})
+
+
+def round_ratios(times: pd.DataFrame) -> Ratios:
+    """Geometric means over rounds, in each of which every shape is timed; intervals are Student's.
+
+    In a round each shape has a process of its own, one soon after the other, and is compared with
+    the unpruned model of the same round.
+
+    Args:
+        times: As for :func:`run_ratios`, with ``round`` (at least 2). Several runs of a process
+            count as their mean.
+
+    Raises:
+        ValueError: For a single round.
+    """
+    seconds = _logarithms(times, "round")
     rows, logarithms = [], {}
-    for (prompt, batch), part in times.groupby(["prompt_tokens", "batch_size"], sort=False):
-        seconds = np.log(
-            part.pivot(index="run", columns=["n_dropped", "shape"], values="per_token_seconds")
-        )
-        for n_dropped, shape in seconds.columns[1:]:
-            change = seconds[n_dropped, shape] - seconds[0, "unpruned"]
-            ratio, low, high = np.exp(evidence.mean_interval(change))
-            logarithms[prompt, batch, n_dropped, shape] = change
-            row = {"prompt": prompt, "batch": batch, "removed": n_dropped, "shape": shape}
-            rows.append({**row, "ratio": ratio, "low": low, "high": high, "n": len(seconds)})
+    for key, own in seconds.items():
+        if key[2:] != UNPRUNED:
+            change = own - seconds[*key[:2], *UNPRUNED]
+            logarithms[key] = change
+            rows.append(_ratio_row(key, evidence.mean_interval(change), len(change)))
     return Ratios(pd.DataFrame(rows), logarithms)
+
+
+def _logarithms(times: pd.DataFrame, sample: str) -> dict[tuple, pd.Series]:
+    """By prompt, batch, layers removed and shape, the logarithms of the times, by ``sample``."""
+    logarithms = times.assign(logarithm=np.log(times["per_token_seconds"]))
+    found = {}
+    for key, part in logarithms.groupby(KEYS, sort=False):
+        found[key] = part.groupby(sample)["logarithm"].mean()
+        if len(found[key]) < 2:
+            raise ValueError(f"times need at least 2 {sample}s of each shape, got one")
+    return found
+
+
+def _ratio_row(key: tuple, interval: Sequence[float], n: int) -> dict:
+    """A row of :class:`Ratios` from an interval of logarithms."""
+    ratio, low, high = np.exp(interval)
+    row = dict(zip(("prompt", "batch", "removed", "shape"), key, strict=True))
+    return {**row, "ratio": ratio, "low": low, "high": high, "n": n}
 
 
 def judged_ratios(
@@ -66,7 +110,7 @@ def judged_ratios(
     All ratios at one number of texts are a family, decided after Holm on their logarithms.
 
     Args:
-        ratios: Of one model.
+        ratios: Of :func:`round_ratios`, of one model.
         batch: Texts at once.
         bound: A ratio below it is faster; in (0, 1).
         n_layers: Layers of the unpruned model.
@@ -80,7 +124,7 @@ def judged_ratios(
     """
     asked = ratios.rows[ratios.rows["batch"] == batch]
     keys = [(row.prompt, batch, row.removed, row.shape) for row in asked.itertuples()]
-    # How far each logarithm lies from that of the bound, by run. The bound has a margin already.
+    # How far each logarithm lies from that of the bound, by round. The bound has a margin already.
     beyond = {
         " ".join(map(str, key)): (ratios.logarithms[key] - np.log(bound)).to_numpy() for key in keys
     }
@@ -100,7 +144,7 @@ def judged_ratios(
             depth=f"size of {n_layers - row.removed} of {n_layers} layers",
             recipe="unhealed",
             cell=cell,
-            kind="t over timings of one process; decided after Holm",
+            kind="t over rounds, each shape in a process; decided after Holm",
             **kept,
         )
         # It was judged by the distance from the bound; a reader wants the ratio.
