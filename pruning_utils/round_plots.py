@@ -29,6 +29,8 @@ REFERENCES = {
 }
 # Marks of series, in the order in which they come: the first is hollow, so that grey tells them.
 SERIES_MARKS = ("o", "s", "^", "D")
+# Mark of what is none of the series of a figure that has some, such as their difference.
+OTHER_MARK = "d"
 VOID = "0.62"  # shade of what has no content, such as a loss above ln V
 
 
@@ -46,8 +48,9 @@ def interval_grid(
     Args:
         tables: A row of panels each. Columns ``panel`` (its title), ``name`` and ``value``, and
             where they are needed ``group`` (a heading over its names), ``series`` (what the mark
-            stands for), ``low`` and ``high`` (thin bars), ``low_90`` and ``high_90`` (thick bars),
-            ``runs`` (a list of values, drawn as ticks) and ``is_void``. NaN draws no bar.
+            stands for; without one it is another mark), ``low`` and ``high`` (thin bars),
+            ``low_90`` and ``high_90`` (thick bars), ``runs`` (a list of values, drawn as ticks) and
+            ``is_void``. NaN draws no bar.
         references: Columns ``panel``, ``name`` (of :data:`REFERENCES`) and ``value``: thin
             lines, named in the legend.
         margins: By panel, half the width of a grey band around 0, where a thin line stands too.
@@ -57,6 +60,7 @@ def interval_grid(
     """
     filled = [_with_all_columns(table) for table in tables]
     lines = pd.DataFrame(columns=["panel", "name", "value"]) if references is None else references
+    has_series = any(table["series"].ne("").any() for table in filled)
     heights = [len(_rows_of(table)) + 2.2 for table in filled]
     columns = max(table["panel"].nunique() for table in filled)
     figure = Figure(figsize=(WIDE, 0.3 + 0.165 * sum(heights)), layout="constrained")
@@ -69,7 +73,7 @@ def interval_grid(
             here = lines[lines["panel"] == panel]
             _draw_references(axis, here, (margins or {}).get(panel), handles)
             _set_limits(axis, shown, here)
-            _draw_rows(axis, shown, _rows_of(table), handles)
+            _draw_rows(axis, shown, _rows_of(table), handles, has_series=has_series)
             axis.set_title(panel, fontsize=7)
         _name_rows(row[0], _rows_of(table))
         for axis in row[len(panels) :]:
@@ -120,15 +124,30 @@ def _set_limits(axis: Axes, shown: pd.DataFrame, lines: pd.DataFrame) -> None:
     axis.set_xlim(low - room, high + room)
 
 
-def _draw_rows(axis: Axes, shown: pd.DataFrame, rows: list[tuple[str, str]], handles: dict) -> None:
-    """Marks, bars and ticks of one panel."""
+def _draw_rows(
+    axis: Axes,
+    shown: pd.DataFrame,
+    rows: list[tuple[str, str]],
+    handles: dict,
+    *,
+    has_series: bool,
+) -> None:
+    """Marks, bars and ticks of one panel, in a figure that has series or none."""
     series = list(shown["series"].unique())
     shifts = dict(zip(series, np.linspace(0.17, -0.17, len(series)), strict=True))
     places = {row: len(rows) - place for place, row in enumerate(rows)}
     for row in shown.itertuples():
         shift = shifts[row.series] if len(series) > 1 else 0.0
         number = series.index(row.series)
-        mark = _draw_interval(axis, row, places[row.group, row.name] + shift, number)
+        is_other = has_series and not row.series
+        marker = OTHER_MARK if is_other else SERIES_MARKS[number % len(SERIES_MARKS)]
+        mark = _draw_interval(
+            axis,
+            row,
+            places[row.group, row.name] + shift,
+            marker,
+            is_filled=is_other or number > 0,
+        )
         if row.series and not row.is_void:
             handles[row.series] = mark
     axis.tick_params(labelsize=7)
@@ -143,7 +162,7 @@ def _name_rows(axis: Axes, rows: list[tuple[str, str]]) -> None:
         text.set_fontweight("normal" if name else "bold")
 
 
-def _draw_interval(axis: Axes, row: Any, place: float, number: int) -> Artist:
+def _draw_interval(axis: Axes, row: Any, place: float, marker: str, *, is_filled: bool) -> Artist:
     """One mark with its bars and ticks; an arrow at the edge for one beyond it."""
     colour = VOID if row.is_void else colour_of("healed")
     low, high = axis.get_xlim()
@@ -152,25 +171,25 @@ def _draw_interval(axis: Axes, row: Any, place: float, number: int) -> Artist:
     if isinstance(row.runs, list):
         axis.plot(row.runs, np.full(len(row.runs), place), "|", color=colour, markersize=4)
     is_beyond = not low <= row.value <= high
-    marker = SERIES_MARKS[number % len(SERIES_MARKS)]
     if is_beyond:
         marker = ">" if row.value > high else "<"
         axis.annotate(
             f"{row.value:.3g}",
             (np.clip(row.value, low, high), place),
-            xytext=(-6 if row.value > high else 6, 2),
+            xytext=(-6 if row.value > high else 6, 0),
             textcoords="offset points",
             ha="right" if row.value > high else "left",
-            va="bottom",
+            va="center",
             fontsize=6,
             color="0.35",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )
     (mark,) = axis.plot(
         np.clip(row.value, low, high),
         place,
         marker,
         color=colour,
-        markerfacecolor=colour if number else "white",
+        markerfacecolor=colour if is_filled else "white",
         markersize=3.6,
         linestyle="none",
         clip_on=not is_beyond,
@@ -244,24 +263,24 @@ def swap_losses(
 ) -> Figure:
     """The loss of every set that differs in one layer from a set, a panel for each set.
 
-    All panels share one scale, on which grey is as good as colour.
+    Each panel has a logarithmic scale of its own, on which grey is as good as colour.
 
     Args:
         table: Columns ``panel``, ``spared`` and ``dropped`` (0-based layers), and ``loss`` (nats
             per token), which is the colour.
         levels: By panel, the loss of the set itself; swaps with a lower one have a dot.
-        references: Further levels of the loss by name, marked beside the scale.
+        references: Further levels of the loss by name, marked beside the scales that reach them.
         best: By panel, the swap ``(spared, dropped)`` that has a frame.
     """
     need_columns(table, "panel", "spared", "dropped", "loss")
     panels = list(table["panel"].unique())
     figure, axes = new_figure(WIDE, 1.75 * len(panels), 1, rows=len(panels))
-    losses = [*table["loss"], *references.values(), *levels.values()]
-    scale = matplotlib.colors.Normalize(min(losses), max(losses))
     for axis, panel in zip(axes, panels, strict=True):
         shown = table[table["panel"] == panel]
         wide = shown.pivot(index="spared", columns="dropped", values="loss")
-        axis.pcolormesh(wide, cmap="viridis", norm=scale, edgecolors="white", linewidth=0.3)
+        losses = [*shown["loss"], levels[panel]]
+        scale = matplotlib.colors.LogNorm(min(losses), max(losses))
+        drawn = axis.pcolormesh(wide, cmap="viridis", norm=scale, edgecolors="white", linewidth=0.3)
         rows, columns = (wide.to_numpy() < levels[panel]).nonzero()
         axis.plot(columns + 0.5, rows + 0.5, "o", color="white", markersize=1.8)
         spared, dropped = best[panel]
@@ -276,17 +295,29 @@ def swap_losses(
         axis.invert_yaxis()
         axis.set_title(f"{panel}, loss {levels[panel]:.1f}", fontsize=8)
         axis.set(ylabel="layer that stays")
+        _draw_scale(figure, axis, drawn, references)
     axes[-1].set(xlabel="layer removed in its place (0-based)")
-    mappable = matplotlib.cm.ScalarMappable(scale, "viridis")
-    bar = figure.colorbar(mappable, ax=list(axes), label="loss (nats per token)", pad=0.02)
-    for name, value in references.items():
-        bar.ax.axhline(value, color="white", linewidth=1.2)
-        bar.ax.annotate(
-            f"{name} ",
-            (0, value),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="center",
-            fontsize=6,
-        )
     return figure
+
+
+def _draw_scale(figure: Figure, axis: Axes, drawn: Any, references: Mapping[str, float]) -> None:
+    """The scale of one panel in plain numbers, with the levels that lie on it."""
+    bar = figure.colorbar(drawn, ax=axis, label="loss (nats per token)", pad=0.05)
+    low, high = drawn.get_clim()
+    steps = (1, 2, 2.5, 5, 10)
+    ticks = matplotlib.ticker.MaxNLocator(5, steps=steps).tick_values(low, high)
+    bar.set_ticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar.ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    bar.ax.tick_params(labelsize=7)
+    for name, value in references.items():
+        if low <= value <= high:
+            bar.ax.axhline(value, color="white", linewidth=1.2)
+            bar.ax.annotate(
+                f"{name} ",
+                (0, value),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="center",
+                fontsize=6,
+            )

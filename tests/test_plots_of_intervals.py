@@ -51,8 +51,10 @@ def test_marks_stand_at_their_values_and_a_void_one_beyond_is_an_arrow_at_the_ed
     assert list(runs.get_xdata()) == [3.9, 4.1]
     low, high = right.get_xlim()
     assert (low, high) == (pytest.approx(0.43), pytest.approx(1.57)), "without the void row"
-    assert points(right) == [(1.0, 3, "o"), (high, 1, ">")]
-    assert [text.get_text() for text in right.texts] == ["40"]
+    assert points(right) == [(1.0, 3, "d"), (high, 1, ">")], "neither of the series"
+    (beyond,) = right.texts
+    assert beyond.get_text() == "40" and beyond.xy == (high, 1)
+    assert beyond.xyann[1] == 0 and beyond.get_va() == "center", "on the row of its arrow"
 
 
 def test_levels_that_are_no_model_are_lines_of_their_own_panel():
@@ -71,6 +73,8 @@ def test_each_table_is_a_row_of_panels_with_names_of_its_own():
     assert [text.get_text() for text in shown[2].get_yticklabels()] == ["both"]
     low, high = shown[2].get_xlim()
     assert low < 0.4 < high
+    (alone,) = round_plots.interval_grid([other]).axes
+    assert points(alone) == [(0.4, 1, "o")], "where no row has a series"
 
 
 def test_sets_stand_by_their_draws():
@@ -97,7 +101,7 @@ def test_sets_stand_by_their_draws():
     assert right.get_xlim() == (pytest.approx(2.6), pytest.approx(7.4))
 
 
-def test_all_sets_share_a_scale_and_the_best_swap_has_a_frame():
+def test_each_set_has_a_scale_and_its_best_swap_a_frame():
     table = pd.DataFrame(
         {
             "panel": ["reverse order"] * 4 + ["Taylor"] * 2,
@@ -109,17 +113,19 @@ def test_all_sets_share_a_scale_and_the_best_swap_has_a_frame():
     figure = round_plots.swap_losses(
         table,
         levels={"reverse order": 8.5, "Taylor": 4.5},
-        references={"unpruned": 3.0},
+        references={"ln V": 10.8},
         best={"reverse order": (3, 0), "Taylor": (1, 2)},
     )
-    first, second, scale = figure.axes
+    first, second, scale, other_scale = figure.axes
     assert first.get_title() == "reverse order, loss 8.5"
-    for axis in (first, second):
-        assert axis.collections[0].get_clim() == (3.0, 12.0)
+    limits = [axis.collections[0].get_clim() for axis in (first, second)]
+    assert limits == [(7.0, 12.0), (4.0, 5.0)]
     assert sorted(zip(*first.lines[0].get_data(), strict=True)) == [(0.5, 1.5), (1.5, 0.5)]
     assert [frame.get_xy() for frame in first.patches] == [(0, 1)] * 2
     assert [frame.get_xy() for frame in second.patches] == [(1, 0)] * 2
-    assert scale.texts[0].get_text() == "unpruned "
+    assert [text.get_text() for text in scale.texts] == ["ln V "]
+    assert len(other_scale.texts) == 0, "ln V lies beyond it"
+    assert [text.get_text() for text in other_scale.get_yticklabels()][::2] == ["4", "4.4", "4.8"]
 
 
 @pytest.mark.parametrize(
