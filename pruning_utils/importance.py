@@ -75,9 +75,8 @@ def taylor(
             inference mode, an argument is out of range, or a score is not finite.
         MemoryError: If not even one sample fits into memory.
     """
-    wrappers.refuse_other_than_weights(model)
+    wrappers.refuse_other_than_weights(model, gradients=True)
     input_ids = models.check_input_ids(model, input_ids, shortest=2)
-    wrappers.refuse_own_tokens(model)
     passes.refuse_missing_weights(model, offloaded=False)
     input_ids = input_ids.to(passes.input_device(model))
     size = memory.samples_at_once(batch_size, input_ids, 1)

@@ -64,15 +64,15 @@ def save_release(
 
     def finish(new: Path) -> None:
         """See that it computes the same, and add the card."""
-        difference = logit_difference(model, new, tokens)
+        with passes.evaluation_mode(model):
+            difference = logit_difference(model, new, tokens)
         if difference != 0:  # or no number
             raise ValueError(
                 f"what transformers loads differs from the model by {difference:g} in its logits"
             )
         (new / CARD).write_text(card, encoding="utf-8")
 
-    with passes.evaluation_mode(model):
-        return surgery.save(model, tokenizer, folder, overwrite=overwrite, finish=finish)
+    return surgery.save(model, tokenizer, folder, overwrite=overwrite, finish=finish)
 
 
 def model_card(

@@ -87,7 +87,7 @@ def heal(
     if team.is_main_process:
         run.begin()
     team.wait_for_everyone()
-    with torch.inference_mode(False), torch.enable_grad():
+    with trainer.own_random_state(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(settings["seed"])
         trained = healing.trainable_copy(model, settings)
         count = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)

@@ -1028,6 +1028,17 @@ def test_a_run_of_another_configuration_is_not_taken(tmp_path):
         heal(other, output_dir=tmp_path / "run")
 
 
+def test_what_a_model_returns_does_not_make_its_run_another(tmp_path):
+    heal(llama(), output_dir=tmp_path / "run")
+    model = llama()
+    model.config.use_cache = False
+    model.config.pad_token_id = 3
+    heal(model, output_dir=tmp_path / "run")
+    model.save_pretrained(tmp_path / "saved")
+    back = LlamaForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    heal(back, output_dir=tmp_path / "run")
+
+
 def test_a_run_that_was_not_told_its_configuration_goes_on(tmp_path):
     whole = heal(llama(), output_dir=tmp_path / "run")
     path = tmp_path / "run" / trainer.SETTINGS

@@ -329,10 +329,17 @@ def test_weights_that_are_not_what_is_computed_with_are_refused(score):
     adapted = get_peft_model(ARCHITECTURES["llama"](), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="carries adapters: merge them first"):
         score(adapted, *given)
+
+
+def test_weights_of_inference_mode_have_magnitudes_and_no_gradients():
     with torch.inference_mode():
         model = ARCHITECTURES["llama"]()
+    assert (
+        importance.magnitude(model).tolist()
+        == importance.magnitude(ARCHITECTURES["llama"]()).tolist()
+    )
     with pytest.raises(ValueError, match="were made inside torch.inference_mode"):
-        score(model, *given)
+        importance.taylor(model, windows())
 
 
 def test_a_state_that_layers_keep_of_a_text_is_let_go():

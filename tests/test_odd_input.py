@@ -106,6 +106,9 @@ def test_what_is_no_model_is_refused_by_what_reads_one(model, tmp_path):
             reads(model)
     with pytest.raises(ValueError, match="model must be a causal language model of transformers"):
         release.save_release(model, Tokenizer(), tmp_path / "new", card="# A card")
+    for score in (importance.magnitude, lambda it: importance.taylor(it, torch.ones(1, 4).long())):
+        with pytest.raises(ValueError, match="model must be a causal language model of transf"):
+            score(model)
 
 
 def test_a_backbone_is_scanned_and_predicts_nothing(tmp_path):

@@ -328,3 +328,24 @@ def test_what_no_card_can_say_is_refused(given, message):
 
 def test_a_table_without_a_name_has_no_heading():
     assert "| None" not in release.model_card(**CARD)
+
+
+def test_a_release_has_the_configuration_of_the_model(tmp_path):
+    model = architectures.ARCHITECTURES["qwen3_moe"]()
+    model.config.output_router_logits = True
+    folder = surgery.save(model, None, tmp_path / "saved")
+    released = release.save_release(model, None, tmp_path / "released", card="# A card")
+    texts = [(one / "config.json").read_text() for one in (folder, released)]
+    assert texts[0] == texts[1] and json.loads(texts[0])["output_router_logits"]
+
+
+@pytest.mark.parametrize("mark", [None, '{"pruning_utils": "0.1"}'])
+def test_a_model_beside_its_gguf_file_may_be_saved_again(mark, pruned, tmp_path, monkeypatch):
+    folder = surgery.save(*pruned, tmp_path / "model")
+    if mark:
+        (folder / "pruning_utils.json").write_text(mark)
+    converter(tmp_path, "open(sys.argv[sys.argv.index('--outfile') + 1], 'w').write('GGUF')")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert release.export_gguf(folder).is_file()
+    surgery.save(*pruned, folder)
+    assert not list(folder.glob("*.gguf"))

@@ -1098,3 +1098,21 @@ def test_threads_of_one_process_take_turns(tmp_path):
     with ThreadPoolExecutor(3) as executor:
         results.sweep(points, compute, path=tmp_path / "t.csv", parameters={}, executor=executor)
     assert max(most) == 1
+
+
+def test_a_point_may_be_a_sweep_in_threads(tmp_path):
+    def inner(point):
+        with ThreadPoolExecutor(2) as executor:
+            found = results.sweep(
+                [{"m": m} for m in range(3)],
+                lambda asked: {"value": asked["m"]},
+                path=tmp_path / f"inner-{point['n']}.csv",
+                parameters={},
+                executor=executor,
+            )
+        return {"total": int(found["value"].sum())}
+
+    with ThreadPoolExecutor(2) as executor:
+        points = [{"n": 0}, {"n": 1}]
+        given = {"path": tmp_path / "outer.csv", "parameters": {}, "executor": executor}
+        assert results.sweep(points, inner, **given)["total"].tolist() == [3, 3]

@@ -34,8 +34,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout inside; every module has its own mode back afterwards.
 
     Mixtures of experts do not collect the logits of their routers, which takes masks of a shape of
-    its own, and layers that are run. Models return outputs with names. What modules keep of a text
-    beside their weights, such as the state of a recurrent layer, is let go.
+    its own, and layers that are run. Models return outputs with names. Attributes of modules that
+    became tensors, such as the state of a recurrent layer, have their former values back.
     """
     with contextlib.ExitStack() as undo:
         undo.enter_context(named_outputs(model))
@@ -43,7 +43,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             if getattr(config, "output_router_logits", False):
                 undo.enter_context(replaced(config, "output_router_logits", False))
         for module in model.modules():
-            undo.callback(_let_go, module, dict(vars(module)))
+            undo.callback(_give_back, module, dict(vars(module)))
             undo.callback(setattr, module, "training", module.training)
             # In evaluation mode 4-bit layers on a CPU pack their weights: they are slower then, and
             # cannot be trained afterwards.
@@ -61,7 +61,7 @@ def named_outputs(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _let_go(module: nn.Module, before: dict[str, Any]) -> None:
+def _give_back(module: nn.Module, before: dict[str, Any]) -> None:
     """Give attributes that are tensors now, and were not these, what they had before, if any."""
     for name, value in list(vars(module).items()):
         if isinstance(value, torch.Tensor) and before.get(name) is not value:

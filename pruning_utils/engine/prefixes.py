@@ -248,12 +248,11 @@ def longest_shared(model: nn.Module) -> float:
 
 
 def _counts_from_padding(causal: nn.Module) -> bool:
-    """Whether positions begin behind a number for padding, which ours do not (Kosmos-2.5, BERT)."""
-    return any(
-        "position" in f"{name}{type(part).__name__}".lower()
-        and getattr(part, "padding_idx", None) is not None
-        for name, part in causal.named_modules()
-    )
+    """Whether a model makes positions that begin behind its token for padding, unlike ours.
+
+    Those of RoBERTa and its relatives, Kosmos-2.5 among them, all make them by one name.
+    """
+    return any(hasattr(part, "create_position_ids_from_input_ids") for part in causal.modules())
 
 
 def longest_alike(model: nn.Module) -> float:

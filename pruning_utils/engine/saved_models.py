@@ -65,16 +65,33 @@ def mark(folder: Path, *further: str) -> None:
 
     Args:
         folder: That is saved, or has been saved.
-        further: Names of files that were added to a directory which is marked already.
+        further: Names of files that were added to a directory which is marked already. One that an
+            older version saved, without a list, stays as it is.
     """
     if further:
-        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        names = {*found.get("files", ()), *further}
+        listed = _marked(folder)
+        if listed is None:
+            return
+        names = {*listed, *further}
     else:
         names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     content = {"pruning_utils": __version__, "files": sorted(names)}
     with runtime.atomic_path(folder / MARKER) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _marked(folder: Path) -> set[str] | None:
+    """Names of the files in a directory that are ours; None where its mark names none.
+
+    Raises:
+        ValueError: If the mark cannot be read.
+    """
+    try:
+        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        listed = found.get("files")
+        return None if listed is None else {MARKER, *map(str, [*listed])}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"its {MARKER} is damaged") from error
 
 
 def refuse_what_others_wrote(folder: Path, name: str) -> None:
@@ -95,14 +112,14 @@ def refuse_what_others_wrote(folder: Path, name: str) -> None:
         raise ValueError(f"{allowed}, got {name}")
     if names:
         try:
-            ours = json.loads((folder / MARKER).read_text(encoding="utf-8")).get("files", names)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{allowed}, got {name}, whose {MARKER} is damaged") from error
-        others = sorted(names - {*ours, MARKER})
+            ours = _marked(folder)
+        except ValueError as error:
+            raise ValueError(f"{allowed}, got {name}: {error}") from error
+        others = sorted(names - (names if ours is None else ours))
         if others:
             raise ValueError(
-                f"{name} holds {len(others)} files that surgery.save did not write, {others[0]} "
-                "for one: give overwrite=True to lose them, or another path"
+                f"{name} holds what surgery.save did not write, {others[0]} for one: give "
+                "overwrite=True to lose it, or another path"
             )
 
 

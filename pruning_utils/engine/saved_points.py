@@ -8,6 +8,7 @@ it has ended.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -16,7 +17,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, as_completed, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
 import pandas as pd
@@ -29,7 +30,6 @@ from pruning_utils.runtime import atomic_path
 log = logging.getLogger(__name__)
 SETTINGS = "parameters.json"
 LOCK = "lock"
-_computing = threading.RLock()
 
 
 def checked_points(points: Sequence[Mapping]) -> list[dict]:
@@ -276,7 +276,10 @@ def _one_by_one(points: list[dict], compute_point: Callable) -> Generator[dict, 
 def _spread(
     points: list[dict], compute_point: Callable, executor: Executor
 ) -> Generator[dict, None, None]:
-    waiting = {executor.submit(_outcome, compute_point, point): point for point in points}
+    # Threads share the random state of a process, and models that a point changes for a time.
+    is_of_threads = isinstance(executor, ThreadPoolExecutor)
+    outcome_of = functools.partial(_in_turn, threading.Lock()) if is_of_threads else _outcome
+    waiting = {executor.submit(outcome_of, compute_point, point): point for point in points}
     try:
         for future in as_completed(list(waiting)):
             if future.exception():
@@ -398,15 +401,18 @@ def _proof_by_points(path: Path, record: dict, compute_point: Callable) -> dict:
     }
 
 
+def _in_turn(turns: threading.Lock, compute_point: Callable, point: dict) -> dict:
+    """The outcome of a point, while no other thread of its sweep computes one."""
+    with turns:
+        return _outcome(compute_point, point)
+
+
 def _failure(point: dict, error: BaseException) -> RuntimeError:
     return RuntimeError(f"point {point} failed with {type(error).__name__}: {error}")
 
 
 def _outcome(compute_point: Callable, point: dict) -> dict:
-    # Threads of one process share its random state, and a model that a point has changed for a
-    # time: they take turns.
-    with _computing:
-        returned, cost = records.timed(compute_point, dict(point))
+    returned, cost = records.timed(compute_point, dict(point))
     rows = [returned] if isinstance(returned, Mapping) else returned
     if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"compute_point must return a dict or a list of dicts, got {returned!r}")

@@ -52,8 +52,12 @@ SETTINGS = "settings.json"
 SEAL = "complete.json"
 logger = logging.getLogger(__name__)
 
-# Fields of a configuration that say nothing of what is computed.
-NAMES = {"architectures", "dtype", "transformers_version", "bos_token_id", "eos_token_id"}
+# Fields of a configuration that say nothing of what a layer computes.
+NAMES_AND_OUTPUTS = {
+    *("architectures", "dtype", "transformers_version", "id2label", "label2id", "problem_type"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "return_dict"),
+    *("output_hidden_states", "output_attentions", "output_router_logits"),
+}
 
 # From a model and token ids (B, T) to the mean loss in nats per predicted token.
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -73,15 +77,19 @@ def own_random_state() -> Iterator[None]:
 
 def _digest_beside_weights(model: nn.Module) -> str:
     """Digest of what a model computes by, beside its parameters: configuration and buffers."""
-    fields = {
-        name: value
-        for name, value in model.config.to_dict().items()
-        if name not in NAMES and not name.startswith("_")
-    }
     kept = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    content = json.dumps(fields, sort_keys=True, default=str) + runtime.tensor_digest(buffers)
-    return hashlib.sha256(content.encode()).hexdigest()
+    fields = json.dumps(_computed_by(model.config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256((fields + runtime.tensor_digest(buffers)).encode()).hexdigest()
+
+
+def _computed_by(fields: dict) -> dict:
+    """What a configuration says of what is computed, at any depth."""
+    return {
+        name: _computed_by(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if str(name) not in NAMES_AND_OUTPUTS and not str(name).startswith("_")
+    }
 
 
 class Run:
@@ -98,7 +106,7 @@ class Run:
     Args:
         output_dir: The folder, or None.
         settings: See above.
-        model: The model to heal, whose weights are recorded as a digest.
+        model: The model to heal. Digests of its weights and of its configuration are recorded.
         tokenizer: See above.
         train_ids: See above.
         eval_ids: See above.
@@ -107,7 +115,7 @@ class Run:
         ValueError: If weights are not in memory or in float64, or the model cannot take the
             windows; if a batch of them is larger than :data:`STEP_TOKENS`; if ``output_dir`` is no
             path, or there is a folder and a tokenizer that cannot be saved; or if the folder holds
-            anything but a run with the same settings, weights and windows (what differs is named).
+            anything but a run with the same settings, model and windows (what differs is named).
     """
 
     def __init__(

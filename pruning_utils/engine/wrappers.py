@@ -82,15 +82,22 @@ def refuse_adapters(model: nn.Module) -> None:
         )
 
 
-def refuse_other_than_weights(model: nn.Module) -> None:
+def refuse_other_than_weights(model: nn.Module, *, gradients: bool = False) -> None:
     """Refuse a model whose weights are not what is computed with.
 
+    Args:
+        model: A causal language model.
+        gradients: Whether gradients of the weights are asked for as well.
+
     Raises:
-        ValueError: If they are in 8 or 4 bits, adapters are added to them, or they were made in
-            torch's inference mode, so that none has a gradient.
+        ValueError: If it is no model or inside something else, the weights are in 8 or 4 bits, or
+            adapters or trained tokens are added to them; or if gradients are asked for and the
+            weights were made in torch's inference mode.
     """
+    refuse_wrapped(model)
+    refuse_own_tokens(model)
     refuse_adapters(model)
-    if any(weight.is_inference() for weight in model.parameters()):
+    if gradients and any(weight.is_inference() for weight in model.parameters()):
         raise ValueError(
             f"the weights of {type(model).__name__} were made inside torch.inference_mode(), where "
             "nothing has a gradient: make or load the model outside of it"
