@@ -848,7 +848,7 @@ def test_other_weights_are_refused_and_the_same_ones_in_another_object_are_not(
     other.model.layers[1].mlp.up_proj.weight.data[5, 7] += 1e-6  # one number among 39,200
     for model in (other, llama(dtype=torch.bfloat16), llama(tied=True)):
         with pytest.raises(
-            ValueError, match="other settings: model '[0-9a-f]{64}' there, '[0-9a-f]{64}' asked; "
+            ValueError, match="other settings: .*model '[0-9a-f]{64}' there, '[0-9a-f]{64}' asked; "
         ):
             heal(model, **settings)
     assert (
@@ -1050,13 +1050,13 @@ def test_a_run_that_was_not_told_its_configuration_goes_on(tmp_path):
 
 
 def test_what_is_drawn_afterwards_does_not_depend_on_healing():
-    drawn = []
+    model, drawn = llama(), []
     for is_healed in (False, True):
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
         if is_healed:
-            heal(llama(), seed=5)
+            heal(model, seed=5)
         drawn.append((random.random(), np.random.rand(), float(torch.rand(1))))
     assert drawn[0] == drawn[1]
 

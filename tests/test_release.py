@@ -152,7 +152,7 @@ def test_a_card_names_a_directory_without_its_path(tmp_path):
 
 
 def test_a_card_without_scores_is_refused():
-    with pytest.raises(ValueError, match="scores must have a row at least"):
+    with pytest.raises(ValueError, match="scores must be a table with a row at least"):
         release.model_card(**{**CARD, "scores": pd.DataFrame()})
 
 

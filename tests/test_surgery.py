@@ -598,7 +598,9 @@ def test_save_replaces_its_own_directory_and_no_other(tmp_path):
     for path in (tmp_path / "new", tmp_path / "empty"):
         surgery.save(model, None, path)
         (path / "left over").touch()
-        surgery.save(smaller, None, path)
+        with pytest.raises(ValueError, match="holds what surgery.save did not write, left over"):
+            surgery.save(smaller, None, path)
+        surgery.save(smaller, None, path, overwrite=True)
         assert not (path / "left over").exists()
         assert AutoModelForCausalLM.from_pretrained(path).config.num_hidden_layers == 7
     surgery.save(model, None, foreign, overwrite=True)
