@@ -9,6 +9,7 @@ numbers differ; 2: something is asked for that is not there; 130: a signal has s
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -401,28 +402,51 @@ def refuse_another_model(
     """Refuse to replace what a notebook has said of another model in the same folder.
 
     Tables of several models lie beside each other there; verdicts, figures and the copy do not.
-    Notebooks without verdicts are not looked at.
+    A notebook without verdicts is of one model, which its tables name.
 
     Raises:
-        Refused: If verdicts there are of another model.
+        Refused: If verdicts there, or tables where there are none, are of another model.
     """
     if output is None or options.figures or options.plan or computes_apart(options):
         return
     from jobs import Refused
 
     from pruning_utils import embedded, results
-    from pruning_utils.engine import verdict_rows
 
     for job in chosen:
         name = str(job.values.get("model", embedded.EMBEDDED))
         asked = {*embedded.MODELS} if name == embedded.EMBEDDED else {results.slug(name)}
-        path = output / "results" / str(job.values["profile"]) / job.name / "verdicts.csv"
-        held = set(verdict_rows.read(path)["model"]) if path.is_file() else set()
-        if held - asked:
+        folder = output / "results" / str(job.values["profile"]) / job.name
+        others = others_in(folder, asked, embedded.EMBEDDED)
+        if others:
             raise Refused(
-                f"{output} holds what {job.name} says of {', '.join(sorted(held))}, which a run on "
+                f"{output} holds what {job.name} says of {', '.join(others)}, which a run on "
                 f"{name} would replace: give another --output"
             )
+
+
+def others_in(folder: Path, asked: set[str], embedded: str) -> list[str]:
+    """Models of verdicts in a folder that are none of these; without verdicts, tables of others.
+
+    Args:
+        folder: Of a notebook's results.
+        asked: The models that a run is of, as tables name them.
+        embedded: The name of the embedded model, by which the first notebook names its table.
+    """
+    from pruning_utils.engine import verdict_rows
+
+    verdicts, record = folder / "verdicts.csv", folder / "run.json"
+    if verdicts.is_file():
+        return sorted(set(verdict_rows.read(verdicts)["model"]) - asked)
+    if not record.is_file():
+        return []
+    try:
+        tables = sorted(json.loads(record.read_text(encoding="utf-8")))
+    except ValueError:  # the notebook says so itself
+        return []
+    ours = (*asked, embedded)
+    beginnings = tuple(f"{name}-" for name in ours)
+    return [table for table in tables if table not in ours and not table.startswith(beginnings)]
 
 
 def refuse_depths(options: argparse.Namespace, chosen: list[Job], project: Path) -> None:

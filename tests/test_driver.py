@@ -1976,6 +1976,27 @@ def test_what_is_said_of_another_model_is_not_replaced(project, tmp_path, no_run
             drive(project, *words, "-p", f"model={model}")
 
 
+def test_what_a_notebook_without_verdicts_says_of_another_model_is_not_replaced(
+    project, tmp_path, no_run, capsys
+):
+    out = tmp_path / "out"
+    record = out / "results" / "cpu" / "00_first" / "run.json"
+    record.parent.mkdir(parents=True)
+    write_notebook(project / "notebooks" / "00_first.ipynb", "model")
+    words = ["--only", "00", "--output", str(out)]
+    record.write_text('{"org--mine-plan": {}, "org--mine-times": {}}')
+    assert drive(project, *words, "-p", "model=org/other") == 2
+    assert "says of org--mine-plan, org--mine-times, which a run on" in capsys.readouterr().err
+    for tables, model in (
+        ('{"org--mine-plan": {}}', "org/mine"),
+        ('{"embedded": {}, "smollm2-135m-plan": {}}', "embedded"),
+        ("damaged", "org/mine"),
+    ):
+        record.write_text(tables)
+        with pytest.raises(AssertionError, match="a notebook ran"):
+            drive(project, *words, "-p", f"model={model}")
+
+
 def test_a_kernel_leaves_libraries_alone_when_it_collects_garbage():
     """Those that are imported within a cell too; what a cell makes afterwards is collected."""
     said = """
