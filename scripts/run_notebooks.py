@@ -417,7 +417,10 @@ def refuse_another_model(
         name = str(job.values.get("model", embedded.EMBEDDED))
         asked = {*embedded.MODELS} if name == embedded.EMBEDDED else {results.slug(name)}
         folder = output / "results" / str(job.values["profile"]) / job.name
-        others = others_in(folder, asked, embedded.EMBEDDED)
+        if "save_verdicts" in job.path.read_text(encoding="utf-8"):
+            others = others_in_verdicts(folder / "verdicts.csv", asked)
+        else:
+            others = others_in_tables(folder / "run.json", (*asked, embedded.EMBEDDED))
         if others:
             raise Refused(
                 f"{output} holds what {job.name} says of {', '.join(others)}, which a run on "
@@ -425,28 +428,21 @@ def refuse_another_model(
             )
 
 
-def others_in(folder: Path, asked: set[str], embedded: str) -> list[str]:
-    """Models of verdicts in a folder that are none of these; without verdicts, tables of others.
-
-    Args:
-        folder: Of a notebook's results.
-        asked: The models that a run is of, as tables name them.
-        embedded: The name of the embedded model, by which the first notebook names its table.
-    """
+def others_in_verdicts(path: Path, asked: set[str]) -> list[str]:
+    """Models that verdicts are of, if there are any, and a run is not."""
     from pruning_utils.engine import verdict_rows
 
-    verdicts, record = folder / "verdicts.csv", folder / "run.json"
-    if verdicts.is_file():
-        return sorted(set(verdict_rows.read(verdicts)["model"]) - asked)
-    if not record.is_file():
-        return []
+    return sorted(set(verdict_rows.read(path)["model"]) - asked) if path.is_file() else []
+
+
+def others_in_tables(path: Path, asked: Sequence[str]) -> list[str]:
+    """Tables of a record, if there is one, whose names begin with none of these models."""
     try:
-        tables = sorted(json.loads(record.read_text(encoding="utf-8")))
-    except ValueError:  # the notebook says so itself
+        tables = sorted(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):  # of a damaged one the notebook says so itself
         return []
-    ours = (*asked, embedded)
-    beginnings = tuple(f"{name}-" for name in ours)
-    return [table for table in tables if table not in ours and not table.startswith(beginnings)]
+    beginnings = tuple(f"{name}-" for name in asked)
+    return [table for table in tables if table not in asked and not table.startswith(beginnings)]
 
 
 def refuse_depths(options: argparse.Namespace, chosen: list[Job], project: Path) -> None:

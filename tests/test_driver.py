@@ -1964,7 +1964,9 @@ def test_what_is_said_of_another_model_is_not_replaced(project, tmp_path, no_run
     verdicts = out / "results" / "cpu" / "00_first" / "verdicts.csv"
     verdicts.parent.mkdir(parents=True)
     verdicts.write_text("claim,model\nA1,org--mine\nA2,org--mine\n")
-    write_notebook(project / "notebooks" / "00_first.ipynb", "model")
+    write_notebook(project / "notebooks" / "00_first.ipynb", "model", "evidence.save_verdicts")
+    # Tables of several models lie beside each other, and a run that was stopped has no verdicts.
+    (verdicts.parent / "run.json").write_text('{"org--peer-costs": {}}')
     words = ["--only", "00", "--output", str(out)]
     for more, asked in (([], "embedded"), (["-p", "model=org/other"], "org/other")):
         assert drive(project, *words, *more) == 2
@@ -1974,6 +1976,9 @@ def test_what_is_said_of_another_model_is_not_replaced(project, tmp_path, no_run
         verdicts.write_text(f"claim,model\nA1,{held}\n")
         with pytest.raises(AssertionError, match="a notebook ran"):
             drive(project, *words, "-p", f"model={model}")
+    verdicts.unlink()
+    with pytest.raises(AssertionError, match="a notebook ran"):
+        drive(project, *words, "-p", "model=org/mine")
 
 
 def test_what_a_notebook_without_verdicts_says_of_another_model_is_not_replaced(
