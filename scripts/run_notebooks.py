@@ -439,7 +439,7 @@ def others_in_tables(path: Path, asked: Sequence[str]) -> list[str]:
     """Tables of a record, if there is one, whose names begin with none of these models."""
     try:
         tables = sorted(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError):  # of a damaged one the notebook says so itself
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # what is damaged is told later
         return []
     beginnings = tuple(f"{name}-" for name in asked)
     return [table for table in tables if table not in asked and not table.startswith(beginnings)]
