@@ -84,7 +84,8 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
         n_tokens: Tokens of each text, at most the model's context length.
 
     Raises:
-        ValueError: If a number is out of range, or the model is none of transformers or quantised.
+        ValueError: If a number is out of range, or the model is none of transformers, quantised, or
+            without a head.
     """
     wrappers.refuse_wrapped(model, with_head=True)
     if getattr(model, "is_quantized", False):
@@ -143,8 +144,8 @@ def generation_speed(
         texts over the whole time) and ``peak_bytes`` (as :func:`runtime.peak_memory_bytes`).
 
     Raises:
-        ValueError: If a number is out of range, weights are missing, or prompt and answer are
-            longer than the model's context.
+        ValueError: If a number is out of range, weights or the head are missing, or prompt and
+            answer are longer than the model's context.
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),

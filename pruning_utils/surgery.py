@@ -444,7 +444,7 @@ def save(
         model: A transformers model without adapters; quantised where transformers can save that.
             Weights that were read from fewer bits, and are held in 16 or 32, are saved as held.
         tokenizer: Its tokenizer, or None to write the model alone. The processor of a model that
-            takes pictures or sound is not written: save it into the same directory afterwards.
+            takes pictures or sound is not written: let ``finish`` save it into the directory.
         path: The directory. It may exist if it is empty or holds what this function wrote, and
             nothing else.
         overwrite: Replace a directory whatever it holds.

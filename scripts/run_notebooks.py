@@ -482,8 +482,9 @@ def refuse_names(options: argparse.Namespace, chosen: list[Job]) -> None:
     from jobs import Refused
 
     for job in chosen:
+        known = known_names(job.name)
         for place, key, value in values_within(job.values):
-            fault = fault_of_name(job.name, key, value)
+            fault = fault_of_name(known, key, value)
             if fault:
                 raise Refused(f"{place} must {fault}")
 
@@ -496,17 +497,16 @@ def values_within(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[
             yield from values_within(value, f"{above}{key}.")
 
 
-def fault_of_name(notebook: str, key: str, value: Any) -> str:
-    """What a parameter of this key must do, if it names what does not exist; else ""."""
+def fault_of_name(known: Mapping[str, Sequence[str]], key: str, value: Any) -> str:
+    """What a parameter of this key must do, if it names what is not known; else ""."""
     if key in ("tasks", "papers", "pooled"):
         return fault_of_tasks(value or [])
-    known = known_names(notebook).get(key)
     given = value if isinstance(value, list) else [value]
-    if known is None or (key == "targets" and isinstance(value, list)):
+    if key not in known or (key == "targets" and isinstance(value, list)):
         return ""
-    wrong = [name for name in given if name not in known]
+    wrong = [name for name in given if name not in known[key]]
     further = ", or a list of modules' names" if key == "targets" else ""
-    return f"be among {', '.join(known)}{further}, got {wrong[0]!r}" if wrong else ""
+    return f"be among {', '.join(known[key])}{further}, got {wrong[0]!r}" if wrong else ""
 
 
 def fault_of_tasks(tasks: Collection[Any]) -> str:

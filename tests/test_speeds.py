@@ -117,7 +117,7 @@ def test_runs_of_a_process_in_a_round_are_one_sample():
 def test_runs_of_two_processes_are_not_paired():
     times = made_times({(2, "depth"): 0.8}, sample="run").query("batch_size == 1")
     own, whole = (np.log(times.query("shape == @shape")["per_token_seconds"]) for shape in NAMED)
-    row = speeds.run_ratios(times).rows.iloc[0]
+    row = speeds.run_ratios(times).iloc[0]
     assert row["ratio"] == pytest.approx(np.exp(own.mean() - whole.mean())) and row["n"] == 5
     # Welch's interval, written out.
     parts = own.var() / 5, whole.var() / 5
@@ -129,7 +129,7 @@ def test_runs_of_two_processes_are_not_paired():
     shuffled = times.copy()
     is_whole = shuffled["shape"] == "unpruned"
     shuffled.loc[is_whole, "run"] = shuffled.loc[is_whole, "run"].to_numpy()[::-1]
-    assert tuple(speeds.run_ratios(shuffled).rows.iloc[0]) == tuple(row)
+    assert tuple(speeds.run_ratios(shuffled).iloc[0]) == tuple(row)
 
 
 @pytest.mark.parametrize(

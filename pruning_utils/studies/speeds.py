@@ -21,15 +21,15 @@ class Ratios(NamedTuple):
 
     Attributes:
         rows: One for each ``prompt``, ``batch``, size (``removed``) and ``shape``, with the
-            ``ratio``, its 95 % interval (``low``, ``high``) and the number ``n`` of rounds or runs.
-        logarithms: Of the ratio in each round, by the same four; none for runs of one process.
+            ``ratio``, its 95 % interval (``low``, ``high``) and the number ``n`` of rounds.
+        logarithms: Of the ratio in each round, by the same four.
     """
 
     rows: pd.DataFrame
     logarithms: dict[tuple, pd.Series]
 
 
-def run_ratios(times: pd.DataFrame) -> Ratios:
+def run_ratios(times: pd.DataFrame) -> pd.DataFrame:
     """Geometric means over the runs of one process for each shape; intervals are Welch's.
 
     Runs of two processes have nothing to do with each other, so that they are not paired. What
@@ -39,6 +39,9 @@ def run_ratios(times: pd.DataFrame) -> Ratios:
         times: Rows of :func:`costs.measure_speed` with their points: ``prompt_tokens``,
             ``batch_size``, ``n_dropped``, ``shape``, ``run`` (at least 2 of each point) and
             ``per_token_seconds``. The unpruned model is among them at each prompt and batch.
+
+    Returns:
+        Rows as in :class:`Ratios`, where ``n`` is the number of runs.
 
     Raises:
         ValueError: For a single run.
@@ -50,7 +53,7 @@ def run_ratios(times: pd.DataFrame) -> Ratios:
         if key[2:] != UNPRUNED:
             ends = stats.ttest_ind(own, whole, equal_var=False).confidence_interval(0.95)
             rows.append(_ratio_row(key, (own.mean() - whole.mean(), *ends), len(own)))
-    return Ratios(pd.DataFrame(rows), {})
+    return pd.DataFrame(rows)
 
 
 def round_ratios(times: pd.DataFrame) -> Ratios:
