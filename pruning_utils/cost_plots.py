@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pruning_utils.depth_plots import look_of, with_ends
+from pruning_utils.engine.reader_names import LEVEL_LINES
 from pruning_utils.plots import NAMES, WIDE, colour_of, need_columns, new_figure
 
 # --- levels beside differences, times, and sizes --------------------------------------------------
@@ -309,7 +310,7 @@ def training_pairs(
                 linewidth=1.2,
             )
         if floor is not None and losses.to_numpy().max() > floor:
-            handles["ln V"] = axis.axhline(floor, linestyle=":", **THIN)
+            handles["ln V"] = axis.axhline(floor, linestyle=LEVEL_LINES["ln V"], **THIN)
         gap = losses[first] - losses[second]
         most = 1.1 * gap.abs().to_numpy().max() or 1.0
         below.axhline(0, **THIN)
@@ -331,7 +332,7 @@ def sizes_and_losses(table: pd.DataFrame, *, xlabel: str, guess: float) -> Figur
         table: Columns ``panel``, ``n_dropped`` (layers), ``precision`` (of :data:`PRECISIONS`),
             ``size``, ``value`` (nats per token), ``low`` and ``high``.
         xlabel: What the size is, with its unit.
-        guess: Loss of a uniform guess, ln V: a dotted line if an interval comes within a nat of it.
+        guess: Loss of a uniform guess, ln V: a thin line if an interval comes within a nat of it.
     """
     need_columns(table, "panel", "n_dropped", "precision", "size", "value", "low", "high")
     panels = list(table["panel"].unique())
@@ -353,7 +354,9 @@ def sizes_and_losses(table: pd.DataFrame, *, xlabel: str, guess: float) -> Figur
                 marks[name] = Line2D([], [], marker=marker, color="0.35", linestyle="")
         axis.set(title=panel, xlabel=xlabel)
         if table["high"].max() > guess - 1:
-            marks["ln V"] = axis.axhline(guess, color="0.35", linestyle=":", linewidth=0.8)
+            marks["ln V"] = axis.axhline(
+                guess, color="0.35", linestyle=LEVEL_LINES["ln V"], linewidth=0.8
+            )
     axes[0].set(ylabel="loss (nats per token)")
     handles = depth_handles | marks
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=2)

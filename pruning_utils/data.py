@@ -259,7 +259,7 @@ def windows_of_texts(
     """
     beginnings.checked_texts(tokenizer, [])
     n_samples = checks.whole_number("n_samples", n_samples, 1)
-    seq_len = _checked_length(tokenizer, seq_len, 2)
+    seq_len = _checked_length(tokenizer, seq_len, 2 + len(text_prefix(tokenizer)))
     texts = read()
     if seed is not None:
         texts = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
@@ -285,8 +285,8 @@ def calibration_windows(
     Args:
         tokenizer: The model's tokenizer.
         n_samples: Number of windows, at least 1.
-        seq_len: Tokens in a window, from 2 to the model's context length; the tokenizer's
-            beginning of a text, where it has one, is the first of them.
+        seq_len: Tokens in a window, those of the tokenizer's beginning of a text included; at least
+            2 beside them, and at most the model's context length.
         source: ``xsum``, or ``quac`` or ``boolq`` (their healing texts), or a hub corpus.
         seed: Each seed is another draw of documents.
 
@@ -316,8 +316,8 @@ def evaluation_windows(
     Args:
         tokenizer: The model's tokenizer.
         n_samples: Number of windows, at least 1.
-        seq_len: Tokens in a window, from 2 to the model's context length; the tokenizer's
-            beginning of a text, where it has one, is the first of them.
+        seq_len: Tokens in a window, those of the tokenizer's beginning of a text included; at least
+            2 beside them, and at most the model's context length.
         source: ``xsum`` or ``quac``, or of a hub ``c4`` or ``wikitext2``.
         split: ``evaluation``, or ``validation``, on which rates and recipes are chosen; ``quac``
             and ``c4`` have none.
@@ -401,8 +401,8 @@ def healing_windows(
     Args:
         tokenizer: The model's tokenizer.
         n_samples: Number of windows, at least 1.
-        seq_len: Tokens in a window, from 2 to the model's context length; the tokenizer's
-            beginning of a text, where it has one, is the first of them.
+        seq_len: Tokens in a window, those of the tokenizer's beginning of a text included; at least
+            2 beside them, and at most the model's context length.
         source: None for the passages of ``boolq`` and ``quac`` together; or one of these, or of a
             hub ``c4`` or ``wikitext2``.
         seed: Each seed is another draw of documents.

@@ -14,22 +14,27 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pruning_utils.plots import ENTITIES, NAMES, WIDE, colour_of, need_columns, new_figure
-
-# Line style of each level that is no curve.
-BASELINES = {
-    "unpruned": "-",
-    "chance": ":",
-    "floor": ":",
-    "uniform guess": ":",
-    "ln V": ":",
-    "majority": "--",
-}
+from pruning_utils.engine.checks import whole_number
+from pruning_utils.engine.reader_names import LEVEL_LINES
+from pruning_utils.plots import (
+    ENTITIES,
+    NAMES,
+    WIDE,
+    colour_of,
+    looks_of,
+    need_columns,
+    new_figure,
+)
 
 
 def look_of(entity: str) -> tuple[str, str]:
     """Colour and marker of an entity; the same for all that have none of their own."""
     return ENTITIES.get(entity, ("#56B4E9", "v"))
+
+
+def style_of(level: str) -> Any:
+    """Line style of a level that is no curve; one for all that have none of their own."""
+    return LEVEL_LINES.get(level, (0, (4, 1, 1, 1, 1, 1)))
 
 
 def with_ends(
@@ -55,7 +60,7 @@ def _thin_lines(axis: Axes, panel: str, baselines: pd.DataFrame, handles: dict) 
     lines = baselines[baselines["panel"] == panel]
     for name, level in zip(lines["name"], lines["value"], strict=True):
         handles[name] = axis.axhline(
-            level, color="0.35", linestyle=BASELINES[name], linewidth=0.7, zorder=0
+            level, color="0.35", linestyle=style_of(name), linewidth=0.7, zorder=0
         )
 
 
@@ -111,12 +116,13 @@ def depth_curves(
         more_questions = table.iloc[:0]
     figure, axes = _panels(len(panels), columns, height, margin=0.35)
     handles: dict = {}
+    looks = looks_of([*(dashed or {}).values(), *table["series"].unique()])
     for axis, panel in zip(axes, panels, strict=False):
         shown = table[table["panel"] == panel].sort_values("n_dropped")
         of_all_layers = n_layers if isinstance(n_layers, int) else n_layers[panel]
         for series, points in shown.groupby("series", sort=False):
             twin = (dashed or {}).get(series)
-            colour, marker = look_of(twin or series)
+            colour, marker = looks[twin or series]
             x = points["n_dropped"] / of_all_layers
             look = {"marker": marker, "color": colour, "markersize": 2.5, "linewidth": 0.8}
             if twin:  # large enough to be seen to be hollow
@@ -136,11 +142,11 @@ def depth_curves(
         more_here = more_questions[more_questions["panel"] == panel]
         if len(more_here):
             handles["more questions"] = _large_marks(axis, more_here, of_all_layers)
-        for name, style in BASELINES.items():
+        for name in (*LEVEL_LINES, *sorted({*baselines["name"]} - {*LEVEL_LINES})):
             is_here = (baselines["panel"] == panel) & (baselines["name"] == name)
             for value in baselines.loc[is_here, "value"]:
                 handles[name] = axis.axhline(
-                    value, color="0.35", linestyle=style, linewidth=0.7, zorder=0
+                    value, color="0.35", linestyle=style_of(name), linewidth=0.7, zorder=0
                 )
         axis.set_title(NAMES.get(panel, panel))
     of_all = f" ($L$ = {n_layers})" if isinstance(n_layers, int) else ""
@@ -304,7 +310,7 @@ def healing_curves(table: pd.DataFrame, *, unpruned: float | None = None) -> Fig
                 label=f"{depth}",
             )
         if unpruned is not None:
-            look = {"color": "0.35", "linestyle": BASELINES["unpruned"], "linewidth": 0.7}
+            look = {"color": "0.35", "linestyle": LEVEL_LINES["unpruned"], "linewidth": 0.7}
             axis.axhline(unpruned, label="0 (unpruned)", **look)
         axis.set(title=panel, xlabel="healing tokens (thousands)")
     axes[0].set(ylabel="validation loss (nats per token)")
@@ -366,7 +372,7 @@ def levels_and_differences(
         level: What the levels are of, with their unit.
         label: What the difference is of, with its unit.
         sides: What the two sides are called in the legend.
-        references: Columns ``group``, ``name`` (of :data:`BASELINES`) and ``value``: thin lines
+        references: Columns ``group``, ``name`` (of ``LEVEL_LINES``) and ``value``: thin lines
             among the levels of that group.
         linear: Differences further than this from 0 stand on a logarithmic scale; None: all on a
             linear one.
@@ -427,11 +433,61 @@ def _reference_lines(
             rows.min() - 0.5,
             rows.max() + 0.5,
             color="0.35",
-            linestyle=BASELINES[line.name],
+            linestyle=style_of(line.name),
             linewidth=0.7,
             zorder=0,
             label=line.name,
         )
+
+
+def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Where the closest block begins against its size, beside choices that others made.
+
+    Both are fractions of the depth.
+
+    Args:
+        chosen: Columns ``model``, ``n_layers``, ``block_size`` and ``start`` (0-based); one row a
+            block size.
+        published: The same columns; drawn as hollow markers.
+
+    Returns:
+        The figure; on the dashed line, a block would end with the last layer.
+    """
+    need_columns(chosen, "model", "n_layers", "block_size", "start")
+    need_columns(published, "model", "n_layers", "block_size", "start")
+    figure, (axis,) = new_figure(WIDE, 2.6)
+    axis.plot([0, 1], [1, 0], "--", color="0.6", linewidth=0.8, label="ends with the last layer")
+    for (model, rows), marker in zip(
+        published.groupby("model", sort=False), "os^Dv" * len(published), strict=False
+    ):
+        axis.plot(
+            rows["block_size"] / rows["n_layers"],
+            rows["start"] / rows["n_layers"],
+            marker,
+            color="0.45",
+            fillstyle="none",
+            markersize=3,
+            markeredgewidth=0.6,
+            label=f"{model} (a public script)",
+        )
+    for model, rows in chosen.groupby("model", sort=False):
+        axis.plot(
+            rows["block_size"] / rows["n_layers"],
+            rows["start"] / rows["n_layers"],
+            marker=ENTITIES.get(model, ("", "o"))[1],
+            markersize=3,
+            label=NAMES.get(model, model),
+            color=colour_of(model),
+            linewidth=0.9,
+        )
+    axis.set(
+        xlabel="layers removed $n / L$",
+        ylabel=r"first removed layer $\ell^* / L$",
+        xlim=(0, 1.02),
+        ylim=(-0.02, 1),
+    )
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    return figure
 
 
 def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figure:
@@ -441,6 +497,9 @@ def removed_layers(removed: dict[str, Sequence[int]], *, n_layers: int) -> Figur
         removed: By name, the 0-based numbers of the removed layers.
         n_layers: L, the number of squares in a row.
     """
+    for name, layers in removed.items():
+        for layer in layers:
+            whole_number(f"each layer of {name}", layer, 0, n_layers - 1)
     figure, (axis,) = new_figure(WIDE, 0.6 + 0.28 * len(removed))
     gone = np.array([np.isin(np.arange(n_layers), list(layers)) for layers in removed.values()])
     axis.pcolormesh(

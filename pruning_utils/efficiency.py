@@ -103,6 +103,7 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
     )
     with (
         torch.no_grad(),
+        passes.evaluation_mode(model),
         passes.frozen_weights(model),  # the counter stumbles over views of those that are not
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         counter,
@@ -129,7 +130,7 @@ def generation_speed(
     """Time of greedy generation of a forced length with the key-value cache, measured step by step.
 
     Args:
-        model: A causal language model in evaluation mode.
+        model: A causal language model; it runs in evaluation mode.
         batch_size: Texts generated at once, at least 1.
         prompt_tokens: Tokens of each prompt, drawn at random: speed does not depend on what they
             say.
@@ -174,7 +175,8 @@ def generation_speed(
     for run in range(warmups + repeats):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        moments = _generation_moments(model, prompts.to(device), new_tokens)
+        with passes.evaluation_mode(model):
+            moments = _generation_moments(model, prompts.to(device), new_tokens)
         if run >= warmups:
             rows.append(
                 {

@@ -224,8 +224,9 @@ def evaluate_tasks(
     loaded = load_tasks(tasks, num_fewshot=num_fewshot, limit=limit, shot_order=shot_order)
     if true_or_false("answers_only", answers_only):
         benchmarks.leave_questions_out(loaded)
-    with quiet_libraries(), passes.evaluation_mode(model), torch.no_grad():
+    with quiet_libraries(), passes.evaluation_mode(model), torch.no_grad(), passes.fixed_draws():
         scorer = prefixes.language_model(model, tokenizer, batch_size)
+        benchmarks.refuse_unaskable(scorer, loaded)
         parts = [_score(scorer, name, found, limit) for name, found in loaded.items()]
     columns = ["task", "question_id", "correct", "correct_norm", "p_right", "nll"]
     return Evaluation(
@@ -251,7 +252,8 @@ def load_tasks(
         )
     whole_number("num_fewshot", num_fewshot, 0)
     shot_order = whole_number("shot_order", shot_order, 0)
-    whole_number("limit", 1 if limit is None else limit, 1, sys.maxsize)
+    if limit is not None:
+        whole_number("limit", limit, 1, sys.maxsize)
     with quiet_libraries():
         return {
             name: benchmarks.load(name, num_fewshot, limit, shot_order)
@@ -263,7 +265,7 @@ def load_tasks(
 def quiet_libraries() -> Iterator[None]:
     """Let the libraries underneath report errors only.
 
-    Their levels come back afterwards, and the random state that they draw from.
+    Their levels come back afterwards, and the random state of Python that they draw from.
     """
     import datasets
     from lm_eval import utils
@@ -324,7 +326,9 @@ def _score(
         task = next(iter(loaded["tasks"].values()))
         return _summary_rows(name, _means_of_ours(task, pd.DataFrame(every)), len(every)), every
     summary = []
-    for label, found in results["results"].items():
+    # A group may have no mean of its own.
+    scored = [item for item in results["results"].items() if "sample_len" in item[1]]
+    for label, found in scored:
         means = _means(found, pd.DataFrame(questions.get(label, [])))
         summary += _summary_rows(prefix + label, means, found["sample_len"])
     return summary, every

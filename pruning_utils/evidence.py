@@ -51,6 +51,8 @@ __all__ = [
 RESAMPLES = 20_000
 CHUNK = 1_000  # resamples that are drawn at once
 FEW = 24  # items from which on simulations hold the intervals
+ROUNDING = 1e-12  # standard errors below it, as a share of the largest value, are none
+LARGEST_KEPT = 5_000  # observations whose resamples are kept for the next curve
 CLAIMS = ("above 0", "below 0", "equal", verdict_rows.ABOVE_MARGIN)
 LEVEL = 0.95
 # The margin of an equality is at most this share of what pruning itself changes.
@@ -198,6 +200,8 @@ def _checked_values(
     if strata is None:
         return table, np.zeros(len(table), dtype=int)
     labels = np.asarray(strata)
+    if pd.isna(labels).any():
+        raise ValueError("strata must have a label for each item, got a missing one")
     if labels.shape != (len(table),):
         raise ValueError(f"{len(table)} items need a stratum each, got shape {labels.shape}")
     names, sizes = np.unique(labels, return_counts=True)
@@ -346,13 +350,21 @@ def statistic_interval(
     return Interval(float(statistic(values.mean(0))), float(low), float(high))
 
 
-@functools.lru_cache(maxsize=2 * RESAMPLES // CHUNK)
 def _resample_counts(n: int, seed: int, chunk: int) -> np.ndarray:
+    """As :func:`_drawn_counts`; they are kept where the bytes of all chunks are few."""
+    draw = _kept_counts if n <= LARGEST_KEPT else _drawn_counts
+    return draw(n, seed, chunk)
+
+
+def _drawn_counts(n: int, seed: int, chunk: int) -> np.ndarray:
     """How often each of n observations is in each resample of a chunk, shape (CHUNK, n)."""
     drawn = np.random.default_rng([seed, chunk]).integers(n, size=(CHUNK, n))
     drawn += n * np.arange(CHUNK)[:, None]
     # No observation is drawn 256 times; in one byte, many curves share what was drawn once.
     return np.bincount(drawn.ravel(), minlength=CHUNK * n).reshape(CHUNK, n).astype(np.uint8)
+
+
+_kept_counts = functools.lru_cache(maxsize=2 * RESAMPLES // CHUNK)(_drawn_counts)
 
 
 def depth_correlation(means: np.ndarray) -> np.ndarray:
@@ -366,11 +378,7 @@ def depth_correlation(means: np.ndarray) -> np.ndarray:
     Returns:
         Correlations in [-1, 1], of the shape that is left.
     """
-    ranks = stats.rankdata(means, axis=-1)
-    ranks = ranks - ranks.mean(-1, keepdims=True)
-    depth = np.arange(ranks.shape[-1], dtype=float)
-    depth = depth - depth.mean()
-    return (ranks * depth).sum(-1) / np.sqrt((ranks**2).sum(-1) * (depth**2).sum())
+    return variances.rank_correlation(means, np.arange(np.shape(means)[-1]))
 
 
 def rank_correlation_interval(correlation: float, n: int) -> Interval:
@@ -389,8 +397,10 @@ def rank_correlation_interval(correlation: float, n: int) -> Interval:
     number("correlation", correlation, "in [-1, 1]", lambda value: -1 <= value <= 1)
     whole_number("n", n, 4)
     half = stats.norm.ppf(0.975) * math.sqrt(1.06 / (n - 3))
-    middle = np.arctanh(np.clip(correlation, -0.999, 0.999))
-    return Interval(correlation, float(np.tanh(middle - half)), float(np.tanh(middle + half)))
+    # Of 1 there is no inverse; the value lies within its interval all the same.
+    middle = np.arctanh(correlation if abs(correlation) < 1 else 0.999 * correlation)
+    low, high = float(np.tanh(middle - half)), float(np.tanh(middle + half))
+    return Interval(correlation, min(low, correlation), max(high, correlation))
 
 
 def fall_place(means: np.ndarray, *, width: int) -> np.ndarray:
@@ -418,12 +428,15 @@ def fall_share(means: np.ndarray, *, width: int) -> np.ndarray:
 def steepness(means: np.ndarray, *, places: Sequence[float]) -> np.ndarray:
     """Largest slope between neighbouring places of a curve of means, over its mean slope.
 
-    Curves lie along the last axis, over ``places``, ascending. A straight line has 1.
+    Curves lie along the last axis, over ``places``, ascending. A straight line has 1. Of a curve
+    that falls the slope is the one that falls most.
     """
     if len(places) != np.shape(means)[-1]:
         raise ValueError(f"{np.shape(means)[-1]} means need a place each, got {len(places)}")
+    means = np.asarray(means, dtype=float)
     slopes = np.diff(means, axis=-1) / np.diff(np.asarray(places, dtype=float))
-    return slopes.max(-1) / ((means[..., -1] - means[..., 0]) / (places[-1] - places[0]))
+    mean_slope = (means[..., -1:] - means[..., :1]) / (places[-1] - places[0])
+    return (slopes / mean_slope).max(-1)
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -588,7 +601,7 @@ def _tested_pair(
     p = 2 * variances.tail_beyond(parts, size)
     p_equal = towards_margin if is_within else 1 - towards_margin
     p_beyond = 1.0 if is_within else 2 * towards_margin
-    if found.standard_error == 0 and found.n < FEW:
+    if found.n < FEW and found.standard_error <= ROUNDING * np.abs(table).max():
         # A few observations that are all alike do not say how far others may lie.
         p = p_equal = p_beyond = 1.0
     first_step = variances.half_width(parts, 0.05 / (2 * pairs))

@@ -60,7 +60,7 @@ def heal(
     steps: int = 40,
     batch_size: int = 4,
     learning_rate: float = 3e-4,
-    warmup_steps: int = 4,
+    warmup_steps: int | None = None,
     rank: int = 8,
     alpha: float | None = None,
     dropout: float = 0.05,
@@ -98,7 +98,7 @@ def heal(
         batch_size: Windows in a step.
         learning_rate: Peak rate, above 0.
         warmup_steps: Steps in which the rate rises linearly, from 0 at the first; from 0 to
-            ``steps``.
+            ``steps``. None: 4, or all where there are fewer.
         rank: Rank of the adapters, at least 1.
         alpha: Scale of the adapters is alpha / rank; None takes alpha = rank.
         dropout: Dropout before the adapters, in [0, 1).
@@ -166,6 +166,8 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
     if unknown:
         raise ValueError(f"healing has no settings {sorted(unknown)}; it has {', '.join(defaults)}")
     settings = defaults | settings
+    if settings["warmup_steps"] is None:
+        settings["warmup_steps"] = min(4, whole_number("steps", settings["steps"], 1, LARGEST))
     targets, alpha = settings["targets"], settings["alpha"]
     # A list is what comes back from JSON.
     settings["targets"] = list(targets) if isinstance(targets, tuple) else targets

@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pruning_utils.depth_plots import look_of
+from pruning_utils.engine.reader_names import LEVEL_LINES
 from pruning_utils.plots import WIDE, need_columns, new_figure
 
 # --- levels beside differences, ranks, rates, trainings -------------------------------------------
 
 # Line style of each level that is no measurement of a row.
-REFERENCES = {"unpruned": "-", "guess": ":", "floor": ":", "ln V": "--"}
 SECOND = "0.6"  # grey of what is not spoken of
 
 
@@ -38,7 +38,7 @@ def levels_beside_differences(
         differences: Columns ``panel``, ``name``, ``series``, ``difference``, ``low``, ``high``
             (thin bars), ``low_90`` and ``high_90`` (thick bars).
         labels: What the levels and the differences are, with their units.
-        references: Columns ``panel``, ``name`` (of :data:`REFERENCES`) and ``value``: thin
+        references: Columns ``panel``, ``name`` (of ``LEVEL_LINES``) and ``value``: thin
             lines among the levels.
         margin: Half the width of the grey band of equality, or one by panel; 0 for none.
         limits: Ends of the axis of levels; a level beyond stands at the edge with its number.
@@ -70,7 +70,7 @@ def levels_beside_differences(
         lines = references[references["panel"] == panel]
         for name, level in zip(lines["name"], lines["value"], strict=True):
             handles[name] = left.axvline(
-                level, color="0.35", linestyle=REFERENCES[name], linewidth=0.7, zorder=0
+                level, color="0.35", linestyle=LEVEL_LINES[name], linewidth=0.7, zorder=0
             )
         own_margin = margin[panel] if isinstance(margin, Mapping) else margin
         _draw_differences(right, compared, places, own_margin, difference_limits)
@@ -329,7 +329,7 @@ def training_runs(table: pd.DataFrame, *, references: Mapping[str, float]) -> Fi
         for name, level in references.items():
             if shown["loss"].min() <= level <= shown["loss"].max():
                 handles[name] = axis.axhline(
-                    level, color="0.35", linestyle=REFERENCES[name], linewidth=0.7, zorder=0
+                    level, color="0.35", linestyle=LEVEL_LINES[name], linewidth=0.7, zorder=0
                 )
         axis.set(title=panel)
     axes[0].set(ylabel="validation loss (nats per token)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -126,28 +127,10 @@ def _taylor(
             weight.grad = None
             undo.callback(weight.register_post_accumulate_grad_hook(reduce).remove)
         for layer, known in zip(layers, alone, strict=True):
-            forward = _in_parts(layer.forward, len(input_ids), batch_size, known)
+            forward = passes.in_parts(model, layer.forward, len(input_ids), batch_size, known)
             undo.enter_context(passes.replaced(layer, "forward", forward))
         (scale * head_losses.mean_loss(model, input_ids)).backward()
     return scores / scale
-
-
-def _in_parts(own: Callable, n_rows: int, batch_size: int, alone: list | None) -> Callable:
-    """A layer's forward on a few rows at a time that keeps only its input for the way back."""
-
-    def forward(states: torch.Tensor, *given: object, **named: object) -> object:
-        """The layer on each part, and its outputs joined."""
-        outputs = []
-        for start, part in zip(range(0, n_rows, batch_size), states.split(batch_size), strict=True):
-            more, by_name = passes.arguments_of_rows(
-                (given, named), slice(start, start + len(part)), n_rows, alone
-            )
-            outputs.append(
-                torch.utils.checkpoint.checkpoint(own, part, *more, use_reentrant=False, **by_name)
-            )
-        return passes.joined_rows(outputs)
-
-    return forward
 
 
 def perplexity_without_layer(
@@ -261,8 +244,10 @@ def _streams(
     def forward_of(number: int, own: Callable) -> Callable:
         """What stands for the forward of one layer."""
 
-        def forward(states: torch.Tensor, *given: object, **named: object) -> object:
+        def forward(*given: Any, **named: object) -> object:
             """The layer on all streams that have reached it."""
+            passes.refuse_named_states(given, model)
+            states, *others = given
             if number == 0:
                 if len(states) != n_rows:
                     raise ValueError(
@@ -270,9 +255,11 @@ def _streams(
                     )
                 states = states[:n_samples]
             entered[number] = states[:n_samples]
-            passes.refuse_handed_on((given, named), before[0], model)
+            passes.refuse_handed_on((others, named), before[0], model)
             reached = slice(0, len(states))
-            more, by_name = passes.arguments_of_rows((given, named), reached, n_rows, alone[number])
+            more, by_name = passes.arguments_of_rows(
+                (others, named), reached, n_rows, alone[number]
+            )
             output = before[0] = own(states, *more, **by_name)
             first = number - block_size + 1
             if first < 0:

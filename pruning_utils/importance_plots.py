@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
 from pruning_utils.depth_plots import look_of
+from pruning_utils.engine.reader_names import LEVEL_LINES
 from pruning_utils.plots import WIDE, need_columns, new_figure
 
 # --- levels beside differences --------------------------------------------------------------------
@@ -24,7 +25,6 @@ MEASURES = {
 }
 ARROW = r"$\uparrow$"  # stands for a level beyond the upper edge
 # Line style of each level that is no choice.
-LEVELS = {"unpruned": "-", "guess": ":", "floor": ":", "ln V": "--"}
 CRITERIA = {
     "magnitude": "Magnitude",
     "magnitude+": "Magnitude+",
@@ -48,7 +48,7 @@ def level_panels(
             horizontal axis), ``series``, ``choice`` (in order of appearance), ``joined`` (whether a
             line joins the choices), ``value``, ``low`` and ``high`` (NaN: no interval). A series
             such as ``rank 32, own rate`` has the colour and marker of ``rank 32``, hollow.
-        baselines: Columns ``panel``, ``name`` (of :data:`LEVELS`) and ``value``: thin lines.
+        baselines: Columns ``panel``, ``name`` (of ``LEVEL_LINES``) and ``value``: thin lines.
         columns: Panels in a row.
     """
     _need_levels(levels)
@@ -120,7 +120,7 @@ def _draw_levels(
         _draw_series(axis, rows, factor, tops[-1], handles)
         for name, value in zip(here["name"], factor * here["value"], strict=True):
             handles[name] = axis.axhline(
-                value, color="0.35", linestyle=LEVELS[name], linewidth=0.7, zorder=0
+                value, color="0.35", linestyle=LEVEL_LINES[name], linewidth=0.7, zorder=0
             )
         axis.set(title=panel, xlabel=rows["label"].iloc[0], ylabel=unit)
         if place and measure == measures[-1]:
@@ -132,7 +132,7 @@ def _draw_levels(
     for axis, top in zip(axes, tops, strict=True):
         if math.isfinite(top):
             axis.set_ylim(top=top)
-    return {name: handles[name] for name in sorted(handles, key=lambda name: name in LEVELS)}
+    return {name: handles[name] for name in sorted(handles, key=lambda name: name in LEVEL_LINES)}
 
 
 def _upper_edge(values: pd.Series, guess: pd.Series) -> float:

@@ -104,8 +104,8 @@ def instruction_windows(
     Args:
         tokenizer: The model's tokenizer, whose chat template is used.
         n_samples: Number of windows, at least 1.
-        seq_len: Tokens in a window, from 2 to the model's context length; the tokenizer's
-            beginning of a text, where it has one, is the first of them.
+        seq_len: Tokens in a window, those of the tokenizer's beginning of a text included; at least
+            2 beside them, and at most the model's context length.
         source: ``fiqa``, ``nq-open`` or ``medmcqa`` (embedded), ``alpaca-cleaned``, ``dolly`` or
             ``mmlu-train`` (from a hub), or a file that ends in ``.jsonl``.
         seed: Each seed is another draw of chats.

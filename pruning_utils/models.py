@@ -34,7 +34,7 @@ def load_model(
     name: str | os.PathLike = EMBEDDED,
     *,
     revision: str | None = None,
-    dtype: str = runtime.AUTO,
+    dtype: str | torch.dtype = runtime.AUTO,
     quantize: str | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -105,12 +105,7 @@ def load_model(
             "bitsandbytes" in type(part).__module__ for part in decoder_layers(model).modules()
         ):
             raise ValueError(f"its decoder layers hold no weights that {quantize} could store")
-    # Padding that was added to a tokenizer alone has no row in the embedding.
-    if (tokenizer.pad_token_id or 0) >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(config))
+    model_files.fit_tokenizer(tokenizer, model, context_length(config))
     return model.eval(), tokenizer
 
 

@@ -80,6 +80,7 @@ def load_model(
                 device_map="auto",
                 max_memory=places,
                 offload_folder=folder,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **options,
             )
@@ -89,8 +90,5 @@ def load_model(
         shutil.rmtree(folder)
         raise
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    if (tokenizer.pad_token_id or 0) >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = None
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.model_max_length = min(tokenizer.model_max_length, models.context_length(config))
+    model_files.fit_tokenizer(tokenizer, model, models.context_length(config))
     return model.eval(), tokenizer

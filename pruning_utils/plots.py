@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +67,31 @@ ENTITIES = {
     "rank 8": ("#0072B2", "^"),
     "rank 32": ("#CC79A7", "s"),
 }
-# Nothing of the user's own settings, so that figures are alike everywhere.
+# For names that are no entity, in the order in which a figure meets them; colours of Paul Tol.
+FREE = (
+    ("#56B4E9", "v"),
+    ("#882255", "X"),
+    ("#117733", "d"),
+    ("#DDAA33", "<"),
+    ("#332288", ">"),
+    ("#44AA99", "p"),
+)
+# Nothing of the user's own settings, so that figures are alike everywhere: importing this module
+# sets those of the process.
 matplotlib.style.use(["default", STYLE])
 
 
 def colour_of(entity: str) -> str:
     """Colour of an entity; one colour for all that have none of their own."""
     return ENTITIES[entity][0] if entity in ENTITIES else "#56B4E9"
+
+
+def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker by name, for one figure: an entity's own, and free ones for other names."""
+    free = itertools.cycle(FREE)
+    return {
+        name: ENTITIES[name] if name in ENTITIES else next(free) for name in dict.fromkeys(names)
+    }
 
 
 def new_figure(
@@ -228,15 +248,15 @@ def layer_scores(table: pd.DataFrame, *, label: str = "score", log: bool = True)
     need_columns(table, "layer", "definition", "value")
     by_model = _by_model(table)
     figure, axes = new_figure(WIDE, 2.4, len(by_model), sharey=True)
+    looks, handles = looks_of(table["definition"].unique()), {}
     for axis, (model, of_model) in zip(axes, by_model.items(), strict=True):
-        for definition, rows in of_model.groupby("definition", sort=False):
-            colour, marker = ENTITIES.get(definition, ("#56B4E9", "o"))
-            axis.plot(
+        for definition, rows in of_model.sort_values("layer").groupby("definition", sort=False):
+            colour, marker = looks[definition]
+            (handles[definition],) = axis.plot(
                 rows["layer"],
                 rows["value"],
                 marker=marker,
                 color=colour,
-                label=definition,
                 linewidth=0.9,
             )
         axis.set(
@@ -246,7 +266,7 @@ def layer_scores(table: pd.DataFrame, *, label: str = "score", log: bool = True)
         )
         axis.locator_params(axis="x", integer=True)
     axes[0].set(ylabel=label)
-    axes[0].legend()
+    axes[0].legend(handles.values(), handles)
     return figure
 
 
@@ -272,18 +292,21 @@ def choice_agreement(table: pd.DataFrame) -> Figure:
         sharey=True,
     )
     rows_of_axes = axes.reshape(len(by_model), -1)
+    looks, handles = looks_of(table["source"].unique()), {}
     for row, (model, of_model), removed in zip(rows_of_axes, by_model.items(), titles, strict=True):
-        for axis, title in zip(row, removed, strict=True):
+        for axis in row[len(removed) :]:
+            axis.set_visible(False)
+        for axis, title in zip(row, removed, strict=False):
             here = of_model[of_model["removed"] == title]
             for source, points in here.groupby("source", sort=False):
-                axis.plot(
+                colour, marker = looks[source]
+                (handles[NAMES.get(source, source)],) = axis.plot(
                     points["n_samples"],
                     points["share"],
-                    color=colour_of(source),
-                    marker=ENTITIES.get(source, ("", "v"))[1],
+                    color=colour,
+                    marker=marker,
                     markersize=3,
                     linewidth=0.9,
-                    label=NAMES.get(source, source),
                 )
             counts = sorted(here["n_samples"].unique())
             axis.set(title=title, xscale="log", ylim=(0, 1.05))
@@ -292,57 +315,7 @@ def choice_agreement(table: pd.DataFrame) -> Figure:
         row[0].set(ylabel=NAMES.get(model, model))
     figure.supxlabel("windows in a draw", fontsize=8)
     figure.supylabel("share of draws", fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
-
-
-def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
-    """Where the closest block begins against its size, beside choices that others made.
-
-    Both are fractions of the depth.
-
-    Args:
-        chosen: Columns ``model``, ``n_layers``, ``block_size`` and ``start`` (0-based); one row a
-            block size.
-        published: The same columns; drawn as hollow markers.
-
-    Returns:
-        The figure; on the dashed line, a block would end with the last layer.
-    """
-    need_columns(chosen, "model", "n_layers", "block_size", "start")
-    need_columns(published, "model", "n_layers", "block_size", "start")
-    figure, (axis,) = new_figure(WIDE, 2.6)
-    axis.plot([0, 1], [1, 0], "--", color="0.6", linewidth=0.8, label="ends with the last layer")
-    for (model, rows), marker in zip(
-        published.groupby("model", sort=False), "os^Dv" * len(published), strict=False
-    ):
-        axis.plot(
-            rows["block_size"] / rows["n_layers"],
-            rows["start"] / rows["n_layers"],
-            marker,
-            color="0.45",
-            fillstyle="none",
-            markersize=3,
-            markeredgewidth=0.6,
-            label=f"{model} (a public script)",
-        )
-    for model, rows in chosen.groupby("model", sort=False):
-        axis.plot(
-            rows["block_size"] / rows["n_layers"],
-            rows["start"] / rows["n_layers"],
-            marker=ENTITIES.get(model, ("", "o"))[1],
-            markersize=3,
-            label=NAMES.get(model, model),
-            color=colour_of(model),
-            linewidth=0.9,
-        )
-    axis.set(
-        xlabel="layers removed $n / L$",
-        ylabel=r"first removed layer $\ell^* / L$",
-        xlim=(0, 1.02),
-        ylim=(-0.02, 1),
-    )
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -428,23 +401,25 @@ def save_figure(figure: Figure, name: str, *, tables: Sequence[str | Path], prof
         f"{table} sha256 {record['sha256']} commit {record['commit']}"
         for table, record in records_read.items()
     )
-    if profile == "smoke":
-        figure.text(
-            0.5,
-            0.5,
-            "smoke profile: not a result",
-            fontsize=16,
-            color="0.6",
-            alpha=0.6,
-            rotation=20,
-            ha="center",
-            va="center",
-            in_layout=False,
-        )
     folder = (
         runtime.output_root(profile) / "figures" / ("" if profile in ("cpu", "smoke") else profile)
     )
-    return write_figure(figure, folder / name, origin=origin)
+    with contextlib.ExitStack() as undo:
+        if profile == "smoke":
+            stamp = figure.text(
+                0.5,
+                0.5,
+                "smoke profile: not a result",
+                fontsize=16,
+                color="0.6",
+                alpha=0.6,
+                rotation=20,
+                ha="center",
+                va="center",
+                in_layout=False,
+            )
+            undo.callback(stamp.remove)  # the caller's figure is left as it was
+        return write_figure(figure, folder / name, origin=origin)
 
 
 def write_figure(figure: Figure, path: Path, *, origin: str) -> Path:

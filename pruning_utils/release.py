@@ -113,6 +113,9 @@ def model_card(
         )
     for layer in layers:
         checks.whole_number("each of layers", layer, 0, n_layers - 1)
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers must be different ones, got {list(layers)}")
+    checks.whole_number("parameters", parameters, 0)
     from huggingface_hub import ModelCardData
 
     # Where it lies on this machine is of no use to others.
@@ -183,7 +186,7 @@ def _shown_table(scores: pd.DataFrame) -> pd.DataFrame:
 def _shown_json(record: dict) -> str:
     """JSON that is the same when it is read, and shows no HTML or backticks when it is not."""
     try:
-        text = json.dumps(record, indent=1, sort_keys=True)
+        text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"record must hold plain values: {error}") from error
     return re.sub("[<>&`]", lambda found: f"\\u{ord(found[0]):04x}", text)

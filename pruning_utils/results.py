@@ -189,7 +189,6 @@ def sweep(
     """
     anew = checks.true_or_false("recompute", recompute)
     path, asked = records.table_file(path), records.settings_of(parameters)
-    executor = executor or workers.asked_for()
     points, folder = saved_points.checked_points(points), path.with_suffix(".points")
     seeds: list[dict] = []
     before = saved_points.seen(path)
@@ -203,7 +202,8 @@ def sweep(
     code = _before_computing(path, compute_point, asked)
     with saved_points.opened(path, before, asked, seeds, anew=anew):
         commit = records.package_commit()
-        missing = [point for point in points if saved_points.read(folder, point, code) is None]
+        missing, kinds = saved_points.missing(points, folder, code)
+        executor = executor or (workers.asked_for() if missing else None)
         with (
             contextlib.closing(saved_points.compute(missing, compute_point, executor)) as outcomes,
             tqdm(
@@ -211,6 +211,7 @@ def sweep(
             ) as progress,
         ):
             for outcome in outcomes:
+                kinds.add(outcome)
                 saved_points.save(folder, {**outcome, "code": code})
                 progress.update()
         kept = [saved_points.read(folder, point, code) for point in points]

@@ -14,19 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pruning_utils.depth_plots import look_of
+from pruning_utils.engine.reader_names import LEVEL_LINES
 from pruning_utils.plots import WIDE, colour_of, need_columns, new_figure
 
 # --- levels and differences, names down the side --------------------------------------------------
 
-# Line style of each level that is no model of the figure.
-REFERENCES = {
-    "unpruned": "-",
-    "guess": ":",
-    "floor": ":",
-    "ln V": "-.",
-    "same time": "-",
-    "5 % faster": ":",
-}
 # Marks of series, in the order in which they come: the first is hollow, so that grey tells them.
 SERIES_MARKS = ("o", "s", "^", "D")
 # Mark of what is none of the series of a figure that has some, such as their difference.
@@ -51,7 +43,7 @@ def interval_grid(
             stands for; without one it is another mark), ``low`` and ``high`` (thin bars),
             ``low_90`` and ``high_90`` (thick bars), ``runs`` (a list of values, drawn as ticks) and
             ``is_void``. NaN draws no bar.
-        references: Columns ``panel``, ``name`` (of :data:`REFERENCES`) and ``value``: thin
+        references: Columns ``panel``, ``name`` (of ``LEVEL_LINES``) and ``value``: thin
             lines, named in the legend.
         margins: By panel, half the width of a grey band around 0, where a thin line stands too.
 
@@ -110,7 +102,7 @@ def _draw_references(axis: Axes, lines: pd.DataFrame, margin: float | None, hand
         axis.axvline(0, color="0.35", linewidth=0.7, zorder=0.5)
     for line in lines.itertuples():
         handles[line.name] = axis.axvline(
-            line.value, color="0.35", linestyle=REFERENCES[line.name], linewidth=0.8, zorder=0.5
+            line.value, color="0.35", linestyle=LEVEL_LINES[line.name], linewidth=0.8, zorder=0.5
         )
 
 
@@ -207,7 +199,7 @@ def drawn_sets(
         table: Columns ``criterion``, ``n_samples`` (windows), ``seed`` (of the draw), ``layers``
             (removed ones, 0-based, as a text such as ``"4 7 11"``) and ``loss`` (nats per token).
         n_layers: L.
-        references: Levels of the loss by name (of :data:`REFERENCES`): thin lines, named in the
+        references: Levels of the loss by name (of ``LEVEL_LINES``): thin lines, named in the
             legend.
 
     Returns:
@@ -238,7 +230,7 @@ def drawn_sets(
             right.plot(row.loss, place, marker, color=colour, markersize=3)
         for name, value in (references or {}).items():
             handles[name] = right.axvline(
-                value, color="0.35", linestyle=REFERENCES[name], linewidth=0.8, zorder=0.5
+                value, color="0.35", linestyle=LEVEL_LINES[name], linewidth=0.8, zorder=0.5
             )
         left.set_title(criterion.capitalize(), fontsize=8)
         left.set(xlabel="layer (0-based)", xlim=(-0.5, n_layers - 0.5))

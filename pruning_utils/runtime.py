@@ -280,6 +280,14 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+@functools.cache
+def file_mode() -> int:
+    """Permissions of a new file, as the process's mask of them leaves at the first call."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` to write a file to; rename it if the block succeeds.
@@ -300,7 +308,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(file_mode())
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error

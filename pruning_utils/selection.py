@@ -147,8 +147,8 @@ def least_important(
     Raises:
         ValueError: If a score is NaN, or a number is out of range.
     """
-    # For a whole order None is all of them.
-    whole_number("n", n if n is None else 0, 0)
+    if n is None:  # which stands for all layers in an order
+        whole_number("n", n, 0)
     return tuple(sorted(removal_order(scores, keep_first=keep_first, keep_last=keep_last, n=n)))
 
 

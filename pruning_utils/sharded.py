@@ -352,7 +352,8 @@ def parser() -> argparse.ArgumentParser:
     for name in ("steps", "batch_size", "learning_rate", "warmup_steps", "rank", "dropout", "seed"):
         default = inspect.signature(healing.heal).parameters[name].default
         option = f"--{name.replace('_', '-')}"
-        own.add_argument(option, type=type(default), default=default, help="(default: %(default)s)")
+        kind = int if default is None else type(default)
+        own.add_argument(option, type=kind, default=default, help="(default: %(default)s)")
     return own
 
 
@@ -367,7 +368,6 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError(f"--out must be a new or empty folder, but {out} holds something")
         out = surgery.directory_to_write(out)
         team = _team()
-        given["warmup_steps"] = min(given["warmup_steps"], given["steps"])
         model, tokenizer = models.load_model(name, dtype=dtype, device="cpu")
         # The text may take minutes.
         _checked_settings(model, given, team)

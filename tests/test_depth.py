@@ -459,3 +459,17 @@ def test_a_model_compared_with_itself_is_not_judged():
     told = depth.unless_alike(row, alike=True)
     assert told["verdict"] == "not testable here" and told["claim"] == "A5"
     assert told["reason"] == "both rules remove the same layers" and row["reason"] == ""
+
+
+def test_a_share_that_binary_numbers_miss_is_rounded_like_a_fraction():
+    assert depth.layers_in(0.29, 50) == selection.count_for_fraction(50, 0.29) == 15
+    assert [depth.layers_in(share, n) for share, n in ((0.58, 25), (0.35, 90))] == [15, 32]
+    with pytest.raises(ValueError, match="leave one of 1 layers"):
+        depth.layers_in(0.3, 1)
+
+
+def test_a_task_without_a_known_guess_has_no_floor():
+    alone = pd.DataFrame({"dataset": ["boolq"], "correct": [1], "correct_norm": [1]})
+    assert depth.task_floors(alone, ["boolq"]) == {"boolq": 1.0}
+    with pytest.raises(ValueError, match="known guess, .* got 'basic_skills'"):
+        depth.task_floors(alone, ["boolq", "basic_skills"])

@@ -1991,7 +1991,7 @@ def test_what_a_notebook_without_verdicts_says_of_another_model_is_not_replaced(
     words = ["--only", "00", "--output", str(out)]
     record.write_text('{"org--mine-plan": {}, "org--mine-times": {}}')
     assert drive(project, *words, "-p", "model=org/other") == 2
-    assert "says of org--mine-plan, org--mine-times, which a run on" in capsys.readouterr().err
+    assert "says of org--mine, which a run on org/other would" in capsys.readouterr().err
     for tables, model in (
         ('{"org--mine-plan": {}}', "org/mine"),
         ('{"embedded": {}, "smollm2-135m-plan": {}}', "embedded"),
@@ -2000,6 +2000,10 @@ def test_what_a_notebook_without_verdicts_says_of_another_model_is_not_replaced(
         record.write_text(tables)
         with pytest.raises(AssertionError, match="a notebook ran"):
             drive(project, *words, "-p", f"model={model}")
+    for held, model in (("org--mine-it", "org/mine"), ("org--mine", "org/mine-it")):
+        record.write_text(f'{{"{held}-plan": {{}}}}')
+        assert drive(project, *words, "-p", f"model={model}") == 2
+        assert f"says of {held}, which a run on {model} would" in capsys.readouterr().err
 
 
 def test_a_kernel_leaves_libraries_alone_when_it_collects_garbage():
@@ -2208,3 +2212,14 @@ def test_the_workflow_records_where_nothing_is_committed(tmp_path, committed, as
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert done.stdout == f"regress {asked}\n"
+
+
+def test_a_model_is_looked_for_where_the_command_is_given(project, tmp_path, monkeypatch):
+    (tmp_path / "my models" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    write_notebook(project / "notebooks" / "00_first.ipynb", "model")
+    given = {"model": "my models/small"}
+    (job,) = jobs.plan(project, "cpu", ["00"], given, recompute=False)
+    assert job.values["model"] == str(tmp_path / "my models" / "small")
+    (job,) = jobs.plan(project, "cpu", ["00"], {"model": "org/mine"}, recompute=False)
+    assert job.values["model"] == "org/mine"

@@ -705,7 +705,7 @@ def test_ends_of_a_rank_correlation_are_fishers():
     half = 1.959964 * (1.06 / 27) ** 0.5
     assert np.arctanh(found.high) - np.arctanh(0.5) == pytest.approx(half)
     assert np.arctanh(0.5) - np.arctanh(found.low) == pytest.approx(half)
-    assert evidence.rank_correlation_interval(1.0, 30).high < 1
+    assert evidence.rank_correlation_interval(1.0, 30).high == 1
     for wrong in ((1.1, 30), (0.5, 3)):
         with pytest.raises(ValueError, match="must be"):
             evidence.rank_correlation_interval(*wrong)
@@ -772,3 +772,34 @@ def test_a_control_needs_its_floor_and_its_direction(given, message):
     found = evidence.paired_verdicts(ALIKE, margin=1).iloc[0]
     with pytest.raises(ValueError, match=message):
         evidence.judge("A1", "a", found, claimed="above 0", **JUDGED, **given)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.5, 1e-9, 123.4])
+@pytest.mark.parametrize("n", [2, 3, 10, 23])
+def test_a_few_equal_differences_prove_nothing_however_they_are_rounded(value, n):
+    found = evidence.paired_verdicts({"a": np.full(n, value)}, margin=value / 2)
+    assert found["verdict"].tolist() == ["cannot be told"] and found["p"].tolist() == [1]
+
+
+def test_a_correlation_lies_within_its_interval():
+    for correlation in (-1.0, -0.9995, 0.2, 0.9995, 1.0):
+        found = evidence.rank_correlation_interval(correlation, 1000)
+        assert found.low <= found.value <= found.high
+
+
+def test_a_curve_that_falls_is_as_steep_as_its_mirror_image():
+    means = np.array([4.0, 3.0, 0.0])
+    assert evidence.steepness(means, places=[0, 1, 2]) == 1.5
+    assert evidence.steepness(-means, places=[0, 1, 2]) == 1.5
+
+
+def test_strata_have_a_label_each():
+    for missing in (np.nan, None):
+        with pytest.raises(ValueError, match="strata must have a label for each item"):
+            evidence.two_factor_interval([1, 2, 3, 4], strata=["a", "a", missing, missing])
+
+
+def test_equal_values_share_their_rank():
+    first, second = np.array([1.0, 1, 2, 3]), np.array([2.0, 1, 3, 3])
+    expected = stats.spearmanr(first, second).statistic
+    assert variances.rank_correlation(first, second) == pytest.approx(expected)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from pruning_utils import evaluation, models
-from pruning_utils.engine import prefixes
+from pruning_utils.engine import benchmarks, prefixes
 
 
 def tokenizer(size: int = 128, **special: str) -> PreTrainedTokenizerFast:
@@ -136,8 +137,10 @@ def test_tokens_that_no_question_holds_do_no_harm():
 
 def test_generated_answers_need_a_token_that_ends_them():
     scorer = prefixes.language_model(model(), tokenizer(bos_token="<s>"), 2)
+    config = SimpleNamespace(num_fewshot=0, generation_kwargs=None)
+    free = SimpleNamespace(OUTPUT_TYPE="generate_until", config=config)
     with pytest.raises(ValueError, match="end-of-text token, but eos_token is None"):
-        scorer.generate_until([])
+        benchmarks.refuse_unaskable(scorer, {"own": {"tasks": {"own": free}}})
 
 
 def test_the_stock_backend_goes_on_with_smaller_batches(caplog, monkeypatch):

@@ -1039,16 +1039,6 @@ def test_what_a_model_returns_does_not_make_its_run_another(tmp_path):
     heal(back, output_dir=tmp_path / "run")
 
 
-def test_a_run_that_was_not_told_its_configuration_goes_on(tmp_path):
-    whole = heal(llama(), output_dir=tmp_path / "run")
-    path = tmp_path / "run" / trainer.SETTINGS
-    settings = json.loads(path.read_text())
-    del settings["configuration"]
-    path.write_text(json.dumps(settings))
-    again = heal(llama(), output_dir=tmp_path / "run")
-    pd.testing.assert_frame_equal(whole.history, again.history)
-
-
 def test_what_is_drawn_afterwards_does_not_depend_on_healing():
     model, drawn = llama(), []
     for is_healed in (False, True):
@@ -1073,3 +1063,33 @@ def test_a_float16_model_is_copied_once(monkeypatch):
     assert len(copies) == 1
     assert all(weight.dtype == torch.float32 for weight in trained.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in bits(model).items())
+
+
+def test_folders_of_the_user_beside_the_checkpoints_stay(tmp_path):
+    out = tmp_path / "run"
+    heal(llama(), steps=4, output_dir=out)
+    kept = trainer.checkpoints(out)
+    assert len(kept) == 2
+    for name in (f"{kept[0].name}-keep", "checkpoint-007", "checkpoint-1-mine"):
+        shutil.copytree(kept[0], out / name)
+    shutil.rmtree(kept[0])  # as if it had been stopped before
+    heal(llama(), steps=4, output_dir=out)
+    names = {path.name for path in out.iterdir() if path.is_dir()}
+    assert names >= {f"{kept[0].name}-keep", "checkpoint-007", "checkpoint-1-mine"}
+
+
+def test_a_run_shorter_than_the_default_warm_up_warms_up_to_its_end():
+    model = llama()
+    assert healing.check_settings(model, {"steps": 2})["warmup_steps"] == 2
+    assert healing.check_settings(model, {"steps": 9})["warmup_steps"] == 4
+    for warmup_steps in (3, 4):
+        with pytest.raises(ValueError, match="warmup_steps must be a whole number from 0 to 2"):
+            healing.check_settings(model, {"steps": 2, "warmup_steps": warmup_steps})
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "below"):
+        with pytest.raises(ValueError, match=f"output_dir must be a folder, but {file} is a file"):
+            heal(llama(), output_dir=path)

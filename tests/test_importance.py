@@ -7,7 +7,8 @@ import logging
 import pandas as pd
 import pytest
 import torch
-from architectures import ARCHITECTURES
+import transformers
+from architectures import ARCHITECTURES, tiny
 from every_architecture import build
 from peft import LoraConfig, get_peft_model
 
@@ -154,6 +155,40 @@ def test_taylor_of_layers_that_hand_on_more_does_not_depend_on_the_batch(handing
 def test_layers_that_hand_on_more_are_not_left_out_within_a_pass(handing_on):
     with pytest.raises(ValueError, match="layers of ZayaForCausalLM hand on more than their"):
         importance.perplexity_without_layer(handing_on, windows())
+
+
+@pytest.fixture(scope="module")
+def sharing_keys():
+    """A model whose last layers take keys and values of earlier ones, as Gemma 4 E2B's do."""
+    shared = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 4}
+    sizes = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+    sizes["vocab_size_per_layer_input"] = 128
+    return tiny("Gemma4TextConfig", **shared, **sizes)
+
+
+def test_taylor_of_layers_that_share_keys_takes_all_samples_at_once(sharing_keys):
+    ids = windows()
+    plain = taylor_reference(sharing_keys, ids)
+    assert importance.taylor(sharing_keys, ids).tolist() == pytest.approx(plain, rel=1e-4)
+    message = "all samples must run at once: batch_size must be at least 4, got 2"
+    with pytest.raises(ValueError, match=message):
+        importance.taylor(sharing_keys, ids, batch_size=2)
+
+
+def test_layers_that_share_keys_are_not_left_out_within_a_pass(sharing_keys):
+    with pytest.raises(ValueError, match="layers of Gemma4ForCausalLM hand on more than their"):
+        importance.perplexity_without_layer(sharing_keys, windows())
+
+
+@pytest.mark.parametrize("score", [importance.taylor, importance.perplexity_without_layer])
+def test_layers_whose_states_have_names_are_not_run_apart(score):
+    sizes = {"hidden_size": 16, "attention_head_size": 8, "num_attention_heads": 2}
+    places = {"axial_pos_embds_dim": [8, 8], "axial_pos_shape": [4, 4], "is_decoder": True}
+    kinds = {"attn_layers": ["local"] * 4, "local_attn_chunk_length": 8, "vocab_size": 128}
+    config = transformers.ReformerConfig(**sizes, **places, **kinds, max_position_embeddings=16)
+    model = transformers.ReformerModelWithLMHead(config)
+    with pytest.raises(ValueError, match="ReformerModelWithLMHead must hand each layer one tensor"):
+        score(model, windows(seq_len=16))
 
 
 def test_one_sweep_equals_removal_layer_by_layer(model):

@@ -33,7 +33,7 @@ def test_more_texts_take_more_memory(tiny):
     measure = functools.partial(
         costs.generation_memory, tiny, dtype="float32", prompt_tokens=4, new_tokens=2
     )
-    with study.fresh_processes() as alone:
+    with study.FreshProcesses() as alone:
         small, large = alone.map(functools.partial(_of_a_batch, measure), (1, 512))
     vocabulary = models.load_model(tiny)[0].config.vocab_size
     # Each text has a number for every token.
@@ -49,7 +49,7 @@ def test_the_memory_of_the_asking_process_does_not_count():
     before = runtime.peak_memory_bytes()
     held = torch.ones(2**29, dtype=torch.uint8)
     assert runtime.peak_memory_bytes() >= len(held)
-    with study.fresh_processes() as alone:
+    with study.FreshProcesses() as alone:
         inside = alone.submit(runtime.peak_memory_bytes).result()
     assert 0 < inside < len(held) + before / 2
 

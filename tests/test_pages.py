@@ -130,7 +130,9 @@ def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):
         "| A1 | flat | accuracy, PIQA | **holds**<br>50 points (40 to 60), 3 of 30 layers "
         "| **cannot be told**<br>0 points (\u221210 to 10), 3 of 30 layers |"
     )
-    assert "| not asked | **not testable here**: a level is at the floor<br>" in second
+    assert (
+        "| not asked | **not testable here**: a level is not surely above the floor<br>" in second
+    )
     assert "**not testable here**: budget<br>50 points (40 to 60), 3 of 30 layers |" in brief
     assert sign == pages.DIFFERENCES
     judged = pd.read_csv(tmp_path / "verdicts.csv")

@@ -122,14 +122,14 @@ def test_other_figures_show_their_rows():
     assert lines == [[[[1, 0.5], [4, 1]], [[1, 0.25]]], [[[4, 0.75]]]]
     assert [axis.get_title() for axis in figure.axes] == ["2 of 6", "3 of 6"]
     chosen = pd.DataFrame({"model": "a", "n_layers": 8, "block_size": [2, 4], "start": [4, 2]})
-    line = plots.relative_starts(chosen, chosen.assign(model="b")).axes[0].lines[-1]
+    line = depth_plots.relative_starts(chosen, chosen.assign(model="b")).axes[0].lines[-1]
     assert line.get_xydata().tolist() == [[0.25, 0.5], [0.5, 0.25]]
 
 
 def test_every_published_model_is_drawn():
     chosen = pd.DataFrame({"model": ["a"], "n_layers": [4], "block_size": [1], "start": [2]})
     others = pd.concat([chosen.assign(model=f"model {number}") for number in range(7)])
-    axis = plots.relative_starts(chosen, others).axes[0]
+    axis = depth_plots.relative_starts(chosen, others).axes[0]
     assert len(axis.lines) == 1 + 7 + 1
 
 
@@ -183,9 +183,15 @@ def test_smoke_figures_are_stamped(blocks, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_UTILS_OUTPUT", str(tmp_path))
     table = results.table_path("smoke", "99_test", "tiny")
     results.load_or_compute(table, lambda: blocks, parameters={"seed": 0})
-    figure = plots.distance_map(blocks)
+    figure, written = plots.distance_map(blocks), []
+    monkeypatch.setattr(
+        plots,
+        "write_figure",
+        lambda figure, *_, **__: written.extend(text.get_text() for text in figure.texts),
+    )
     plots.save_figure(figure, "99_test", tables=[table], profile="smoke")
-    assert [text.get_text() for text in figure.texts] == ["smoke profile: not a result"]
+    assert written == ["smoke profile: not a result"]
+    assert not figure.texts, "the caller's figure is left as it was"
 
 
 # --- depth ----------------------------------------------------------------------------------------
@@ -228,9 +234,8 @@ def test_depth_curves_show_every_mean_at_its_fraction(curves):
         assert (band.ymin, band.ymax) == (0.5, 4)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["pruned", "healed", "chance"]
-    assert len(depth_plots.depth_curves(curves, n_layers=4, columns=3).axes) == 3, (
-        "an empty place is hidden"
-    )
+    axes = depth_plots.depth_curves(curves, n_layers=4, columns=3).axes
+    assert [axis.get_visible() for axis in axes] == [True, True, False]
 
 
 def test_a_dashed_curve_looks_like_its_twin(curves):
@@ -649,3 +654,32 @@ def test_levels_and_differences_stand_below_the_heading_of_their_group():
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["closest", "deepest", "unpruned", "floor"], "a line is named once"
     assert right.get_xscale() == "symlog"
+
+
+def test_names_of_ones_own_have_looks_of_their_own():
+    looks = plots.looks_of(["mine", "taylor", "yours", "mine"])
+    assert looks["taylor"] == plots.ENTITIES["taylor"]
+    assert len(set(looks.values())) == 3 and list(looks) == ["mine", "taylor", "yours"]
+
+
+def test_legends_name_what_any_panel_shows():
+    scores = pd.DataFrame(
+        {"model": ["a", "b", "b"], "layer": [0, 1, 0], "definition": ["x", "y", "y"], "value": 1.0}
+    )
+    axes = plots.layer_scores(scores).axes
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["x", "y"]
+    assert axes[1].lines[0].get_xdata().tolist() == [0, 1]
+    drawn = pd.DataFrame(
+        {"model": ["a", "a", "b"], "removed": ["1", "2", "1"], "source": ["xsum", "xsum", "quac"]}
+    ).assign(n_samples=1, share=0.5)
+    figure = plots.choice_agreement(drawn)
+    assert [axis.get_visible() for axis in figure.axes] == [True, True, True, False]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["XSum", "QuAC"]
+
+
+def test_levels_of_ones_own_are_drawn_and_layers_that_are_none_refused(curves):
+    baselines = pd.DataFrame({"panel": curves["panel"].iloc[:1], "name": "mine", "value": 0.5})
+    figure = depth_plots.depth_curves(curves, n_layers=4, baselines=baselines)
+    assert "mine" in [text.get_text() for text in figure.legends[0].get_texts()]
+    with pytest.raises(ValueError, match="each layer of a must be .* from 0 to 7, got 9"):
+        depth_plots.removed_layers({"a": [1, 9]}, n_layers=8)

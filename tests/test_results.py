@@ -1,6 +1,7 @@
 """Tables that are computed once and kept: bytes on disk, what is refused, what a kill leaves."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -1126,3 +1127,61 @@ def test_a_point_may_be_a_sweep_in_threads(tmp_path):
         points = [{"n": 0}, {"n": 1}]
         given = {"path": tmp_path / "outer.csv", "parameters": {}, "executor": executor}
         assert results.sweep(points, inner, **given)["total"].tolist() == [3, 3]
+
+
+def test_a_finished_table_is_read_without_workers(tmp_path, monkeypatch):
+    points, path = [{"x": 1}, {"x": 2}], tmp_path / "t.csv"
+    table = results.sweep(points, lambda point: {"y": point["x"]}, path=path, parameters={})
+    monkeypatch.setenv("PRUNING_UTILS_WORKERS", "tcp://127.0.0.1:1")  # nobody answers there
+    again = results.sweep(points, lambda point: {"y": 0}, path=path, parameters={})
+    pd.testing.assert_frame_equal(table, again)
+
+
+def test_a_point_of_another_kind_is_refused_when_it_ends_and_not_saved(tmp_path):
+    points, path, asked = [{"x": x} for x in range(5)], tmp_path / "t.csv", []
+
+    def compute(point, wrong=1):
+        asked.append(point["x"])
+        return {"y": "text" if point["x"] == wrong else 0.5}
+
+    with pytest.raises(ValueError, match=r'point {"x":1} does not go with the others'):
+        results.sweep(points, compute, path=path, parameters={})
+    assert asked == [0, 1]
+    mended = results.sweep(points, functools.partial(compute, wrong=None), path=path, parameters={})
+    assert mended["y"].tolist() == [0.5] * 5 and asked == [0, 1, 1, 2, 3, 4]
+
+
+def test_a_key_of_a_point_is_none_of_what_is_measured(tmp_path):
+    with pytest.raises(ValueError, match="must not end in seconds .* got 'budget_seconds'"):
+        results.sweep(
+            [{"budget_seconds": 1}], lambda point: {"y": 1}, path=tmp_path / "t.csv", parameters={}
+        )
+
+
+def test_whole_numbers_keep_their_digits_beside_a_missing_one(tmp_path):
+    table = pd.DataFrame({"n": [134515008, None], "x": [1234567.5, 0.1]})
+    for _ in range(2):
+        found = results.load_or_compute(tmp_path / "t.csv", lambda: table, parameters={})
+        assert found["n"].iloc[0] == 134515008 and np.isnan(found["n"].iloc[1])
+    assert found["x"].tolist() == [1.23457e6, 0.1]
+
+
+def test_what_computes_may_go_to_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def compute():
+        Path("other").mkdir()
+        os.chdir("other")
+        return pd.DataFrame({"a": [1]})
+
+    results.load_or_compute("tables/t.csv", compute, parameters={})
+    assert (tmp_path / "tables" / "t.csv").is_file() and not Path("tables").exists()
+
+
+def test_files_have_the_permissions_that_the_user_gives_new_ones(tmp_path):
+    Path(tmp_path, "plain").touch()
+    results.load_or_compute(tmp_path / "t.csv", lambda: pd.DataFrame({"a": [1]}), parameters={})
+    modes = {
+        path.name: path.stat().st_mode for path in tmp_path.iterdir() if path.suffix != ".lock"
+    }
+    assert modes["t.csv"] == modes["run.json"] == modes["plain"]

@@ -15,7 +15,7 @@ from pruning_utils import (
     surgery,
 )
 from pruning_utils.studies import costs, shapes
-from pruning_utils.studies.study import PRECISIONS, fresh_processes, narrowed
+from pruning_utils.studies.study import PRECISIONS, FreshProcesses, narrowed
 
 RUN = {"revision": None}
 
@@ -165,6 +165,6 @@ def test_storage_counts_what_is_written(precision, tiny, tmp_path):
 def test_each_point_has_a_process_of_its_own():
     import os
 
-    with fresh_processes() as executor:
+    with FreshProcesses() as executor:
         numbers = {os.getpid(), *(executor.submit(os.getpid).result() for _ in range(2))}
     assert len(numbers) == 3

@@ -4,10 +4,13 @@ import argparse
 import importlib.metadata
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,6 +343,17 @@ def test_a_template_that_takes_no_question_is_left_out(template, loaded):
     assert tokenizer.decode(ids[0]) == "Why?"
 
 
+def test_a_template_that_lacks_memory_is_no_template_that_fails(loaded, monkeypatch):
+    _, tokenizer = loaded
+
+    def scarce(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", scarce)
+    with pytest.raises(MemoryError):
+        judgements.asked_ids(tokenizer, "Why?", 10**6)
+
+
 def test_a_chat_of_tokens_that_a_model_does_not_know_is_left_out(loaded):
     _, tokenizer = loaded
     marked = judgements.asked_ids(tokenizer, "Why?", 10**6)
@@ -426,7 +440,9 @@ def test_a_stopped_run_goes_on(tiny, tmp_path, here, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             whole.shrink(asked, out)
     assert not out.exists() and here == ["plan", "make", "measure", "measure"]
-    with pytest.raises(ValueError, match="small.work was begun with other values of minutes: ask"):
+    with pytest.raises(
+        ValueError, match=r"small.work was begun with other values \(minutes: 0.02 there, 3 asked\)"
+    ):
         whole.shrink(order(tiny, method="none", minutes=3), out)
     made = whole.shrink(asked, out)
     assert here == ["plan", "make", "measure", "measure"], "nothing is done twice"
@@ -517,8 +533,12 @@ def test_a_time_that_is_no_limit_is_refused_before_a_model_is_loaded(time, tiny,
     ("option", "value", "message"),
     [
         ("--keep", "abc", "must be a share, 75% or 0.75, got 'abc'"),
-        ("--max-parameters", "100X", "must be a number, 12345, 100M or 1.5B, got '100X'"),
-        ("--max-bytes", "inf", "must be a number, 12345, 100M or 1.5B, got 'inf'"),
+        (
+            "--max-parameters",
+            "100X",
+            "must be a number, 12345, 20k, 100M, 1.5G or 2GiB, got '100X'",
+        ),
+        ("--max-bytes", "inf", "must be a number, 12345, 20k, 100M, 1.5G or 2GiB, got 'inf'"),
     ],
 )
 def test_numbers_that_are_none_are_told_what_one_is(option, value, message, capsys):
@@ -620,7 +640,7 @@ def test_a_link_stays_one(is_there, tmp_path):
     if is_there:
         (tmp_path / "far").mkdir()
     (tmp_path / "near").symlink_to(tmp_path / "far")
-    assert whole._free_folder(tmp_path / "near") == tmp_path / "far"
+    assert whole.free_folder(tmp_path / "near") == tmp_path / "far"
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".git"])
@@ -647,9 +667,7 @@ def test_a_run_that_was_stopped_at_its_very_end_gives_out_no_empty_model(
         patch.setattr(whole, "shutil", Stopped())
         with pytest.raises(KeyboardInterrupt):
             whole.shrink(asked, out)
-    with pytest.raises(ValueError, match="--out must be a new or empty folder"):
-        whole.shrink(asked, out)
-    shutil.rmtree(out)
+    shutil.rmtree(out)  # by someone who wants it once more
     whole.shrink(asked, out)
     assert here == ["plan", "make", "measure", "measure", "make", "measure"]
     AutoModelForCausalLM.from_pretrained(out)
@@ -725,8 +743,14 @@ def test_numbers_of_the_command_line():
         7,
         2_000_000_000,
     ]
-    for text in ("1e400", "inf", "nan"):
-        with pytest.raises(argparse.ArgumentTypeError, match="must be a number, 12345, 100M or 1"):
+    assert [command.count(text) for text in ("1.5GB", "2GiB", "1KB", "1e5")] == [
+        1_500_000_000,
+        2**31,
+        1000,
+        100_000,
+    ]
+    for text in ("1e400", "inf", "nan", "M", "3X"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a number, 12345, 20k, 100M"):
             command.count(text)
 
 
@@ -860,8 +884,6 @@ def test_every_option_reaches_the_order(tiny):
     words += [
         "--recipe",
         "qlora",
-        "--minutes",
-        "4",
         "--steps",
         "8",
         "--learning-rate",
@@ -878,7 +900,6 @@ def test_every_option_reaches_the_order(tiny):
         Goal(0.6, 10**6, 2 * 10**6, 3.0),
         rule="perplexity",
         method="qlora",
-        minutes=4.0,
         steps=8,
         learning_rate=5e-4,
         healing_text="nq-open",
@@ -913,3 +934,52 @@ def test_a_time_cannot_be_met_without_times(tiny):
     model, _ = models.load_model(tiny)
     with pytest.raises(ValueError, match="times, of token_times, must be given where the goal has"):
         plans.layers_to_go(model, Goal(max_ms_per_token=1e-6))
+
+
+def test_minutes_and_steps_exclude_each_other_and_limits_are_shares(capsys):
+    words = ["shrink", "MODEL", "--out", "a", "--keep", "60%"]
+    given = command.parser().parse_args([*words, "--minutes", "4", "--accuracy-limit", "5%"])
+    asked = command.order_of(given)
+    assert (asked.minutes, asked.limits.accuracy) == (4.0, 0.05)
+    with pytest.raises(SystemExit):
+        command.parser().parse_args([*words, "--minutes", "4", "--steps", "8"])
+    assert "--steps: not allowed with argument --minutes" in capsys.readouterr().err
+
+
+def test_a_command_that_ended_says_the_same_again(tiny, tmp_path, here):
+    asked, out = order(tiny, method="none"), tmp_path / "small"
+    first = whole.shrink(asked, out)
+    assert here == ["plan", "make", "measure", "measure"]
+    (tmp_path / "small.work").mkdir()  # of a run that was killed at its very end
+    again = whole.shrink(asked, out)
+    assert here == ["plan", "make", "measure", "measure"] and again["word"] == first["word"]
+    pd.testing.assert_frame_equal(again["judgement"], first["judgement"])
+    assert not (tmp_path / "small.work").exists()
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        whole.shrink(order(tiny, method="none", seed=1), out)
+
+
+def test_a_goal_without_a_time_is_refused_before_anything_is_timed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(whole.plans, "token_times", lambda model: pytest.fail("timed"))
+    with pytest.raises(ValueError, match="no layer has to go: keep 0.95 is met"):
+        whole.shrink(order(tiny, goal=Goal(keep=0.95)), tmp_path / "small")
+
+
+def test_a_plan_looks_at_the_folder_that_is_named(tiny, tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    words = ["shrink", tiny, "--keep", "60%", "--plan", "--out", str(tmp_path)]
+    assert command.main(words) == 1
+    assert "must be a new or empty folder" in capsys.readouterr().err
+
+
+def test_sigterm_stops_as_ctrl_c_does(tiny, tmp_path, capsys, monkeypatch):
+    def end(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(whole, "shrink", end)
+    before = signal.getsignal(signal.SIGTERM)
+    words = ["shrink", tiny, "--keep", "60%", "--out", str(tmp_path / "small")]
+    assert command.main(words) == 130
+    assert "stopped; the same command begins anew" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,6 +1,10 @@
 """Scores by criterion, the sets they lead to, and models without such sets against the steps one by
 one."""
 
+import multiprocessing
+import signal
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +24,7 @@ from pruning_utils import (
     surgery,
 )
 from pruning_utils.studies import scores, sets
+from pruning_utils.studies.study import FreshProcesses
 
 
 def point(layers: str, recipe: str = "", **more) -> dict:
@@ -137,12 +142,8 @@ def test_a_point_equals_the_steps_one_by_one(layers, recipe, stages, tiny, tmp_p
 def test_equal_models_are_trained_once_and_only_what_is_needed_is_kept(tiny, tmp_path, monkeypatch):
     asked = point("1 3", "full 0.001 2 + lora 0.01 1")
     rows = pd.DataFrame(study(tiny, tmp_path, [asked])(asked))
-    assert sorted(path.name for path in tmp_path.glob("*/*")) == [
-        "history.csv",
-        "model.safetensors",
-        "training",
-    ]
-    kept = [path for path in tmp_path.iterdir() if (path / "model.safetensors").is_file()][0]
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["kept", "training"]
+    (kept,) = tmp_path.glob("*/kept")
     assert sum(path.stat().st_size for path in kept.iterdir()) < 1.1 * sum(
         weight.nbytes for weight in models.load_model(tiny)[0].parameters()
     ), "the weights alone"
@@ -155,7 +156,7 @@ def test_equal_models_are_trained_once_and_only_what_is_needed_is_kept(tiny, tmp
 def test_of_last_layers_only_what_was_trained_is_kept(untie, tiny, tmp_path, monkeypatch):
     asked = point("1 3", f"last_layers 0.01 2 last_k=1 untie={untie}")
     rows = pd.DataFrame(study(tiny, tmp_path, [asked])(asked))
-    (kept,) = tmp_path.glob("*/model.safetensors")
+    (kept,) = tmp_path.glob("*/kept/model.safetensors")
     names = set(safetensors.torch.load_file(kept))
     last = f"model.layers.{N_LAYERS - 3}."
     head = "lm_head.weight" if untie == "true" else "model.embed_tokens.weight"
@@ -226,3 +227,37 @@ def test_bad_points_are_refused_before_any_work(change, message, tiny, tmp_path)
     asked = study(tiny, tmp_path, [point("1"), {**point("1"), **change}])
     with pytest.raises(ValueError, match=message):
         asked(point("1"))
+
+
+def test_a_process_of_its_own_ends_with_the_one_that_waits_for_it():
+    with FreshProcesses() as alone:
+        assert alone.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+    with pytest.raises(KeyboardInterrupt):
+        with FreshProcesses() as alone:
+            running = alone.submit(time.sleep, 600)
+            (child,) = multiprocessing.active_children()
+            raise KeyboardInterrupt
+    assert not child.is_alive() and running.done()
+
+
+def test_a_point_that_there_is_no_text_for_is_refused_though_it_was_not_listed(tiny, tmp_path):
+    asked = study(tiny, tmp_path, [point("1", "lora 0.01 4")])
+    with pytest.raises(ValueError, match="has 12 steps, but there is text for 4"):
+        asked(point("1", "last_layers 0.01 12 last_k=1"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["weights", "history"])
+def test_kept_weights_that_are_damaged_are_trained_again(damage, tiny, tmp_path, caplog):
+    asked = point("1", "last_layers 0.01 4 last_k=1")
+    first = pd.DataFrame(study(tiny, tmp_path, [asked])(asked))
+    (weights,) = tmp_path.glob("*/kept/model.safetensors")
+    if damage == "weights":
+        content = bytearray(weights.read_bytes())
+        content[-400:] = bytes(400)
+        weights.write_bytes(content)
+    else:
+        weights.with_name("history.csv").unlink()
+    again = pd.DataFrame(study(tiny, tmp_path, [asked])(asked))
+    pd.testing.assert_frame_equal(first, again)
+    assert f"the trained weights in {weights.parent} are damaged" in caplog.text

@@ -133,14 +133,14 @@ def test_a_row_says_what_its_interval_is_made_of():
     [
         ([0.4, 0.5], 0.5, True, ""),
         ([Interval(0.4, 0.31, 0.5)], 0.5, True, ""),
-        ([0.5, Interval(0.4, 0.3, 0.5)], 0.5, True, "a level is at the floor"),
-        ([0.3], 0.5, True, "a level is at the floor"),
-        ([np.nan], 0.5, True, "a level is at the floor"),
-        ([0.5], Interval(0.35, 0.29, 0.41), True, "the unpruned model is at the floor"),
+        ([0.5, Interval(0.4, 0.3, 0.5)], 0.5, True, "a level is not surely above the floor"),
+        ([0.3], 0.5, True, "a level is not surely above the floor"),
+        ([np.nan], 0.5, True, "a level is not surely above the floor"),
+        ([0.5], Interval(0.35, 0.29, 0.41), True, "the unpruned model is not surely above the"),
         ([0.2, 0.25], 0.1, False, ""),
-        ([0.2, 0.3], 0.1, False, "a loss is at ln V or above"),
-        ([Interval(0.25, 0.2, 0.31)], 0.1, False, "a loss is at ln V or above"),
-        ([0.2], 0.4, False, "the unpruned model is at the floor"),
+        ([0.2, 0.3], 0.1, False, "a loss is not surely below ln V"),
+        ([Interval(0.25, 0.2, 0.31)], 0.1, False, "a loss is not surely below ln V"),
+        ([0.2], 0.4, False, "the unpruned model is not surely below ln V"),
     ],
 )
 def test_what_stands_at_its_floor_is_not_tested(levels, unpruned, higher, reason):

@@ -71,3 +71,18 @@ def test_foretelling_takes_six_passes_and_leaves_the_model_as_it_was():
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_a_continuation_is_greedy_whatever_the_model_would_rather_do(monkeypatch):
+    model, tokenizer = models.load_model(dtype="float32")
+    heard = []
+    plain = whole_path.continue_text(model, tokenizer, "The sea is", n_tokens=6)
+    generate = model.generate
+    monkeypatch.setattr(
+        model,
+        "generate",
+        lambda **given: heard.append(model.generation_config) or generate(**given),
+    )
+    model.generation_config.update(num_beams=3, repetition_penalty=3.0)
+    assert whole_path.continue_text(model, tokenizer, "The sea is", n_tokens=6) == plain
+    assert heard[0].num_beams in (None, 1) and model.generation_config.num_beams == 3

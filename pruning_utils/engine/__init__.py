@@ -15,6 +15,13 @@
 :mod:`~pruning_utils.engine.variances` combines variances and corrects for many tests,
 :mod:`~pruning_utils.engine.verdict_rows` holds the words and columns of verdicts,
 :mod:`~pruning_utils.engine.checks` refuses numbers out of range,
+:mod:`~pruning_utils.engine.memory` halves batches that do not fit,
+:mod:`~pruning_utils.engine.workers` spreads points over processes or a cluster,
+:mod:`~pruning_utils.engine.beginnings` finds the tokens that begin a text, and writes chats,
+:mod:`~pruning_utils.engine.kept_texts` remembers which of many texts something holds for,
+:mod:`~pruning_utils.engine.overlapping` finds runs of words that texts share,
+:mod:`~pruning_utils.engine.identities` tells a model's files from any others,
+:mod:`~pruning_utils.engine.reader_names` translates names of tables for a reader,
 :mod:`~pruning_utils.engine.later` imports torch when it is first used,
 :mod:`~pruning_utils.engine.precisions` names the types of numbers that models compute with,
 :mod:`~pruning_utils.engine.hub` finds out whether a hub answers, and

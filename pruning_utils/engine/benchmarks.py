@@ -11,7 +11,7 @@ import functools
 import gzip
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -352,3 +352,52 @@ def leave_questions_out(loaded: dict[str, dict]) -> None:
                     "questions, got True"
                 )
             task.fewshot_context = lambda *_, **__: ""
+
+
+def refuse_unaskable(scorer: Any, loaded: Mapping[str, dict]) -> None:
+    """Refuse tasks that a model cannot be asked, before any is scored.
+
+    Args:
+        scorer: From ``prefixes.language_model``.
+        loaded: Tasks by name, from ``evaluation.load_tasks``.
+
+    Raises:
+        ValueError: If a task has too few examples for its shots, generates more text than the
+            context holds, or generates text although the tokenizer has no token that ends one.
+    """
+    for asked, found in loaded.items():
+        for name, task in found["tasks"].items():
+            if not is_embedded(asked):  # of these the shots are set aside
+                _refuse_shots(name, task)
+            if task.OUTPUT_TYPE == "generate_until":
+                _refuse_generation(scorer, name, task)
+
+
+def _refuse_shots(name: str, task: Any) -> None:
+    shots = task.config.num_fewshot or 0
+    if not shots:
+        return
+    is_among_them = task.fewshot_cfg.split == task.config.test_split
+    examples = len(task.sampler.df) - is_among_them
+    if shots > examples:
+        raise ValueError(
+            f"num_fewshot must be at most {examples}, the examples of {name} beside a question, "
+            f"got {shots}"
+        )
+
+
+def _refuse_generation(scorer: Any, name: str, task: Any) -> None:
+    if scorer.tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{name} generates text, which needs a tokenizer with an end-of-text token, but "
+            "eos_token is None"
+        )
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    given = dict(task.config.generation_kwargs or {})
+    longest = normalize_gen_kwargs(given, scorer.max_gen_toks)["max_gen_toks"]
+    if longest >= scorer.max_length:
+        raise ValueError(
+            f"{name} generates up to {longest} tokens, which must be fewer than the context of "
+            f"{scorer.max_length}"
+        )

@@ -98,10 +98,10 @@ def file_path(name: str, value: object) -> Path:
         ValueError: If it is neither a text nor a path, or holds a character that no path can have.
     """
     try:
-        written = os.fsencode(value)  # type: ignore[arg-type]
+        written = b"\0" if isinstance(value, bytes) else os.fsencode(value)  # type: ignore[arg-type]
     except (TypeError, UnicodeEncodeError):
-        written = b""
-    if isinstance(value, bytes) or b"\0" in written or not written and value != "":
+        written = b"\0"
+    if b"\0" in written:
         raise ValueError(f"{name} must be a path, as a text or a Path, got {value!r}")
     return Path(value)  # type: ignore[arg-type]
 

@@ -24,7 +24,7 @@ class BatchSize:
     """How many items are taken at once: halved, with a notice, wherever they do not fit.
 
     Attributes:
-        size: Items in a batch, at most. It never grows again.
+        size: Items in a batch, at most. Batches that do not fit make it smaller.
 
     Args:
         size: Items to begin with, at least 1.

@@ -240,6 +240,22 @@ def refuse_other_weights(report: dict[str, Any]) -> None:
         )
 
 
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, longest: int) -> None:
+    """Give a tokenizer a token for padding that its model knows, and the model's context length.
+
+    Args:
+        tokenizer: Of the model; it is changed in place.
+        model: The model.
+        longest: Tokens of the model's context.
+    """
+    # Padding that was added to a tokenizer alone has no row in the embedding.
+    if (tokenizer.pad_token_id or 0) >= model.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+
+
 def refuse_no_vocabulary(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Refuse a tokenizer that has special tokens alone, so that any text becomes none.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ LOGITS_AT_ONCE = 2**25
 
 @contextlib.contextmanager
 def replaced(module: object, name: str, value: object) -> Iterator[None]:
-    """Let an attribute of one module, of torch or of Python, be something else for a while."""
+    """Let an attribute of one object, or of a module of Python, be something else for a while."""
     before = {key: value for key, value in vars(module).items() if key == name}
     vars(module)[name] = value
     try:
@@ -61,6 +61,14 @@ def named_outputs(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def fixed_draws() -> Iterator[None]:
+    """What torch draws inside is the same each time, and what it draws afterwards is left alone."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
+
+
 def _give_back(module: nn.Module, before: dict[str, Any]) -> None:
     """Give attributes that are tensors now, and were not these, what they had before, if any."""
     for name, value in list(vars(module).items()):
@@ -78,6 +86,22 @@ def _configurations(model: nn.Module) -> list[Any]:
         return []
     text = config.get_text_config(decoder=True)
     return [config] if text is config else [config, text]
+
+
+@contextlib.contextmanager
+def greedily(model: nn.Module) -> Iterator[None]:
+    """Let a model write its likeliest tokens, whatever its own settings of generation say.
+
+    They may hold a penalty for what is repeated, or beams, which would hide that it falls into
+    loops.
+    """
+    from transformers import GenerationConfig
+
+    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
+    own = model.generation_config
+    plain = GenerationConfig(do_sample=False, **{name: getattr(own, name, None) for name in ends})
+    with replaced(model, "generation_config", plain):
+        yield
 
 
 @contextlib.contextmanager
@@ -322,7 +346,8 @@ def refuse_handed_on(arguments: tuple, before: Any, model: nn.Module) -> None:
         model: The model, for the message.
 
     Raises:
-        ValueError: If a tensor that was returned beside the states is among the arguments.
+        ValueError: If a tensor that was returned beside the states is among the arguments, or what
+            an earlier layer has left for later ones.
     """
     beside = [*before[1:]] if isinstance(before, tuple | list) else []
     handed_on = {
@@ -330,11 +355,55 @@ def refuse_handed_on(arguments: tuple, before: Any, model: nn.Module) -> None:
         for leaf in torch.utils._pytree.tree_leaves(beside)
         if isinstance(leaf, torch.Tensor)
     }
-    if any(id(leaf) in handed_on for leaf in torch.utils._pytree.tree_leaves(arguments)):
+    leaves = torch.utils._pytree.tree_leaves(arguments)
+    if _holds_what_was_left(leaves) or any(id(leaf) in handed_on for leaf in leaves):
         raise ValueError(
             f"layers of {type(model).__name__} hand on more than their states, so that no layer "
             "can be left out within a pass: remove it with surgery.drop_layers, and measure the "
             "losses of what is left"
+        )
+
+
+def _holds_what_was_left(leaves: Sequence[object]) -> bool:
+    """Whether a mapping among a layer's arguments has something in it.
+
+    Gemma 3n, Gemma 4 and others hand one to all layers: some put their keys and values there, and
+    later ones take them instead of their own.
+    """
+    return any(isinstance(leaf, MutableMapping) and len(leaf) > 0 for leaf in leaves)
+
+
+def refuse_left_for_later(arguments: tuple, n_rows: int, batch_size: int, model: nn.Module) -> None:
+    """Refuse to run a layer on a part of the sequences where layers leave something for later ones.
+
+    What is left is that of the last part then, whichever part takes it.
+
+    Args:
+        arguments: All arguments of a layer but the states, nested as they are.
+        n_rows: Number of all sequences.
+        batch_size: Number of sequences in a part.
+        model: The model, for the message.
+
+    Raises:
+        ValueError: If there are several parts, and a layer has left something.
+    """
+    if batch_size < n_rows and _holds_what_was_left(torch.utils._pytree.tree_leaves(arguments)):
+        raise ValueError(
+            f"layers of {type(model).__name__} take keys and values of earlier ones, so that all "
+            f"samples must run at once: batch_size must be at least {n_rows}, got {batch_size}"
+        )
+
+
+def refuse_named_states(given: Sequence, model: nn.Module) -> None:
+    """Refuse layers whose states are not their first argument.
+
+    Raises:
+        ValueError: If the model calls a layer without an argument that has no name.
+    """
+    if not given:
+        raise ValueError(
+            f"{type(model).__name__} must hand each layer one tensor of states as its first "
+            "argument, but hands on several by name: its layers cannot be run apart"
         )
 
 
@@ -386,6 +455,37 @@ def arguments_of_rows(arguments: tuple, rows: slice, n_rows: int, alone: list | 
         if len(leaf) == n_rows * each:
             leaves[place] = leaf[rows.start * each : rows.stop * each]
     return torch.utils._pytree.tree_unflatten(leaves, structure)
+
+
+def in_parts(
+    model: nn.Module, own: Callable, n_rows: int, batch_size: int, alone: list | None
+) -> Callable:
+    """A layer's forward on a few rows at a time that keeps only its input for the way back.
+
+    Args:
+        model: The model, for messages.
+        own: The layer's own forward.
+        n_rows: Sequences that the layer is called with.
+        batch_size: Sequences in a part.
+        alone: What :func:`arguments_of_rows` needs to know of the layer.
+    """
+
+    def forward(*given: Any, **named: object) -> object:
+        """The layer on each part, and its outputs joined."""
+        refuse_named_states(given, model)
+        states, *others = given
+        outputs = []
+        for start, part in zip(range(0, n_rows, batch_size), states.split(batch_size), strict=True):
+            refuse_left_for_later((others, named), n_rows, batch_size, model)
+            more, by_name = arguments_of_rows(
+                (others, named), slice(start, start + len(part)), n_rows, alone
+            )
+            outputs.append(
+                torch.utils.checkpoint.checkpoint(own, part, *more, use_reentrant=False, **by_name)
+            )
+        return joined_rows(outputs)
+
+    return forward
 
 
 class SharedLayers:

@@ -96,12 +96,7 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
             return [next(from_shared if fit else from_stock) for fit in fits]
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-            """As the stock backend does, where the tokenizer has a token that ends a text."""
-            if own.eos_token_id is None:
-                raise ValueError(
-                    "a task that generates text needs a tokenizer with an end-of-text token, but "
-                    "eos_token is None"
-                )
+            """As the stock backend does, on fewer texts at once where memory does not suffice."""
             return _on_fewer(self, super().generate_until, requests, disable_tqdm)
 
     # HFLM ties weights again, which would undo an untied head, and sets a mode that is set already.
@@ -224,23 +219,25 @@ def longest_shared(model: nn.Module) -> float:
     prompt_learning = getattr(
         getattr(model, "active_peft_config", None), "is_prompt_learning", False
     )
-    takes_masks = (
-        needed <= set(inspect.signature(causal.forward).parameters)
-        and kinds <= {"full_attention", "sliding_attention"}
-        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+    reasons_against = (
+        not needed <= set(inspect.signature(causal.forward).parameters),
+        not kinds <= {"full_attention", "sliding_attention"},
+        getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"),
         # Its bias is made from a mask of another shape (Falcon).
-        and not getattr(config, "alibi", False)
+        getattr(config, "alibi", False),
         # It looks back by places in a row, which holds several texts (GPT-Neo).
-        and "local" not in getattr(config, "attention_layers", ())
+        "local" in getattr(config, "attention_layers", ()),
         # Its last layers are not run on all tokens (Gemma 3n, some of Gemma 4).
-        and not getattr(config, "num_kv_shared_layers", 0)
-        and not _counts_from_padding(causal)
+        getattr(config, "num_kv_shared_layers", 0),
+        _counts_from_padding(causal),
         # It groups bytes into patches by their places in a row (BLT).
-        and not getattr(config, "patching_mode", None)
+        getattr(config, "patching_mode", None),
         # Layers that look at pictures take a mask of another size.
-        and not getattr(config, "cross_attention_layers", None)
+        getattr(config, "cross_attention_layers", None),
+        prompt_learning,
+        getattr(causal, "_is_stateful", False),
     )
-    if not takes_masks or prompt_learning or getattr(causal, "_is_stateful", False):
+    if any(reasons_against):
         return 0
     if not getattr(config, "use_sliding_window", True):
         return math.inf

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import re
 
+# Line styles of levels in figures that are no curve: one for all figures.
+LEVEL_LINES = {
+    "unpruned": "-",
+    "chance": ":",
+    "guess": ":",
+    "floor": ":",
+    "majority": "--",
+    "uniform guess": "-.",
+    "ln V": "-.",
+    "same time": "-",
+    "5 % faster": ":",
+}
 # In figures.
 NAMES = {
     "hellaswag": "HellaSwag",

@@ -69,7 +69,8 @@ def table_file(path: Any) -> Path:
         ValueError: If no table can be kept there: it is no path, has another ending, or is a
             folder.
     """
-    path = file_path("path", path)
+    # What computes may go to another folder.
+    path = file_path("path", path).absolute()
     if path.suffix != ".csv" or path.stem.endswith((".measured", ".points")) or path.is_dir():
         raise ValueError(
             "path must be a table's .csv file, no folder and not a .measured or .points one, got "
@@ -208,7 +209,8 @@ def refuse_differences(recorded: dict, asked: dict, where: Path) -> None:
     if differing:
         raise ValueError(
             f"{where} was made with other parameters ({'; '.join(differing)}); "
-            "pass recompute=True to replace it, or set PRUNING_UTILS_OUTPUT to keep both"
+            "pass recompute=True (the driver: --recompute) to replace it, or set "
+            "PRUNING_UTILS_OUTPUT (the driver: another --output) to keep both"
         )
 
 
@@ -502,7 +504,6 @@ def _write_next(file: Path, content: bytes) -> None:
             target.flush()
             # A disk that is full must say so before the record is changed.
             os.fsync(target.fileno())
-        beside.chmod(0o644)
     except OSError as error:
         raise OSError(error.errno, f"could not write {file}: {error.strerror or error}") from error
 
@@ -684,7 +685,13 @@ def _csv(table: pd.DataFrame, kinds: dict[str, str]) -> bytes:
     numbers = {name: "float64" for name in table if kinds[name] == "float"}
     typed = table.astype(numbers)
     with _utf8("a table"):
-        return typed.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+        return typed.to_csv(index=False, float_format=_six_digits, lineterminator="\n").encode()
+
+
+def _six_digits(value: float) -> str:
+    """Six significant digits of a number; all of a whole one, which may count something."""
+    is_whole = float(value).is_integer() and abs(value) < 2**53
+    return f"{value:.0f}" if is_whole else f"{value:.6g}"
 
 
 def _kept_csv(table: pd.DataFrame, kinds: dict[str, str]) -> bytes:

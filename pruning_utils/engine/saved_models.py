@@ -149,12 +149,10 @@ def write(
         _complete(folder / "config.json", _complete_configuration)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-            _complete(folder / "tokenizer_config.json", _complete_tokenizer)
             _complete(
-                folder / "tokenizer_config.json", lambda content: _say_ends(content, tokenizer)
+                folder / "tokenizer_config.json",
+                lambda content: _complete_tokenizer(content, tokenizer),
             )
-            sides = {side: getattr(tokenizer, side, "right") for side in SIDES}
-            _complete(folder / "tokenizer_config.json", lambda content: content.update(sides))
         refuse_unlike(model, folder, device="cpu" if is_plain else model.device)
     except (OSError, SafetensorError):
         raise
@@ -293,14 +291,16 @@ def _rotation_by_kind(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _complete_tokenizer(content: dict[str, Any]) -> None:
-    """Give a tokenizer the names that transformers 4 knows: of its class and its further tokens."""
+def _complete_tokenizer(content: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer the names that transformers 4 knows, and what it would take for granted."""
     content.pop("auto_map", None)
     if content.get("tokenizer_class") == "TokenizersBackend":
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
     further = content.get("extra_special_tokens")
     if isinstance(further, list):
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    _say_ends(content, tokenizer)
+    content.update({side: getattr(tokenizer, side, "right") for side in SIDES})
 
 
 def _say_ends(content: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

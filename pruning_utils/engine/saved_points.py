@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -66,6 +67,12 @@ def checked_points(points: Sequence[Mapping]) -> list[dict]:
 
 def _checked_point(point: Mapping, name: str) -> dict:
     checked = records.flat_row(point, name)
+    measured = [key for key in checked if key.endswith(records.VOLATILE)]
+    if measured:
+        raise ValueError(
+            f"a key of {name} must not end in {' or '.join(records.VOLATILE)}, which name what is "
+            f"measured anew in each run, got {measured[0]!r}"
+        )
     for key, value in checked.items():
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{name}[{key!r}] must be a number or a text, got {value}")
@@ -243,6 +250,52 @@ def read(folder: Path, point: dict, code: dict) -> dict | None:
         )
         return None
     return outcome
+
+
+class Kinds:
+    """What the columns of a sweep hold so far, of which one table is to be made.
+
+    Args:
+        outcomes: Of points that were saved before.
+    """
+
+    def __init__(self, outcomes: Iterable[dict]) -> None:
+        # A value of each column, for each point.
+        self._rows = [_first_values(outcome["rows"]) for outcome in outcomes]
+
+    def add(self, outcome: dict) -> None:
+        """Take in what a point gave.
+
+        Raises:
+            ValueError: If a column would hold what no table's column can, such as numbers and
+                texts.
+        """
+        self._rows.append(_first_values(outcome["rows"]))
+        try:
+            records.column_kinds(pd.DataFrame(self._rows))
+        except ValueError as error:
+            raise ValueError(
+                f"point {canonical(outcome['point'])} does not go with the others, and is not "
+                f"saved: {error}"
+            ) from error
+
+
+def missing(points: list[dict], folder: Path, code: dict) -> tuple[list[dict], Kinds]:
+    """Those of a sweep's points that are not saved, and what the saved ones hold.
+
+    Arguments are those of :func:`read`, for all points.
+    """
+    found = [read(folder, point, code) for point in points]
+    left = [point for point, kept in zip(points, found, strict=True) if kept is None]
+    return left, Kinds(filter(None, found))
+
+
+def _first_values(rows: list[dict]) -> dict:
+    """The first value of each column that is not missing."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        found |= {name: value for name, value in row.items() if found.get(name) is None}
+    return found
 
 
 def compute(

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -153,6 +154,9 @@ class Run:
                     f"{tokenizer!r}"
                 )
             self.folder = file_path("output_dir", output_dir)
+            above = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+            if not above.is_dir():
+                raise ValueError(f"output_dir must be a folder, but {above} is a file")
             self._recorded = settings | {
                 "model": runtime.tensor_digest(dict(model.named_parameters())),
                 "configuration": _digest_beside_weights(model),
@@ -429,8 +433,11 @@ class Schedule(TrainerCallback):
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Seal a checkpoint once all of it is written."""
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """Seal a checkpoint once all of it is written, and keep the last two."""
+        folder = Path(args.output_dir)
+        seal(folder / f"checkpoint-{state.global_step}")
+        for earlier in checkpoints(folder)[2:]:
+            shutil.rmtree(earlier)
 
 
 def _random_states() -> list[torch.Tensor]:
@@ -472,7 +479,6 @@ def _training_arguments(model: nn.Module, run: Run) -> TrainingArguments:
         logging_nan_inf_filter=False,
         eval_on_start=run.eval_ids is not None and run.checkpoint is None,
         save_strategy="no",
-        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -549,9 +555,7 @@ def _last_whole_checkpoint(folder: Path, settings: dict[str, Any]) -> Path | Non
         _refuse_other_settings(folder, settings)
     elif folder.exists():
         _refuse_other_files(folder)
-    # What the user has put beside them is no checkpoint.
-    numbered = (path for path in folder.glob("checkpoint-*") if path.is_dir() and step_of(path))
-    for last in sorted(numbered, key=step_of, reverse=True):
+    for last in checkpoints(folder):
         if is_whole(last):
             return last
         shutil.rmtree(last)
@@ -560,8 +564,14 @@ def _last_whole_checkpoint(folder: Path, settings: dict[str, Any]) -> Path | Non
 
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was saved; 0 for a name that is none of a checkpoint."""
-    step = checkpoint.name.removeprefix("checkpoint-")
-    return int(step) if step.isascii() and step.isdigit() else 0
+    step = re.fullmatch(r"checkpoint-([1-9][0-9]*)", checkpoint.name)
+    return int(step[1]) if step else 0
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the last one first. What the user has put beside them is none."""
+    numbered = [path for path in folder.glob("checkpoint-*") if path.is_dir() and step_of(path)]
+    return sorted(numbered, key=step_of, reverse=True)
 
 
 def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -574,8 +584,6 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder / SETTINGS} is damaged ({error}); delete {folder}, or choose another "
             "output_dir"
         ) from error
-    # Runs of before were not told by it.
-    recorded.setdefault("configuration", settings.get("configuration"))
     differing = [
         f"{key} {recorded.get(key)!r} there, {settings.get(key)!r} asked"
         for key in sorted(recorded | settings)

@@ -1,11 +1,11 @@
-"""Variance of a mean over items and runs, quantiles for it, and levels of many tests at once."""
+"""Variance of a mean over items and runs, its quantiles, levels of many tests, correlated ranks."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
 
 class MeanSquares(NamedTuple):
@@ -165,3 +165,21 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     adjusted = np.empty_like(p_values)
     np.put_along_axis(adjusted, order, np.minimum(raised, 1), -1)
     return adjusted
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Spearman's correlation along the last axis: Pearson's of the ranks.
+
+    Equal values have the mean of their ranks.
+
+    Args:
+        first: Numbers of shape ``(..., n)``, n at least 2.
+        second: The same, of a shape that goes with it.
+
+    Returns:
+        Correlations in [-1, 1], of the shape that is left; NaN where all values are equal.
+    """
+    ranks = [stats.rankdata(values, axis=-1) for values in (first, second)]
+    x, y = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))

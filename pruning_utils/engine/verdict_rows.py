@@ -173,9 +173,16 @@ def untestable_because(
     """Why nothing can be said of a claim; "" where something can."""
     if floor is not None:
         if unpruned is not None and not clears(unpruned, floor, higher_is_better):
-            return "the unpruned model is at the floor: the measure fails its positive control"
+            side = "above the floor" if higher_is_better else "below ln V"
+            return (
+                f"the unpruned model is not surely {side}: the measure fails its positive control"
+            )
         if not all(clears(level, floor, higher_is_better) for level in levels):
-            return "a level is at the floor" if higher_is_better else "a loss is at ln V or above"
+            return (
+                "a level is not surely above the floor"
+                if higher_is_better
+                else "a loss is not surely below ln V"
+            )
     if tokens_per_parameter is not None and paper_tokens_per_parameter is not None:
         if tokens_per_parameter < SMALLEST_BUDGET * paper_tokens_per_parameter:
             return (

@@ -27,7 +27,7 @@ PATIENCE = 60.0
 # What computes points, by digest, as a worker has read it. It may hold models, which one point at a
 # time may use: a worker of a cluster may have several threads.
 _read: dict[str, Callable] = {}
-_reading = threading.Lock()
+_one_at_a_time = threading.Lock()
 
 
 class Workers(Executor):
@@ -154,7 +154,7 @@ def _begin(threads: int) -> None:
 
 def _outcome(outcome: Callable, digest: str, content: bytes, point: dict) -> Any:
     """In a worker: one that computed the points of another sweep before lets go of that."""
-    with _reading:
+    with _one_at_a_time:
         if digest not in _read:
             os.environ.pop(VARIABLE, None)  # a worker of a cluster may have it too
             runtime.setup()

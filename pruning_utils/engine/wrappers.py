@@ -198,7 +198,7 @@ def refuse_shared(model: nn.Module, names: list[str]) -> None:
 
 
 def leave_as_it_is(*_: object, **__: object) -> None:
-    """Stands for what would change a configuration in place."""
+    """Does nothing, whatever it is given: stands for a step that is left out."""
 
 
 def merged_into_copy(trained: nn.Module, model: nn.Module) -> nn.Module:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from pruning_utils.shrinking import orders
@@ -30,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
         "--keep", metavar="SHARE", type=share, help="share of the layers that stays, such as 75%%"
     )
     goal.add_argument("--max-parameters", metavar="N", type=count, help="such as 100M")
-    goal.add_argument("--max-bytes", metavar="N", type=count, help="of the weights, such as 400M")
+    goal.add_argument(
+        "--max-bytes", metavar="N", type=count, help="of the weights, such as 400M or 1.5G"
+    )
     goal.add_argument(
         "--max-ms-per-token", metavar="MS", type=float, help="on this machine, one text at a time"
     )
@@ -39,19 +45,23 @@ def parser() -> argparse.ArgumentParser:
         "--rule",
         metavar="RULE",
         default=orders.LOWEST_LOSS,
-        help=f"one of {', '.join(orders.RULES)}",
+        help=f"one of {', '.join(map(repr, orders.RULES))} (default: the first)",
     )
     how.add_argument(
-        "--recipe", metavar="NAME", default="lora", help=f"one of {', '.join(orders.METHODS)}"
+        "--recipe",
+        metavar="NAME",
+        default="lora",
+        help=f"one of {', '.join(orders.METHODS)} (default: %(default)s)",
     )
     asked = {field.name: field.default for field in fields(orders.Order)}
-    how.add_argument(
+    length = how.add_mutually_exclusive_group()
+    length.add_argument(
         "--minutes",
         metavar="M",
         type=float,
         help=f"of healing (default: {asked['minutes']:g})",
     )
-    how.add_argument(
+    length.add_argument(
         "--steps", metavar="N", type=int, help="of healing, instead of as many as the minutes allow"
     )
     how.add_argument(
@@ -66,32 +76,47 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--plan", action="store_true", help="print the plan and make nothing")
     limits = orders.Limits()
     fit = command.add_argument_group("fit means")
-    for option, unit, default, said in (
-        ("--loss-limit", "NATS", limits.loss, "nats per token that the loss may rise by"),
-        ("--accuracy-limit", "SHARE", limits.accuracy, "that the mean accuracy may fall by"),
-        ("--repetition-limit", "SHARE", limits.repetition, "that repetition may rise by"),
+    for option, unit, read, default, said in (
+        ("--loss-limit", "NATS", float, limits.loss, "nats per token that the loss may rise by"),
+        ("--accuracy-limit", "SHARE", share, limits.accuracy, "that mean accuracy may fall by"),
+        ("--repetition-limit", "SHARE", share, limits.repetition, "that repetition may rise by"),
     ):
         said = f"{said} (default: {default})"
-        fit.add_argument(option, metavar=unit, type=float, default=default, help=said)
+        fit.add_argument(option, metavar=unit, type=read, default=default, help=said)
     measured = orders.Measured()
     fit.add_argument(
-        "--documents", metavar="N", type=int, default=measured.documents, help="read by both"
+        "--documents",
+        metavar="N",
+        type=int,
+        default=measured.documents,
+        help="read by both (default: %(default)s)",
     )
     fit.add_argument(
-        "--questions", metavar="N", type=int, default=measured.questions, help="of each task"
+        "--questions",
+        metavar="N",
+        type=int,
+        default=measured.questions,
+        help="of each task (default: %(default)s)",
     )
     fit.add_argument(
-        "--tasks", metavar="TASK", nargs="+", default=list(measured.tasks), help="asked of both"
+        "--tasks",
+        metavar="TASK",
+        nargs="+",
+        default=list(measured.tasks),
+        help=f"asked of both (default: {' '.join(measured.tasks)})",
     )
     where = command.add_argument_group("where")
     where.add_argument("--revision", metavar="NAME", help="of a hub id")
     where.add_argument(
-        "--dtype", metavar="NAME", default="auto", help="auto, bfloat16, float16 or float32"
+        "--dtype",
+        metavar="NAME",
+        default="auto",
+        help="auto, bfloat16, float16 or float32 (default: %(default)s)",
     )
     where.add_argument(
         "--device", metavar="NAME", help="a torch device (default: the first GPU, or the CPU)"
     )
-    where.add_argument("--seed", metavar="N", type=int, default=0)
+    where.add_argument("--seed", metavar="N", type=int, default=0, help="(default: %(default)s)")
     return top
 
 
@@ -104,14 +129,16 @@ def share(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """``1.5B``, ``100M``, ``20k`` or ``12345`` as a whole number."""
-    scales = {"k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-    scale = scales.get(text[-1:], 1)
+    """``1.5G``, ``100M``, ``20k``, ``2GiB`` or ``12345`` as a whole number; G and B are 10**9."""
+    scales = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+    scales |= {f"{letter}B": scales[letter] for letter in "kMG"} | {"KB": 10**3}
+    scales |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    digits, scale = re.fullmatch(r"(.*?)\s*([A-Za-z]*)", text, re.DOTALL).groups()  # type: ignore
     try:
-        return round(float(text if scale == 1 else text[:-1]) * scale)
-    except (ValueError, OverflowError):
+        return round(float(digits) * scales[scale])
+    except (KeyError, ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
-            f"must be a number, 12345, 100M or 1.5B, got {text!r}"
+            f"must be a number, 12345, 20k, 100M, 1.5G or 2GiB, got {text!r}"
         ) from None
 
 
@@ -155,6 +182,25 @@ def order_of(given: argparse.Namespace) -> orders.Order:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command: 0 if all went well, whatever the judgement; 1 with one line if not."""
     given = parser().parse_args(words)
+    with ended_like_ctrl_c():
+        return _done(given)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM, which ends a job on a cluster, stops what runs inside as Ctrl-C does."""
+    before = signal.getsignal(signal.SIGTERM)
+    is_ours = threading.current_thread() is threading.main_thread() and before is signal.SIG_DFL
+    if is_ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _done(given: argparse.Namespace) -> int:
     try:
         from pruning_utils.shrinking import whole  # importing it takes seconds
 
@@ -162,6 +208,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError("--out must name a new folder, or --plan be given")
         order = order_of(given)
         if given.plan:
+            if given.out:
+                whole.free_folder(given.out)
             plan = whole.planned(order)
             print(whole.plan_text(order, plan))
             if plan["healing_bytes"]:

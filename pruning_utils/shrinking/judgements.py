@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,8 @@ AT_ONCE = 16  # documents that are continued in one batch
 PROMPT = "Which animals live in the sea?"
 N_GENERATED = 32  # tokens after it
 TIMED = {"prompt_tokens": 32, "new_tokens": 16, "repeats": 5}  # of a text alone; or what fits
+logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def check_limits(limits: Limits) -> None:
@@ -187,27 +189,11 @@ def repetitions(
 
     with (
         torch.no_grad(),
-        greedily(model),
+        passes.greedily(model),
         tqdm(total=len(prompts), desc="continuing", leave=False) as progress,
     ):
         parts = memory.BatchSize(AT_ONCE).run(continued, len(prompts), progress)
     return [repeated_share(row) for row in torch.cat(parts).tolist()]
-
-
-@contextlib.contextmanager
-def greedily(model: nn.Module) -> Iterator[None]:
-    """Let a model write its likeliest tokens, whatever its own settings of generation say.
-
-    They may hold a penalty for what is repeated, or beams, which would hide that it falls into
-    loops.
-    """
-    from transformers import GenerationConfig
-
-    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
-    own = model.generation_config
-    plain = GenerationConfig(do_sample=False, **{name: getattr(own, name, None) for name in ends})
-    with passes.replaced(model, "generation_config", plain):
-        yield
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
@@ -243,7 +229,7 @@ def answer(
     n_tokens = min(n_tokens, tokenizer.model_max_length - ids.shape[1])
     if n_tokens < 1:
         return ""
-    with torch.no_grad(), greedily(model):
+    with torch.no_grad(), passes.greedily(model):
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -267,10 +253,15 @@ def asked_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, n_embeddings: int
     """
     if tokenizer.chat_template:
         asked = [{"role": "user", "content": prompt}]
-        with contextlib.suppress(Exception):  # each template fails in its own way
+        try:
             ids = tokenizer.apply_chat_template(
                 asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # a template is a program, and fails in as many ways
+            logger.info("the chat template fails, so the question is a plain text: %s", error)
+        else:
             if ids.numel() and int(ids.max()) < n_embeddings:
                 return ids
     return tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -204,7 +204,10 @@ def _rounded_up(size: float) -> str:
 
 def _said(goal: Goal) -> str:
     given = {name: value for name, value in vars(goal).items() if value is not None}
-    return ", ".join(f"{name} {value:,}" for name, value in given.items())
+    return ", ".join(
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:g}"
+        for name, value in given.items()
+    )
 
 
 def candidates(

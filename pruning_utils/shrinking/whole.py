@@ -30,7 +30,6 @@ from pruning_utils import (
     embedded,
     evaluation,
     healing,
-    instructions,
     models,
     release,
     runtime,
@@ -43,7 +42,12 @@ from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking import judgements, plans, reports
 from pruning_utils.shrinking.orders import METHODS, NO_HEALING, RULES, Order, work_folder
 from pruning_utils.shrinking.plans import Candidate
-from pruning_utils.studies.study import fresh_processes, text_identity, without_layers
+from pruning_utils.studies.study import (
+    FreshProcesses,
+    text_identity,
+    training_windows,
+    without_layers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,13 +151,34 @@ def shrink(order: Order, out: str | os.PathLike) -> dict:
         RuntimeError: If another process makes the same folder, or the saved model is not the one in
             memory.
     """
-    return _produced(order, out, _publish)
+    check_order(order)
+    target = Path(os.path.realpath(out))
+    record = _finished(order, target)
+    if record is None:
+        return _produced(order, out, _publish)
+    shutil.rmtree(work_folder(target), ignore_errors=True)  # of a run that was killed at its end
+    judgement = judgements.judged(
+        record["results"]["unpruned"], record["results"]["smaller"], order.limits
+    )
+    word = judgements.overall(judgement["judgement"].tolist())
+    _say(f"{target} was made before: {word} ({judgements.limits_text(order.limits)})")
+    return {"plan": record["plan"], "judgement": judgement, "word": word}
+
+
+def _finished(order: Order, target: Path) -> dict | None:
+    """The record of a folder that holds what is asked for, else None."""
+    try:
+        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
+        is_whole = record["order"] == record_of(order) and {"plan", "results"} <= record.keys()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return record if is_whole else None
 
 
 def _produced(order: Order, out: str | os.PathLike, publish: Callable[..., None]) -> dict:
     """What :func:`shrink` does; ``publish`` writes what stands beside the weights."""
     check_order(order)
-    target = _free_folder(out)
+    target = free_folder(out)
     # Loaded once for plan and cut, if at all, and let go before others load it to measure.
     loaded = functools.cache(functools.partial(_loaded, order))
     with _workplace(target, order) as work:
@@ -237,8 +262,7 @@ def _plan_rows(plan: dict) -> pd.DataFrame:
             row = {"model": name, "rule": found["rule"], "layers": layers, "loss": found["loss"]}
             sizes = (plan["parameters"][place], plan["bytes"][place]) if place < 2 else ()
             rows.append(row | dict(zip(("parameters", "bytes"), sizes, strict=False)))
-    # A plan that an earlier version began has none.
-    rows[0]["validation_loss"] = plan.get("unpruned_validation_loss")
+    rows[0]["validation_loss"] = plan["unpruned_validation_loss"]
     return pd.DataFrame(rows)
 
 
@@ -257,7 +281,7 @@ def _say(text: str) -> None:
 # --- the folder beside ----------------------------------------------------------------------------
 
 
-def _free_folder(out: str | os.PathLike) -> Path:
+def free_folder(out: str | os.PathLike) -> Path:
     """The folder that is asked for, if it is new or empty, and can be put in its place at the end.
 
     What is finished lies beside it until then, so both must be of one volume.
@@ -337,10 +361,14 @@ def _refuse_another_order(work: _Work, asked: dict) -> None:
     if not work.is_planned():
         work.keep("order", asked)
     before = work.once("order", lambda: asked)
-    differing = sorted(name for name in asked if asked[name] != before.get(name))
+    differing = [
+        f"{name}: {before.get(name)!r} there, {asked[name]!r} asked"
+        for name in sorted(asked)
+        if asked[name] != before.get(name)
+    ]
     if differing:
         raise ValueError(
-            f"{work.folder} was begun with other values of {', '.join(differing)}: ask for the "
+            f"{work.folder} was begun with other values ({'; '.join(differing)}): ask for the "
             "same, remove it, or choose another --out"
         )
 
@@ -376,8 +404,11 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         _healing_windows(order, tokenizer, seq_len, 1)  # refuses a text that is not there
         _refuse_too_little_text(order, tokenizer, seq_len, max(order.steps or 0, N_PROBED))
     _say("planning: one scan, and the loss without each set of layers")
+    # A goal without a time is refused before anything is timed.
+    needs_times = order.goal.max_ms_per_token is not None
+    n_dropped = 0 if needs_times else plans.layers_to_go(model, order.goal)
     times = plans.token_times(model)
-    n_dropped = plans.layers_to_go(model, order.goal, times)
+    n_dropped = n_dropped or plans.layers_to_go(model, order.goal, times)
     windows = data.calibration_windows(tokenizer, N_CHOSEN_ON, seq_len, seed=order.seed)
     choice = plans.choose(model, windows, n_dropped, order.rule)
     pruned = without_layers(model, choice.chosen.layers)
@@ -506,11 +537,8 @@ def _recipe(order: Order, steps: int, n_layers: int) -> dict[str, Any]:
 def _healing_windows(
     order: Order, tokenizer: PreTrainedTokenizerBase, seq_len: int, steps: int
 ) -> torch.Tensor:
-    given = (tokenizer, steps * BATCH_SIZE, seq_len)
-    source = order.healing_text
-    if source is not None and instructions.is_source(source):
-        return instructions.instruction_windows(*given, source=source, seed=order.seed)
-    return data.healing_windows(*given, source=source, seed=order.seed)
+    count = steps * BATCH_SIZE
+    return training_windows(tokenizer, count, seq_len, source=order.healing_text, seed=order.seed)
 
 
 def _evaluation_windows(
@@ -598,7 +626,7 @@ def _made(
 
 
 def _measured(order: Order, model: str, revision: str | None) -> dict:
-    with fresh_processes() as processes:
+    with FreshProcesses() as processes:
         return processes.submit(
             judgements.measure,
             model,

@@ -19,9 +19,9 @@ import pandas as pd
 
 from pruning_utils import data, efficiency, evaluation, healing, models, runtime, surgery
 from pruning_utils.engine.later import nn, torch
-from pruning_utils.studies.recipes import Recipe, Stage
+from pruning_utils.studies.recipes import Recipe, Stage, unties_head
 from pruning_utils.studies.shapes import shaped
-from pruning_utils.studies.study import PRECISIONS, fresh_processes, point_table
+from pruning_utils.studies.study import PRECISIONS, FreshProcesses, point_table
 
 
 def measure_speed(
@@ -76,7 +76,7 @@ def measure_memory(
         new_tokens: Tokens that are generated.
         own_process: False does both here, which shows that it works and measures nothing.
     """
-    alone = fresh_processes() if own_process else ThreadPoolExecutor(1)
+    alone = FreshProcesses() if own_process else ThreadPoolExecutor(1)
     with tempfile.TemporaryDirectory() as folder, alone:
         shape = (point["layers"], point["width"])
         alone.submit(_write, folder, model, revision, dtype, *shape).result()
@@ -235,7 +235,7 @@ def as_stored(network: nn.Module, recipe: str) -> nn.Module:
     """The model with the head that a recipe leaves, in place: its own where it is untied."""
     for stage in Recipe.parse(recipe).stages:
         settings = stage.settings
-        if settings["method"] == "last_layers" and settings.get("untie", True):
+        if unties_head(settings):
             models.untie_head(network)
     return network
 

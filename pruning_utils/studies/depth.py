@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from pruning_utils import efficiency, embedded, evaluation, evidence, models
+from pruning_utils import efficiency, embedded, evaluation, evidence, models, selection
 from pruning_utils.studies.recipes import Cut, Point, Recipe, Stage
 from pruning_utils.studies.study import loaded
 
@@ -85,12 +84,11 @@ def layers_in(share: float, n_layers: int) -> int:
     Raises:
         ValueError: For another share, or one that would leave no layer.
     """
-    number = max(1, math.floor(share * n_layers + 0.5)) if 0 < share < 1 else n_layers
-    if number >= n_layers:
-        raise ValueError(
-            f"a share must lie in (0, 1) and leave one of {n_layers} layers, got {share!r}"
-        )
-    return number
+    if n_layers > 1 and 0 < share < 1 and round(share * n_layers, 9) < n_layers - 0.5:
+        return max(1, selection.count_for_fraction(n_layers, share))
+    raise ValueError(
+        f"a share must lie in (0, 1) and leave one of {n_layers} layers, got {share!r}"
+    )
 
 
 def numbers_in(shares: Sequence[float], n_layers: int) -> list[int]:
@@ -278,7 +276,16 @@ def task_floors(alone: pd.DataFrame, asked: Sequence[str]) -> dict[str, float]:
     Returns:
         The larger one of a guess, one over the number of choices, and the accuracy of the answers
         alone, in [0, 1].
+
+    Raises:
+        ValueError: If the guess of a task is not in :data:`evaluation.GUESSES`.
     """
+    unknown = [task for task in asked if task not in evaluation.GUESSES]
+    if unknown:
+        raise ValueError(
+            f"tasks must have a known guess, as {', '.join(evaluation.GUESSES)} have, got "
+            f"{unknown[0]!r}"
+        )
     found = right_answers(alone).groupby(alone["dataset"]).mean()
     return {task: max(float(found.get(task, 0)), evaluation.GUESSES[task]) for task in asked}
 

@@ -228,6 +228,15 @@ def layer_text(numbers: Iterable[int]) -> str:
     return " ".join(map(str, numbers))
 
 
+def unties_head(settings: Mapping[str, Any]) -> bool:
+    """Whether a training gives a tied head weights of its own.
+
+    Args:
+        settings: Arguments of :func:`healing.heal`, ``method`` among them.
+    """
+    return settings["method"] == "last_layers" and settings.get("untie", True)
+
+
 def layer_numbers(text: str) -> tuple[int, ...]:
     """The numbers of a text such as ``"4 7 11"``."""
     return tuple(map(int, text.split()))

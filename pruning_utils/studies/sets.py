@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pruning_utils import selection
+from pruning_utils.engine import variances
 from pruning_utils.studies.recipes import layer_text
 from pruning_utils.studies.scores import BLOCKS
 
@@ -142,9 +143,6 @@ def sample_sets(scores: pd.DataFrame, n_dropped: int) -> pd.DataFrame:
 def rank_agreement(means: np.ndarray) -> np.ndarray:
     """Spearman's correlation between the two rows of ``means``, shape ``(..., 2, n)``.
 
-    n is at least 2, the result from -1 to 1. Of equal values the first ranks lower.
+    n is at least 2, the result from -1 to 1.
     """
-    ranks = np.asarray(means).argsort(-1).argsort(-1)
-    n = ranks.shape[-1]
-    squares = ((ranks[..., 0, :] - ranks[..., 1, :]) ** 2).sum(-1)
-    return 1 - 6 * squares / (n * (n**2 - 1))
+    return variances.rank_correlation(means[..., 0, :], means[..., 1, :])

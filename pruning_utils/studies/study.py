@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,7 +42,7 @@ from pruning_utils import (
 )
 from pruning_utils.engine import passes, records, wrappers
 from pruning_utils.engine.later import nn, safetensors_torch, torch
-from pruning_utils.studies.recipes import Cut, Point, Stage, layer_text
+from pruning_utils.studies.recipes import Cut, Point, Stage, layer_text, unties_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +54,7 @@ PRECISIONS = ("bfloat16", "int8", "nf4")  # of stored weights; the study's dtype
 COLUMNS = ("start", "dataset", "item", "correct", "correct_norm", "p_right", "nll")
 N_VALIDATION = 16  # windows that training is watched on
 REMOVED = "removed.json"  # which layers went in rounds
+logger = logging.getLogger(__name__)
 # What chooses channels and heads, and the layers of a round, is scored on this much text.
 CALIBRATION = {"n_samples": 10, "seq_len": 128}
 # What decides which model a training leaves: what other code of these trained is not used again.
@@ -197,7 +201,7 @@ class Study:
         is a window of a text (``nll``: nats per token), a question of a task (scores as there), or
         a loss while training (dataset ``healing train`` or ``healing eval``, item: tokens).
         """
-        asked = Point.parse(point)
+        asked = self._asked(point)
         found = self.model_of(asked)
         current = found.model
         rows = [] if found.history is None else training_rows(found.history)
@@ -215,7 +219,7 @@ class Study:
 
         Layers are 0-based as in the unpruned model, rounds count from 1.
         """
-        asked = Point.parse(point)
+        asked = self._asked(point)
         known = self._rounds_folder(asked) / REMOVED
         if known.is_file():
             removed = json.loads(known.read_text())
@@ -323,6 +327,12 @@ class Study:
         )
         return similarity.measure_similarity(network, windows).angular_distance
 
+    def _asked(self, point: dict) -> Point:
+        """A point as it is asked for; it need not be among those that the study began with."""
+        asked = Point.parse(point)
+        self._check(asked, self.network)
+        return asked
+
     def _check(self, point: Point, network: nn.Module) -> None:
         check_cut(point.cut, network)
         if point.cut.rule == "similarity" and self.n_calibration is None:
@@ -360,11 +370,7 @@ class Study:
     def _training_windows(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> torch.Tensor:
         count = self.healing_settings["steps"] * self.healing_settings["batch_size"]
         source = self.healing_source
-        if source is not None and instructions.is_source(source):
-            return instructions.instruction_windows(
-                tokenizer, count, self.seq_len, source=source, seed=seed
-            )
-        return data.healing_windows(tokenizer, count, self.seq_len, source=source, seed=seed)
+        return training_windows(tokenizer, count, self.seq_len, source=source, seed=seed)
 
     def _validation_windows(self) -> torch.Tensor:
         return data.evaluation_windows(
@@ -569,12 +575,12 @@ def narrowed(
             any, what has the largest weights.
     """
     channels, heads = size
-    if windows is None:
-        return width.prune_width(
-            model, intermediate_size=channels, n_kv_heads=heads, criterion="magnitude"
-        )
     return width.prune_width(
-        model, intermediate_size=channels, n_kv_heads=heads, criterion="taylor", input_ids=windows
+        model,
+        intermediate_size=channels,
+        n_kv_heads=heads,
+        criterion="magnitude" if windows is None else "taylor",
+        input_ids=windows,
     )
 
 
@@ -618,6 +624,26 @@ def check_cut(cut: Cut, network: nn.Module) -> None:
 # --- training -------------------------------------------------------------------------------------
 
 
+def training_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    n_samples: int,
+    seq_len: int,
+    *,
+    source: str | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Windows to train on, of chats or of texts, by what the source is.
+
+    Arguments, result and errors are those of :func:`instructions.instruction_windows` where the
+    source is one of its own, and else of :func:`data.healing_windows`.
+    """
+    if source is not None and instructions.is_source(source):
+        return instructions.instruction_windows(
+            tokenizer, n_samples, seq_len, source=source, seed=seed
+        )
+    return data.healing_windows(tokenizer, n_samples, seq_len, source=source, seed=seed)
+
+
 def check_training(network: nn.Module, settings: dict, n_layers: int) -> None:
     """Refuse settings of training that a model with ``n_layers`` left does not allow."""
     settings = healing.check_settings(network, settings)
@@ -625,9 +651,6 @@ def check_training(network: nn.Module, settings: dict, n_layers: int) -> None:
         raise ValueError(
             f"last_k must be at most {n_layers}, the layers that are left, got {settings['last_k']}"
         )
-    for name in ("untie", "train_norm"):
-        if not isinstance(settings[name], bool):
-            raise ValueError(f"{name} must be true or false, got {settings[name]!r}")
 
 
 def check_rounds(point: Point, steps: int) -> None:
@@ -665,13 +688,18 @@ def healed_once(
         settings: Keywords of :func:`healing.heal`.
         folder: Of this training alone.
     """
-    weights = folder / "model.safetensors"
-    losses = folder / "history.csv"
+    from pruning_utils.engine import trainer  # importing it takes seconds
+
+    kept = folder / "kept"
+    weights, losses = kept / "model.safetensors", kept / "history.csv"
     training = folder / "training"
     with records.locked(folder):
-        if weights.is_file():
+        if kept.is_dir() and not trainer.is_whole(kept):
+            logger.warning("the trained weights in %s are damaged; training them again", kept)
+            shutil.rmtree(kept)
+        if kept.is_dir():
             healed = wrappers.copied(model)
-            if settings["method"] == "last_layers" and settings.get("untie", True):
+            if unties_head(settings):
                 models.untie_head(healed)
             # What is not there is as it was.
             healed.load_state_dict(safetensors_torch.load_file(weights), strict=False)
@@ -686,11 +714,10 @@ def healed_once(
             **settings,
         )
         if settings["method"] not in healing.ADAPTERS:
-            with runtime.atomic_path(losses) as temporary:
-                found.history.to_csv(temporary, index=False)
-            # Last, so that what is there is whole.
-            with runtime.atomic_path(weights) as temporary:
-                safetensors_torch.save_file(changed_weights(found.model, model), temporary)
+            kept.mkdir()
+            found.history.to_csv(losses, index=False)
+            safetensors_torch.save_file(changed_weights(found.model, model), weights)
+            trainer.seal(kept)
             shutil.rmtree(training)
         return found.model, found.history
 
@@ -875,14 +902,15 @@ def point_table(
     if reads_text:
         identities["data"] = data.identity()
     path = table_path(profile, notebook, model, table)
-    found = results.sweep(
-        points,
-        functools.partial(compute, model=model, revision=revision, **settings),
-        path=path,
-        parameters={**identities, **settings, **(recorded or {})},
-        executor=fresh_processes() if own_process else None,
-        recompute=recompute,
-    )
+    with contextlib.ExitStack() as undo:
+        found = results.sweep(
+            points,
+            functools.partial(compute, model=model, revision=revision, **settings),
+            path=path,
+            parameters={**identities, **settings, **(recorded or {})},
+            executor=undo.enter_context(FreshProcesses()) if own_process else None,
+            recompute=recompute,
+        )
     return found, path
 
 
@@ -926,8 +954,31 @@ def joined(tables: Mapping[str, tuple[pd.DataFrame, Path]]) -> tuple[pd.DataFram
     return table, [path for _, path in tables.values()]
 
 
-def fresh_processes() -> Executor:
-    """One process for each point of a sweep, one after the other."""
-    return ProcessPoolExecutor(
-        max_workers=1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    )
+class FreshProcesses(ProcessPoolExecutor):
+    """One process for each point of a sweep, one after the other.
+
+    As a context manager it ends what still runs where the block ends by an exception.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            max_workers=1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+        )
+        self._others = {*multiprocessing.active_children()}
+
+    def submit(self, *given: Any, **named: Any) -> Future:
+        """As of any executor. Ctrl-C is this process's to handle, not that of the new one."""
+        if threading.current_thread() is not threading.main_thread():
+            return super().submit(*given, **named)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return super().submit(*given, **named)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:
+        """Wait for what runs, or end it."""
+        if kind is not None:
+            for child in {*multiprocessing.active_children()} - self._others:
+                child.terminate()
+        return super().__exit__(kind, *rest)

@@ -269,12 +269,11 @@ def continue_text(
 ) -> str:
     """Greedy continuation of a prompt by ``n_tokens`` tokens, on one line, without the prompt."""
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
-    with torch.no_grad():
+    with torch.no_grad(), passes.greedily(model):
         output = model.generate(
             **encoded,
             max_new_tokens=n_tokens,
             min_new_tokens=n_tokens,
-            do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
     new_tokens = output[0, encoded["input_ids"].shape[1] :]
