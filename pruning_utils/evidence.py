@@ -200,7 +200,7 @@ def _checked_values(
     if strata is None:
         return table, np.zeros(len(table), dtype=int)
     labels = np.asarray(strata)
-    if pd.isna(labels).any():
+    if pd.isna(np.asarray(strata, dtype=object)).any():
         raise ValueError("strata must have a label for each item, got a missing one")
     if labels.shape != (len(table),):
         raise ValueError(f"{len(table)} items need a stratum each, got shape {labels.shape}")
@@ -723,6 +723,8 @@ def judge(
         raise ValueError(f"claimed must be one of {CLAIMS}, got {claimed!r}")
     if (levels or unpruned is not None) and floor is None:
         raise ValueError("levels are compared with a floor: floor must be given, got None")
+    if floor is not None:
+        floor = number("floor", floor, "a number", math.isfinite)
     higher_is_better = true_or_false("higher_is_better", higher_is_better)
     if isinstance(found, (Interval, FactorInterval)):
         ends = {"value": found.value, "low": found.low, "high": found.high}

@@ -155,7 +155,8 @@ def sweep(
 
     A run that is killed at any moment goes on where it was. Saved points lie in
     ``<table>.points/`` until the table is written. A saved point counts only while the code that it
-    was computed with is unchanged, as :mod:`pruning_utils.engine.definitions` tells.
+    was computed with is unchanged, as :mod:`pruning_utils.engine.definitions` tells. Of code
+    outside the package nothing is known: after changing such a function, pass ``recompute``.
 
     Points may be added to a finished sweep later. Only the new ones are computed; the others are
     kept as the table holds them, to six digits.

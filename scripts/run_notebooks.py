@@ -333,7 +333,8 @@ def main(words: list[str] | None = None, *, signals: bool = False) -> int:
     except running.Stopped as stop:
         where = " in " + ", ".join(stop.names) if stop.names else ""
         stopped = f"stopped{where}; {after_stop(options, kept)}"
-        print("\n".join([*stop.failures, stopped]), file=sys.stderr)
+        # Behind what a progress bar has left on its line.
+        print("", *stop.failures, stopped, sep="\n", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
         print(f"stopped; {after_stop(options, kept)}", file=sys.stderr)

@@ -1586,7 +1586,7 @@ def test_a_signal_stops_the_kernels_and_says_how_to_go_on(
     )
     assert (code, error.replace("progress\n", "")) == (
         130,
-        f"stopped in 01_second; {says}\n".replace("OUT", str(out)),
+        f"\nstopped in 01_second; {says}\n".replace("OUT", str(out)),
     )
     assert "00_first ... " in said and "Traceback" not in said
     for pid in pids.read_text().split():
