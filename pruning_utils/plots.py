@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from pruning_utils import evidence, runtime
 from pruning_utils.engine import records
+from pruning_utils.engine.checks import need_columns
 from pruning_utils.engine.reader_names import NAMES
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
@@ -115,14 +116,6 @@ def in_points(axis: Axis) -> None:
     axis.set_major_formatter(lambda share, _: f"{100 * share:g}".replace("-", "\N{MINUS SIGN}"))
 
 
-def need_columns(table: pd.DataFrame, *columns: str) -> None:
-    """Raise a ValueError for a table without rows or without one of the columns."""
-    missing = [column for column in columns if column not in table]
-    if missing or table.empty:
-        fault = f"missing: {', '.join(missing)}" if missing else "it is empty"
-        raise ValueError(f"the table needs rows and the columns {', '.join(columns)}; {fault}")
-
-
 def _by_model(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of each model by its name, in the order of the table; "" where none is named."""
     if "model" not in table:
@@ -201,9 +194,15 @@ def distance_curves(
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: If the table lacks rows, a column, or one of the sizes.
     """
     need_columns(table, "start", "block_size", value)
-    sizes = sorted(table["block_size"].unique()) if block_sizes is None else list(block_sizes)
+    known = sorted(table["block_size"].unique().tolist())
+    sizes = known if block_sizes is None else list(block_sizes)
+    if not sizes or {*sizes} - {*known}:
+        raise ValueError(f"block_sizes must be among those of the table, {known}, got {sizes}")
     by_model = _by_model(table)
     figure, axes = new_figure(WIDE, 2.8, len(by_model), sharey=True)
     scale = matplotlib.cm.ScalarMappable(

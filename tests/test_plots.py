@@ -515,7 +515,7 @@ def test_levels_and_differences_of_a_row_stand_at_one_height():
     healed, pruned, guess = left.lines
     assert healed.get_xydata().tolist() == [[4, 0.12], [5, -1], [6, -2]]
     assert pruned.get_xydata().tolist() == [[19, -0.12]], "two of one row stand apart"
-    assert guess.get_xdata() == [10.8, 10.8] and guess.get_linestyle() == "--"
+    assert guess.get_xdata() == [10.8, 10.8] and guess.get_linestyle() == "-."
     assert right.lines[-1].get_xydata().tolist() == [[-2, 0], [9, -1]]
     thin, thick = (
         [segment[:, 0].tolist() for segment in bars.get_segments()] for bars in right.collections
@@ -683,3 +683,11 @@ def test_levels_of_ones_own_are_drawn_and_layers_that_are_none_refused(curves):
     assert "mine" in [text.get_text() for text in figure.legends[0].get_texts()]
     with pytest.raises(ValueError, match="each layer of a must be .* from 0 to 7, got 9"):
         depth_plots.removed_layers({"a": [1, 9]}, n_layers=8)
+
+
+def test_sizes_that_no_block_has_and_what_is_no_table_are_refused(blocks):
+    for sizes in ([2, 80], []):
+        with pytest.raises(ValueError, match="block_sizes must be among those of the table"):
+            plots.distance_curves(blocks, block_sizes=sizes)
+    with pytest.raises(ValueError, match="the table must be a DataFrame, got dict"):
+        plots.distance_curves({"start": [0]})

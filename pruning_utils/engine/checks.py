@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -179,3 +180,13 @@ def plain_value(name: str, value: object) -> object:
             f"got {value!r}"
         )
     return value
+
+
+def need_columns(table: Any, *columns: str) -> None:
+    """Raise a ValueError for what is no DataFrame, or one without rows or one of the columns."""
+    if not hasattr(table, "columns"):
+        raise ValueError(f"the table must be a DataFrame, got {type(table).__name__}")
+    missing = [column for column in columns if column not in table]
+    if missing or table.empty:
+        fault = f"missing: {', '.join(missing)}" if missing else "it is empty"
+        raise ValueError(f"the table needs rows and the columns {', '.join(columns)}; {fault}")
