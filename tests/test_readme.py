@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from PIL import Image
 
 from pruning_utils.engine import verdict_rows
@@ -70,6 +71,8 @@ def verdict(model: str, claim: str, part: str, word: str, value: float, **more) 
     row |= {"model": model, "claim": claim, "part": part, "verdict": word, "value": value}
     row |= {"low": value - 1, "high": value + 1, "measure": "loss", "depth": "8 of 30 layers"}
     row["data"] = "XSum"
+    if word == "not testable here":
+        row["reason"] = "0.1 tokens per parameter are less than a tenth of the paper's 2"
     return row | {"notebook": "04_simple"} | more
 
 
@@ -81,12 +84,13 @@ def test_a_section_counts_and_lists_the_verdicts_of_each_model():
         verdict("smollm2-135m", "C1", "best", "holds", 3.0, notebook="09_seven"),
     ]
     lines = claims.section(pd.DataFrame(rows), CLAIMS).replace("\u00a0", " ").split("\n")
-    assert lines[:2] == [
+    assert lines[:3] == [
         "SmolLM2-135M: of 3 parts of claims, 2 hold and 1 does not hold.",
         "Gemma 3 270M: of 1 part of claims, 1 is not testable here.",
+        "Not testable on Gemma 3 270M: healing was too short in 1.",
     ]
-    assert lines[3].startswith("### Gromov et al.") and lines[12].startswith("### Lu et al.")
-    assert lines[5:9] == [
+    assert lines[4].startswith("### Gromov et al.") and lines[13].startswith("### Lu et al.")
+    assert lines[6:10] == [
         "| claim | part | SmolLM2-135M | Gemma 3 270M |",
         "| --- | --- | --- | --- |",
         "| A5, [04](notebooks/04_simple.ipynb) | equal<br>*loss, XSum* "
@@ -95,8 +99,8 @@ def test_a_section_counts_and_lists_the_verdicts_of_each_model():
         "| A5, [04](notebooks/04_simple.ipynb) | poor<br>*accuracy, XSum* "
         "| **holds**<br>25 points<br>(\u221275 to 125)<br>8 of 30 layers | not asked |",
     ]
-    assert lines[9] == "" and lines[10].startswith("- A5: ")
-    assert lines[14] == "| claim | part | SmolLM2-135M |"
+    assert lines[10] == "" and lines[11].startswith("- A5: ")
+    assert lines[15] == "| claim | part | SmolLM2-135M |"
 
 
 def test_parts_that_no_model_can_test_are_counted():
@@ -112,6 +116,13 @@ def test_parts_that_no_model_can_test_are_counted():
     text = claims.section(pd.DataFrame(rows), CLAIMS)
     assert text.count(",\u00a0[04]") == 1 and "| unhealed<br>" in text
     assert "\n\nParts that are not testable here: 2 of A5 and 1 of A6. The notebooks say" in text
+    rows[0]["reason"] = "a level is not surely above the floor"
+    text = claims.section(pd.DataFrame(rows), CLAIMS)
+    told = "healing was too short in 2 and a level is not surely above its floor in 1."
+    assert f"\nNot testable on SmolLM2-135M: {told}\n" in text
+    rows[0]["reason"] = "of no kind"
+    with pytest.raises(ValueError, match="a reason is none of"):
+        claims.section(pd.DataFrame(rows), CLAIMS)
 
 
 def test_parts_that_were_asked_again_after_longer_healing_have_a_section():
