@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pruning_utils.engine.checks import whole_number
-from pruning_utils.engine.reader_names import LEVEL_LINES
+from pruning_utils.engine.reader_names import LEVEL_LINES, style_of
 from pruning_utils.plots import (
     ENTITIES,
     NAMES,
@@ -30,11 +30,6 @@ from pruning_utils.plots import (
 def look_of(entity: str) -> tuple[str, str]:
     """Colour and marker of an entity; the same for all that have none of their own."""
     return ENTITIES.get(entity, ("#56B4E9", "v"))
-
-
-def style_of(level: str) -> Any:
-    """Line style of a level that is no curve; one for all that have none of their own."""
-    return LEVEL_LINES.get(level, (0, (4, 1, 1, 1, 1, 1)))
 
 
 def with_ends(

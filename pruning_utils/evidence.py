@@ -397,8 +397,8 @@ def rank_correlation_interval(correlation: float, n: int) -> Interval:
     number("correlation", correlation, "in [-1, 1]", lambda value: -1 <= value <= 1)
     whole_number("n", n, 4)
     half = stats.norm.ppf(0.975) * math.sqrt(1.06 / (n - 3))
-    # Of 1 there is no inverse; the value lies within its interval all the same.
-    middle = np.arctanh(correlation if abs(correlation) < 1 else 0.999 * correlation)
+    # Of 1 there is no inverse: from 0.999 on the end towards 0 stays where it is.
+    middle = np.arctanh(np.clip(correlation, -0.999, 0.999))
     low, high = float(np.tanh(middle - half)), float(np.tanh(middle + half))
     return Interval(correlation, min(low, correlation), max(high, correlation))
 

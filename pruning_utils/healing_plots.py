@@ -11,12 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pruning_utils.depth_plots import look_of
-from pruning_utils.engine.reader_names import LEVEL_LINES
+from pruning_utils.engine.reader_names import style_of
 from pruning_utils.plots import WIDE, need_columns, new_figure
 
 # --- levels beside differences, ranks, rates, trainings -------------------------------------------
 
-# Line style of each level that is no measurement of a row.
 SECOND = "0.6"  # grey of what is not spoken of
 
 
@@ -70,7 +69,7 @@ def levels_beside_differences(
         lines = references[references["panel"] == panel]
         for name, level in zip(lines["name"], lines["value"], strict=True):
             handles[name] = left.axvline(
-                level, color="0.35", linestyle=LEVEL_LINES[name], linewidth=0.7, zorder=0
+                level, color="0.35", linestyle=style_of(name), linewidth=0.7, zorder=0
             )
         own_margin = margin[panel] if isinstance(margin, Mapping) else margin
         _draw_differences(right, compared, places, own_margin, difference_limits)
@@ -329,7 +328,7 @@ def training_runs(table: pd.DataFrame, *, references: Mapping[str, float]) -> Fi
         for name, level in references.items():
             if shown["loss"].min() <= level <= shown["loss"].max():
                 handles[name] = axis.axhline(
-                    level, color="0.35", linestyle=LEVEL_LINES[name], linewidth=0.7, zorder=0
+                    level, color="0.35", linestyle=style_of(name), linewidth=0.7, zorder=0
                 )
         axis.set(title=panel)
     axes[0].set(ylabel="validation loss (nats per token)")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
 from pruning_utils.depth_plots import look_of
-from pruning_utils.engine.reader_names import LEVEL_LINES
+from pruning_utils.engine.reader_names import LEVEL_LINES, style_of
 from pruning_utils.plots import WIDE, need_columns, new_figure
 
 # --- levels beside differences --------------------------------------------------------------------
@@ -24,7 +24,6 @@ MEASURES = {
     "loss": (1, "loss (nats per token)", "nats per token"),
 }
 ARROW = r"$\uparrow$"  # stands for a level beyond the upper edge
-# Line style of each level that is no choice.
 CRITERIA = {
     "magnitude": "Magnitude",
     "magnitude+": "Magnitude+",
@@ -120,7 +119,7 @@ def _draw_levels(
         _draw_series(axis, rows, factor, tops[-1], handles)
         for name, value in zip(here["name"], factor * here["value"], strict=True):
             handles[name] = axis.axhline(
-                value, color="0.35", linestyle=LEVEL_LINES[name], linewidth=0.7, zorder=0
+                value, color="0.35", linestyle=style_of(name), linewidth=0.7, zorder=0
             )
         axis.set(title=panel, xlabel=rows["label"].iloc[0], ylabel=unit)
         if place and measure == measures[-1]:

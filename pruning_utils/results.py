@@ -109,9 +109,9 @@ def load_or_compute(
 ) -> pd.DataFrame:
     """Read a table, or compute and keep it.
 
-    Floats are kept to six digits. Columns named ``...seconds``, ``...per_second`` or
-    ``...peak_bytes`` differ from run to run and go to ``<table>.measured.csv``; they come back
-    joined where that file exists.
+    Floats are kept to six digits, whole ones as they are. Columns named ``...seconds``,
+    ``...per_second`` or ``...peak_bytes`` differ from run to run and go to
+    ``<table>.measured.csv``; they come back joined where that file exists.
 
     Args:
         path: The table's file, from :func:`table_path`.
@@ -159,7 +159,7 @@ def sweep(
     outside the package nothing is known: after changing such a function, pass ``recompute``.
 
     Points may be added to a finished sweep later. Only the new ones are computed; the others are
-    kept as the table holds them, to six digits.
+    kept as the table holds them, to six digits but for whole numbers.
 
     With the environment variable PRUNING_UTILS_PROVE set, a table that other code computed is
     stamped as today's where the first and the last of its points, computed again, have equal rows;

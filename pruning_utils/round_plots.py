@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pruning_utils.depth_plots import look_of
-from pruning_utils.engine.reader_names import LEVEL_LINES
+from pruning_utils.engine.reader_names import style_of
 from pruning_utils.plots import WIDE, colour_of, need_columns, new_figure
 
 # --- levels and differences, names down the side --------------------------------------------------
@@ -102,7 +102,7 @@ def _draw_references(axis: Axes, lines: pd.DataFrame, margin: float | None, hand
         axis.axvline(0, color="0.35", linewidth=0.7, zorder=0.5)
     for line in lines.itertuples():
         handles[line.name] = axis.axvline(
-            line.value, color="0.35", linestyle=LEVEL_LINES[line.name], linewidth=0.8, zorder=0.5
+            line.value, color="0.35", linestyle=style_of(line.name), linewidth=0.8, zorder=0.5
         )
 
 
@@ -230,7 +230,7 @@ def drawn_sets(
             right.plot(row.loss, place, marker, color=colour, markersize=3)
         for name, value in (references or {}).items():
             handles[name] = right.axvline(
-                value, color="0.35", linestyle=LEVEL_LINES[name], linewidth=0.8, zorder=0.5
+                value, color="0.35", linestyle=style_of(name), linewidth=0.8, zorder=0.5
             )
         left.set_title(criterion.capitalize(), fontsize=8)
         left.set(xlabel="layer (0-based)", xlim=(-0.5, n_layers - 0.5))

@@ -37,6 +37,10 @@ PACKAGES = (
     "seaborn",
     "papermill",
 )
+# Permissions of new files, by the mask that the process begins with: asking for it sets it.
+MASK = os.umask(0o077)
+os.umask(MASK)
+FILE_MODE = 0o666 & ~MASK
 AUTO = "auto"  # bfloat16 where the device multiplies it natively, float32 elsewhere
 # Parts of values of ONEDNN_MAX_CPU_ISA under which oneDNN uses such instructions. Without the
 # variable it uses what there is.
@@ -280,14 +284,6 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-@functools.cache
-def file_mode() -> int:
-    """Permissions of a new file, as the process's mask of them leaves at the first call."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` to write a file to; rename it if the block succeeds.
@@ -308,7 +304,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(file_mode())
+        temporary.chmod(FILE_MODE)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error

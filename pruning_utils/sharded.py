@@ -353,7 +353,8 @@ def parser() -> argparse.ArgumentParser:
         default = inspect.signature(healing.heal).parameters[name].default
         option = f"--{name.replace('_', '-')}"
         kind = int if default is None else type(default)
-        own.add_argument(option, type=kind, default=default, help="(default: %(default)s)")
+        shown = "4, or all steps where there are fewer" if default is None else "%(default)s"
+        own.add_argument(option, type=kind, default=default, help=f"(default: {shown})")
     return own
 
 

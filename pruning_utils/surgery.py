@@ -490,7 +490,7 @@ def save(
             finish(new)
             saved_models.mark(new)
             for file in filter(Path.is_file, new.iterdir()):
-                file.chmod(runtime.file_mode())  # safetensors lets nobody else read
+                file.chmod(runtime.FILE_MODE)  # safetensors lets nobody else read
             _replace_directory(folder, new, Path(beside, "old"))
     except (OSError, SafetensorError) as error:
         # safetensors gives the number of a system error in its text only.

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 # As a shell has it for what Ctrl-C ended.
 STOPPED = 130
+# Parameters that name tasks.
+TASK_KEYS = ("tasks", "papers", "pooled")
+# Tables of notebooks that look at one model and have no verdicts.
+TABLES_OF_ONE = ("plan", "history", "measured", "times")
+OWN_MODEL = "13_your_own_model"
 # Shown below the options; the rules in full stand in parameters.py.
 VALUES = f"""\
 values of parameters:
@@ -62,13 +67,6 @@ def positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return number
-
-
-# Parameters that name tasks.
-TASK_KEYS = ("tasks", "papers", "pooled")
-# Tables of notebooks that look at one model and have no verdicts.
-TABLES_OF_ONE = ("plan", "history", "measured", "times")
-OWN_MODEL = "13_your_own_model"
 
 
 def parsed(words: list[str] | None) -> argparse.Namespace:
@@ -500,7 +498,7 @@ def refuse_names(options: argparse.Namespace, chosen: list[Job]) -> None:
         known = known_names(job.name)
         for place, key, value in values_within(job.values):
             fault = fault_of_name(known, key, value)
-            if not fault and key in TASK_KEYS and job.name != OWN_MODEL:
+            if not fault and key in keys_of_floors(job):
                 fault = fault_of_floors(value or [])
             if fault:
                 raise Refused(f"{place} must {fault}")
@@ -537,6 +535,14 @@ def fault_of_tasks(tasks: Collection[Any]) -> str:
                 known = ", ".join(benchmarks.TASKS)
                 return f"name tasks among {known} or those of lm-eval, got {task!r}"
     return ""
+
+
+def keys_of_floors(job: Job) -> Collection[str]:
+    """Parameters of a notebook that name tasks whose answers are set against a floor."""
+    if job.name == OWN_MODEL:
+        return ()
+    has_pooled = any(key == "pooled" for _, key, _ in values_within(job.values))
+    return ("pooled", "papers") if has_pooled else TASK_KEYS
 
 
 def fault_of_floors(tasks: Collection[Any]) -> str:

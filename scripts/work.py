@@ -241,13 +241,12 @@ def at_own_rates(values: Values, answers: Table, cuts: list[int]) -> list[Table]
     healing = values["healing"]
     if not cuts or not healing["rates"]:
         return []
-    closest = ["similarity"]
     tried = [
         point
         for rate in healing["rates"]
-        for point in healed({**healing, "learning_rate": rate}, cuts, closest, [TRIAL_SEED])
+        for point in healed({**healing, "learning_rate": rate}, cuts, depth.RULES, [TRIAL_SEED])
     ]
-    own = healed(healing, cuts, closest, values["seeds"])
+    own = healed(healing, cuts, depth.RULES, values["seeds"])
     return [
         replace(answers, name="rates", tasks={}, limit=None, points=tuple(tried)),
         replace(answers, name="own-rates", points=own, is_most=True),

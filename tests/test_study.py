@@ -231,13 +231,18 @@ def test_bad_points_are_refused_before_any_work(change, message, tiny, tmp_path)
 
 def test_a_process_of_its_own_ends_with_the_one_that_waits_for_it():
     with FreshProcesses() as alone:
-        assert alone.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+        asked = [alone.submit(signal.getsignal, signal.SIGINT) for _ in range(2)]
+        assert [one.result() for one in asked] == [signal.SIG_IGN] * 2
     with pytest.raises(KeyboardInterrupt):
         with FreshProcesses() as alone:
             running = alone.submit(time.sleep, 600)
             (child,) = multiprocessing.active_children()
+            other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+            other.start()
             raise KeyboardInterrupt
     assert not child.is_alive() and running.done()
+    assert other.is_alive(), "the processes of others go on"
+    other.kill()
 
 
 def test_a_point_that_there_is_no_text_for_is_refused_though_it_was_not_listed(tiny, tmp_path):

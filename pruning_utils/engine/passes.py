@@ -63,7 +63,10 @@ def named_outputs(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fixed_draws() -> Iterator[None]:
-    """What torch draws inside is the same each time, and what it draws afterwards is left alone."""
+    """What torch draws inside is the same each time.
+
+    What it draws afterwards, on a CPU or on CUDA, is left alone.
+    """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 # Line styles of levels in figures that are no curve: one for all figures.
 LEVEL_LINES = {
@@ -16,6 +17,8 @@ LEVEL_LINES = {
     "same time": "-",
     "5 % faster": ":",
 }
+# Of all other levels.
+OTHER_LINE = (0, (4, 1, 1, 1, 1, 1))
 # In figures.
 NAMES = {
     "hellaswag": "HellaSwag",
@@ -78,3 +81,8 @@ def in_words(label: object) -> object:
         return label
     told = NAME.sub(lambda found: READER_NAMES.get(found[0], found[0]), label)
     return told.replace(" - ", " minus ")
+
+
+def style_of(level: str) -> Any:
+    """Line style of a level that is no curve, as matplotlib takes it."""
+    return LEVEL_LINES.get(level, OTHER_LINE)

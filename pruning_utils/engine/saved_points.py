@@ -80,14 +80,13 @@ def _checked_point(point: Mapping, name: str) -> dict:
 
 
 def _refuse_lost_digits(points: list[dict]) -> None:
-    """Raise for integers that share a column with gaps or fractions, of which six digits stay."""
+    """Raise for integers beside gaps or fractions that are no floats, as their column is then."""
     kinds = records.column_kinds(pd.DataFrame(points))
     for number, point in enumerate(points):
         for key, value in point.items():
-            lost = isinstance(value, int) and kinds[key] == "float" and float(f"{value:.6g}")
-            if lost and lost != value:
+            if isinstance(value, int) and kinds[key] == "float" and abs(value) >= 2**53:
                 raise ValueError(
-                    f"point {number}[{key!r}] must be an integer of six digits beside points "
+                    f"point {number}[{key!r}] must be an integer below 2**53 beside points "
                     f"without one, got {value}"
                 )
 
@@ -260,8 +259,11 @@ class Kinds:
     """
 
     def __init__(self, outcomes: Iterable[dict]) -> None:
-        # A value of each column, for each point.
-        self._rows = [_first_values(outcome["rows"]) for outcome in outcomes]
+        # A row for each different set of kinds.
+        self._rows: dict[tuple, dict] = {}
+        for outcome in outcomes:
+            row = _first_values(outcome["rows"])
+            self._rows[_kinds_of(row)] = row
 
     def add(self, outcome: dict) -> None:
         """Take in what a point gave.
@@ -270,14 +272,22 @@ class Kinds:
             ValueError: If a column would hold what no table's column can, such as numbers and
                 texts.
         """
-        self._rows.append(_first_values(outcome["rows"]))
+        row = _first_values(outcome["rows"])
+        kinds = _kinds_of(row)
+        if kinds in self._rows:
+            return
         try:
-            records.column_kinds(pd.DataFrame(self._rows))
+            records.column_kinds(pd.DataFrame([*self._rows.values(), row]))
         except ValueError as error:
             raise ValueError(
                 f"point {canonical(outcome['point'])} does not go with the others, and is not "
                 f"saved: {error}"
             ) from error
+        self._rows[kinds] = row
+
+
+def _kinds_of(row: dict) -> tuple:
+    return tuple((name, type(row[name])) for name in sorted(row))
 
 
 def missing(points: list[dict], folder: Path, code: dict) -> tuple[list[dict], Kinds]:

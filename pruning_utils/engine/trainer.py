@@ -154,8 +154,9 @@ class Run:
                     f"{tokenizer!r}"
                 )
             self.folder = file_path("output_dir", output_dir)
-            above = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-            if not above.is_dir():
+            there = [path for path in (self.folder, *self.folder.parents) if path.exists()]
+            above = there[0] if there else None
+            if above is not None and not above.is_dir():
                 raise ValueError(f"output_dir must be a folder, but {above} is a file")
             self._recorded = settings | {
                 "model": runtime.tensor_digest(dict(model.named_parameters())),

@@ -209,7 +209,7 @@ def _done(given: argparse.Namespace) -> int:
         order = order_of(given)
         if given.plan:
             if given.out:
-                whole.free_folder(given.out)
+                whole.check_folder(order, given.out)
             plan = whole.planned(order)
             print(whole.plan_text(order, plan))
             if plan["healing_bytes"]:

@@ -34,7 +34,6 @@ PROMPT = "Which animals live in the sea?"
 N_GENERATED = 32  # tokens after it
 TIMED = {"prompt_tokens": 32, "new_tokens": 16, "repeats": 5}  # of a text alone; or what fits
 logger = logging.getLogger(__name__)
-logger = logging.getLogger(__name__)
 
 
 def check_limits(limits: Limits) -> None:

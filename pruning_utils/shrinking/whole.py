@@ -136,7 +136,8 @@ def shrink(order: Order, out: str | os.PathLike) -> dict:
 
     Args:
         order: What is asked for.
-        out: A new or empty folder: the model with its card, ``report.html`` with its figures,
+        out: A new or empty folder, or one that this order has made before, of which the judgement
+            is given again. It gets the model with its card, ``report.html`` with its figures,
             ``judgement.csv``, and :data:`RECORD` with all that was measured. What is finished
             before lies beside it, in ``<out>.work``.
 
@@ -156,7 +157,7 @@ def shrink(order: Order, out: str | os.PathLike) -> dict:
     record = _finished(order, target)
     if record is None:
         return _produced(order, out, _publish)
-    shutil.rmtree(work_folder(target), ignore_errors=True)  # of a run that was killed at its end
+    _drop_leftover(work_folder(target))
     judgement = judgements.judged(
         record["results"]["unpruned"], record["results"]["smaller"], order.limits
     )
@@ -167,18 +168,37 @@ def shrink(order: Order, out: str | os.PathLike) -> dict:
 
 def _finished(order: Order, target: Path) -> dict | None:
     """The record of a folder that holds what is asked for, else None."""
+    has_model = (target / "config.json").is_file() and any(target.glob("*.safetensors"))
     try:
         record = json.loads((target / RECORD).read_text(encoding="utf-8"))
         is_whole = record["order"] == record_of(order) and {"plan", "results"} <= record.keys()
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return record if is_whole else None
+    return record if has_model and is_whole else None
+
+
+def _drop_leftover(folder: Path) -> None:
+    """Remove what a run that was killed at its very end has left beside its folder."""
+    if not (folder / "order.json").is_file():
+        return
+    try:
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            pass
+    except filelock.Timeout as error:
+        raise RuntimeError(f"another process is using {folder}") from error
+    shutil.rmtree(folder)
+
+
+def check_folder(order: Order, out: str | os.PathLike) -> None:
+    """ValueError for a folder that :func:`shrink` would not take for this order."""
+    if _finished(order, Path(os.path.realpath(out))) is None:
+        _free_folder(out)
 
 
 def _produced(order: Order, out: str | os.PathLike, publish: Callable[..., None]) -> dict:
     """What :func:`shrink` does; ``publish`` writes what stands beside the weights."""
     check_order(order)
-    target = free_folder(out)
+    target = _free_folder(out)
     # Loaded once for plan and cut, if at all, and let go before others load it to measure.
     loaded = functools.cache(functools.partial(_loaded, order))
     with _workplace(target, order) as work:
@@ -281,7 +301,7 @@ def _say(text: str) -> None:
 # --- the folder beside ----------------------------------------------------------------------------
 
 
-def free_folder(out: str | os.PathLike) -> Path:
+def _free_folder(out: str | os.PathLike) -> Path:
     """The folder that is asked for, if it is new or empty, and can be put in its place at the end.
 
     What is finished lies beside it until then, so both must be of one volume.

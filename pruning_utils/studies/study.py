@@ -16,9 +16,8 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -957,28 +956,22 @@ def joined(tables: Mapping[str, tuple[pd.DataFrame, Path]]) -> tuple[pd.DataFram
 class FreshProcesses(ProcessPoolExecutor):
     """One process for each point of a sweep, one after the other.
 
-    As a context manager it ends what still runs where the block ends by an exception.
+    Ctrl-C is for the process that waits: as a context manager it ends what still runs where the
+    block ends by an exception.
     """
 
     def __init__(self) -> None:
         super().__init__(
-            max_workers=1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+            max_workers=1,
+            mp_context=multiprocessing.get_context("spawn"),
+            max_tasks_per_child=1,
+            initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_IGN),
         )
-        self._others = {*multiprocessing.active_children()}
-
-    def submit(self, *given: Any, **named: Any) -> Future:
-        """As of any executor. Ctrl-C is this process's to handle, not that of the new one."""
-        if threading.current_thread() is not threading.main_thread():
-            return super().submit(*given, **named)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return super().submit(*given, **named)
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:
         """Wait for what runs, or end it."""
         if kind is not None:
-            for child in {*multiprocessing.active_children()} - self._others:
-                child.terminate()
+            for process in list((self._processes or {}).values()):
+                process.terminate()
         return super().__exit__(kind, *rest)
