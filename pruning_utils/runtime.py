@@ -37,10 +37,6 @@ PACKAGES = (
     "seaborn",
     "papermill",
 )
-# Permissions of new files, by the mask that the process begins with: asking for it sets it.
-MASK = os.umask(0o077)
-os.umask(MASK)
-FILE_MODE = 0o666 & ~MASK
 AUTO = "auto"  # bfloat16 where the device multiplies it natively, float32 elsewhere
 # Parts of values of ONEDNN_MAX_CPU_ISA under which oneDNN uses such instructions. Without the
 # variable it uses what there is.
@@ -304,7 +300,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(FILE_MODE)
+        temporary.chmod(checks.file_mode())
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error

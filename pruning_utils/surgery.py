@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import yaml
 from safetensors import SafetensorError
 
-from pruning_utils import runtime
 from pruning_utils.engine import checks, held_configurations, passes, saved_models, wrappers
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.models import decoder_layers, text_config
@@ -490,7 +489,7 @@ def save(
             finish(new)
             saved_models.mark(new)
             for file in filter(Path.is_file, new.iterdir()):
-                file.chmod(runtime.FILE_MODE)  # safetensors lets nobody else read
+                file.chmod(checks.file_mode())  # safetensors lets nobody else read
             _replace_directory(folder, new, Path(beside, "old"))
     except (OSError, SafetensorError) as error:
         # safetensors gives the number of a system error in its text only.

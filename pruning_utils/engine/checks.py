@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from typing import Any
 import numpy as np
 
 from pruning_utils.engine.later import Tensor, torch
+
+# Held while the process's mask of permissions is asked for, which sets it.
+ASKING = threading.Lock()
 
 
 def whole_number(
@@ -105,6 +110,15 @@ def file_path(name: str, value: object) -> Path:
     if b"\0" in written:
         raise ValueError(f"{name} must be a path, as a text or a Path, got {value!r}")
     return Path(value)  # type: ignore[arg-type]
+
+
+@functools.cache
+def file_mode() -> int:
+    """Permissions of a new file, as the process's mask of them leaves at the first call."""
+    with ASKING:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return 0o666 & ~mask
 
 
 def real_numbers(name: str, values: object) -> np.ndarray:
