@@ -200,11 +200,11 @@ def sweep(
                 record = saved_points.prove(path, record, compute_point)
             return records.read_table(path, record)
         seeds = saved_points.reusable(path, record, points)
+    executor = executor or workers.asked_for()
     code = _before_computing(path, compute_point, asked)
     with saved_points.opened(path, before, asked, seeds, anew=anew):
         commit = records.package_commit()
         missing, kinds = saved_points.missing(points, folder, code)
-        executor = executor or (workers.asked_for() if missing else None)
         with (
             contextlib.closing(saved_points.compute(missing, compute_point, executor)) as outcomes,
             tqdm(

@@ -640,7 +640,7 @@ def test_a_link_stays_one(is_there, tmp_path):
     if is_there:
         (tmp_path / "far").mkdir()
     (tmp_path / "near").symlink_to(tmp_path / "far")
-    assert whole.free_folder(tmp_path / "near") == tmp_path / "far"
+    assert whole._free_folder(tmp_path / "near") == tmp_path / "far"
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".git"])
@@ -950,13 +950,22 @@ def test_a_command_that_ended_says_the_same_again(tiny, tmp_path, here):
     asked, out = order(tiny, method="none"), tmp_path / "small"
     first = whole.shrink(asked, out)
     assert here == ["plan", "make", "measure", "measure"]
-    (tmp_path / "small.work").mkdir()  # of a run that was killed at its very end
+    work = tmp_path / "small.work"
+    work.mkdir()
+    (work / "order.json").touch()  # of a run that was killed at its very end
     again = whole.shrink(asked, out)
     assert here == ["plan", "make", "measure", "measure"] and again["word"] == first["word"]
     pd.testing.assert_frame_equal(again["judgement"], first["judgement"])
-    assert not (tmp_path / "small.work").exists()
+    assert not work.exists()
+    work.mkdir()
+    (work / "thesis.tex").touch()
+    whole.shrink(asked, out)
+    assert (work / "thesis.tex").exists(), "it is none of ours"
     with pytest.raises(ValueError, match="must be a new or empty folder"):
         whole.shrink(order(tiny, method="none", seed=1), out)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        whole.shrink(asked, out)
 
 
 def test_a_goal_without_a_time_is_refused_before_anything_is_timed(tiny, tmp_path, monkeypatch):
