@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, special
+
+from pruning_utils.engine.later import stats
 
 
 class MeanSquares(NamedTuple):
