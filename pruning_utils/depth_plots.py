@@ -111,13 +111,16 @@ def depth_curves(
         more_questions = table.iloc[:0]
     figure, axes = _panels(len(panels), columns, height, margin=0.35)
     handles: dict = {}
-    looks = looks_of([*(dashed or {}).values(), *table["series"].unique()])
+    twins = dashed or {}
+    every_series = [*table["series"].unique(), *more_questions["series"].unique()]
+    of_twins = looks_of(twins.get(name, name) for name in every_series)
+    looks = {name: of_twins[twins.get(name, name)] for name in every_series}
     for axis, panel in zip(axes, panels, strict=False):
         shown = table[table["panel"] == panel].sort_values("n_dropped")
         of_all_layers = n_layers if isinstance(n_layers, int) else n_layers[panel]
         for series, points in shown.groupby("series", sort=False):
-            twin = (dashed or {}).get(series)
-            colour, marker = looks[twin or series]
+            twin = twins.get(series)
+            colour, marker = looks[series]
             x = points["n_dropped"] / of_all_layers
             look = {"marker": marker, "color": colour, "markersize": 2.5, "linewidth": 0.8}
             if twin:  # large enough to be seen to be hollow
@@ -136,7 +139,7 @@ def depth_curves(
             )
         more_here = more_questions[more_questions["panel"] == panel]
         if len(more_here):
-            handles["more questions"] = _large_marks(axis, more_here, of_all_layers)
+            handles["more questions"] = _large_marks(axis, more_here, of_all_layers, looks)
         for name in (*LEVEL_LINES, *sorted({*baselines["name"]} - {*LEVEL_LINES})):
             is_here = (baselines["panel"] == panel) & (baselines["name"] == name)
             for value in baselines.loc[is_here, "value"]:
@@ -147,7 +150,7 @@ def depth_curves(
     of_all = f" ($L$ = {n_layers})" if isinstance(n_layers, int) else ""
     figure.supxlabel(f"layers removed $n / L${of_all}", fontsize=8)
     figure.supylabel(label, fontsize=8)
-    names = _twins_behind(list(handles), dashed or {})
+    names = _twins_behind(list(handles), twins)
     figure.legend(
         [handles[name] for name in names],
         names,
@@ -166,14 +169,16 @@ def _twins_behind(names: list[str], twins: Mapping[str, str]) -> list[str]:
     return names
 
 
-def _large_marks(axis: Axes, levels: pd.DataFrame, n_layers: int) -> Line2D:
+def _large_marks(
+    axis: Axes, levels: pd.DataFrame, n_layers: int, looks: Mapping[str, tuple[str, str]]
+) -> Line2D:
     """Levels of series as large marks with bars, side by side; what stands for them in a legend."""
     levels = levels.reset_index(drop=True)
     at_same = levels.groupby("n_dropped")["series"]
     beside = 0.015 * (at_same.cumcount() - (at_same.transform("size") - 1) / 2)
     x = levels["n_dropped"] / n_layers + beside
     for series, points in levels.groupby("series", sort=False):
-        colour, marker = look_of(series)
+        colour, marker = looks[series]
         axis.errorbar(
             x[points.index],
             points["value"],

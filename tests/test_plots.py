@@ -691,3 +691,23 @@ def test_sizes_that_no_block_has_and_what_is_no_table_are_refused(blocks):
             plots.distance_curves(blocks, block_sizes=sizes)
     with pytest.raises(ValueError, match="the table must be a DataFrame, got dict"):
         plots.distance_curves({"start": [0]})
+
+
+def test_large_marks_look_like_the_curves_that_they_belong_to(curves):
+    of_ones_own = curves.assign(series=curves["series"].replace({"pruned": "mine"}))
+    also = of_ones_own.assign(series="yours")
+    both = pd.concat([of_ones_own, also], ignore_index=True)
+    figure = depth_plots.depth_curves(both, n_layers=4, more_questions=both)
+    twins = {"yours": "mine"}
+    depth_plots.depth_curves(both, n_layers=4, more_questions=both, dashed=twins)
+    curve = {line.get_label(): line for line in figure.axes[0].lines}
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"mine", "yours"} <= {*names}
+    marks = [bar.lines[0] for bar in figure.axes[0].containers]
+    of_curves = {
+        (line.get_color(), line.get_marker())
+        for line in curve.values()
+        if len(line.get_xdata()) > 1 and line.get_linestyle() == "-"
+    }
+    assert {(mark.get_color(), mark.get_marker()) for mark in marks} <= of_curves
+    assert len({mark.get_color() for mark in marks}) == both["series"].nunique()
