@@ -42,12 +42,15 @@ class HealedModel(NamedTuple):
         history: ``step`` (1-based; 0 is before training), ``tokens`` (seen so far), ``split``
             (``train`` or ``eval``), ``loss`` (nats per token, of the step's batch or all evaluation
             windows), ``learning_rate`` (NaN for eval).
-        trainable_parameters: Number of parameters that were trained.
     """
 
     model: nn.Module
     history: pd.DataFrame
-    trainable_parameters: int
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of parameters that were trained, of which ``history.attrs`` keeps count."""
+        return self.history.attrs["trainable_parameters"]
 
 
 def heal(
@@ -138,10 +141,15 @@ def heal(
             evaluations=EVALUATIONS,
             saves=SAVES,
         )
-        count = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
+        history.attrs["trainable_parameters"] = n_trainable(trained)
         healed = finished(trained, model, method, merge)
     trainer.refuse_overflow(healed, model)
-    return HealedModel(healed, history, count)
+    return HealedModel(healed, history)
+
+
+def n_trainable(model: nn.Module) -> int:
+    """Number of parameters of a model that require gradients."""
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def heal(
     with trainer.own_random_state(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(settings["seed"])
         trained = healing.trainable_copy(model, settings)
-        count = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
+        count = healing.n_trainable(trained)
         training = Training(trained, run, team, trainer.holds(model, torch.bfloat16))
         history = training.whole()
         weights = training.gathered()
@@ -100,7 +100,8 @@ def heal(
     whole.load_state_dict(weights, strict=False)
     healed = healing.finished(whole, model, settings["method"], merge)
     trainer.refuse_overflow(healed, model)
-    return HealedModel(healed, history, count)
+    history.attrs["trainable_parameters"] = count
+    return HealedModel(healed, history)
 
 
 def _team() -> PartialState:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pruning_utils import evaluation, healing, models
@@ -272,7 +274,15 @@ def test_full_trains_everything(tied):
 def test_numbers_of_trained_parameters_by_hand(settings, expected):
     assert sum(a * b for a, b in LINEAR.values()) == 7680
     assert sum(a + b for a, b in LINEAR.values()) == 464
-    assert heal(llama(), steps=1, **settings).trainable_parameters == expected
+    found = heal(llama(), steps=1, **settings)
+    assert found.trainable_parameters == expected
+    assert pickle.loads(pickle.dumps(found.history)).attrs == found.history.attrs
+
+
+def test_a_healed_model_is_a_model_and_a_history():
+    trained, history = heal(llama(), steps=1)
+    assert isinstance(trained, nn.Module)
+    assert list(history) == ["step", "tokens", "split", "loss", "learning_rate"]
 
 
 @pytest.mark.parametrize("method", METHODS)
