@@ -367,8 +367,8 @@ def page(rows: pd.DataFrame, growth: pd.DataFrame, machine: str) -> str:
     lines = [
         "# What our way costs, beside the naive way and beside arithmetic",
         "",
-        f"`make bench` wrote this page on {machine}, with SmolLM2-135M in {DTYPE}. Ratios are "
-        "medians over rounds, in each of which both ways ran in turn.",
+        f"`make bench` wrote this page on {machine}, with SmolLM2-135M-Instruct in {DTYPE}. Ratios "
+        "are medians over rounds, in each of which both ways ran in turn.",
         "Behind them stand the lowest and the highest. The floor is the arithmetic of our way at "
         "the rate of this machine's matrix products; for generation it is reading the weights "
         "once a token.",

@@ -83,6 +83,7 @@ def depth_curves(
     dashed: Mapping[str, str] | None = None,
     more_questions: pd.DataFrame | None = None,
     legend_columns: int = 6,
+    bands: bool = True,
 ) -> Figure:
     """Quantities against the fraction of layers removed, a panel each.
 
@@ -99,9 +100,11 @@ def depth_curves(
         more_questions: As ``table``, of the same series, measured on more questions: large marks
             with bars, side by side.
         legend_columns: Most names in a row of the legend.
+        bands: Whether each curve has its intervals as a band. Where bands would hide each other,
+            a panel has one bar instead, as long as its widest interval.
 
     Returns:
-        The figure: means with their intervals as bands.
+        The figure: means with their intervals.
     """
     need_columns(table, "panel", "series", "n_dropped", "value", "low", "high")
     if baselines is None:
@@ -127,25 +130,14 @@ def depth_curves(
                 look |= {"linestyle": "--", "markerfacecolor": "white"}
                 look |= {"markersize": 3.5, "markeredgewidth": 0.6}
             (handles[series],) = axis.plot(x, points["value"], **look)
-            # Bands lie over each other: their edges tell them apart, in grey too.
-            axis.fill_between(
-                x,
-                points["low"],
-                points["high"],
-                facecolor=(colour, 0.1),
-                edgecolor=(colour, 0.6),
-                linewidth=0.5,
-                linestyle=":" if twin else "-",
-            )
+            if bands:
+                _band(axis, x, points, colour, ":" if twin else "-")
+        if not bands:
+            handles["widest interval"] = _widest_interval(axis, shown, of_all_layers)
         more_here = more_questions[more_questions["panel"] == panel]
         if len(more_here):
             handles["more questions"] = _large_marks(axis, more_here, of_all_layers, looks)
-        for name in (*LEVEL_LINES, *sorted({*baselines["name"]} - {*LEVEL_LINES})):
-            is_here = (baselines["panel"] == panel) & (baselines["name"] == name)
-            for value in baselines.loc[is_here, "value"]:
-                handles[name] = axis.axhline(
-                    value, color="0.35", linestyle=style_of(name), linewidth=0.7, zorder=0
-                )
+        handles |= _level_lines(axis, baselines[baselines["panel"] == panel])
         axis.set_title(NAMES.get(panel, panel))
     of_all = f" ($L$ = {n_layers})" if isinstance(n_layers, int) else ""
     figure.supxlabel(f"layers removed $n / L${of_all}", fontsize=8)
@@ -158,6 +150,38 @@ def depth_curves(
         ncols=min(len(names), legend_columns),
     )
     return figure
+
+
+def _band(axis: Axes, x: pd.Series, points: pd.DataFrame, colour: str, linestyle: str) -> None:
+    """Intervals of a curve. Bands lie over each other: edges tell them apart, in grey too."""
+    axis.fill_between(
+        x,
+        points["low"],
+        points["high"],
+        facecolor=(colour, 0.1),
+        edgecolor=(colour, 0.6),
+        linewidth=0.5,
+        linestyle=linestyle,
+    )
+
+
+def _level_lines(axis: Axes, levels: pd.DataFrame) -> dict[str, Line2D]:
+    """Thin lines across a panel by their names, those of ``LEVEL_LINES`` first."""
+    lines = {}
+    for name in (*LEVEL_LINES, *sorted({*levels["name"]} - {*LEVEL_LINES})):
+        for value in levels.loc[levels["name"] == name, "value"]:
+            lines[name] = axis.axhline(
+                value, color="0.35", linestyle=style_of(name), linewidth=0.7, zorder=0
+            )
+    return lines
+
+
+def _widest_interval(axis: Axes, points: pd.DataFrame, n_layers: int) -> ErrorbarContainer:
+    """A bar right of the curves, as long as the widest of their intervals."""
+    middle = (points["value"].max() + points["value"].min()) / 2
+    half = (points["high"] - points["low"]).max() / 2
+    last = points["n_dropped"].max() / n_layers
+    return axis.errorbar(1.12 * last, middle, yerr=half, color="0.35", linewidth=1.2, capsize=2.5)
 
 
 def _twins_behind(names: list[str], twins: Mapping[str, str]) -> list[str]:

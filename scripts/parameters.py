@@ -31,6 +31,8 @@ CHOSEN_KEYS = {
     "shots.tasks": "tasks",
     "healing.own_rates": "models",
     "healing.rates": "ways to train, or sets of layers and for each its ways",
+    "healing.longer.ways": "sets of layers, and for each its ways, with rates in healing.rates",
+    "healing.longer.seeds": "the same sets of layers",
     "healing.sources": "texts to heal on, by their labels",
     "swapped.sets": "sets of layers",
     "shapes": "shapes of a smaller model",

@@ -551,9 +551,10 @@ def how_to_heal(values: Values, n_layers: int) -> list[Table]:
     at: dict[str, tuple[str, int]] = {rule: (rule, values["depths"][0]) for rule in grids}
     if "unpruned" in grids:
         at["unpruned"] = ("", 0)
-    own = of_scores(values, without_keys=("rates", "timed", "one_rate"))
+    own = of_scores(values, without_keys=("rates", "timed", "one_rate", "longer"))
+    longer = healing["longer"]
 
-    def best(rule: str, way: str) -> str:
+    def best(rule: str, way: str, steps: int = steps) -> str:
         """The recipe at a rate of its grid, or of that of LoRA."""
         return middle(WAYS[way], grids[rule].get(way, grids[rule]["LoRA"]), steps)
 
@@ -577,6 +578,12 @@ def how_to_heal(values: Values, n_layers: int) -> list[Table]:
         if one in grids.get(rule, {}).get(way, ())
         for seed in seeds
     ]
+    again = [
+        Point(*at[rule], best(rule, way, longer["steps"]), seed)
+        for rule, ways in longer["ways"].items()
+        for way in ways
+        for seed in longer["seeds"][rule]
+    ]
     costs = [
         (*at["reverse order"], WAYS[way])
         for _ in range(timed["runs"])
@@ -589,6 +596,7 @@ def how_to_heal(values: Values, n_layers: int) -> list[Table]:
             own, name="answers", points=tuple(answers), texts={}, limit=scored["more_questions"]
         ),
         replace(own, name="one-rate", points=tuple(alike), tasks={}, is_most=True),
+        replace(own, name="longer", points=tuple(again), tasks={}),
         replace(own, name="costs", kind="cost", points=tuple(costs), settings=timed),
     ]
 
@@ -603,7 +611,7 @@ def costs_of_ways(values: Values, n_layers: int) -> list[Table]:
         for _ in range(timed["runs"])
         for way in ("LoRA", "head + 3", "head + 3, tied")
     ]
-    own = of_scores(values, without_keys=("rates", "timed", "one_rate"))
+    own = of_scores(values, without_keys=("rates", "timed", "one_rate", "longer"))
     return [replace(own, name="costs", kind="cost", points=tuple(points), settings=timed)]
 
 

@@ -23,7 +23,7 @@ def test_the_page_is_that_of_the_tables():
     rows, growth = (pd.read_csv(COMMITTED / f"{name}.csv") for name in ("results", "growth"))
     assert rows["stage"].tolist() == list(report.STAGES)
     text = (COMMITTED / "RESULTS.md").read_text(encoding="utf-8")
-    (machine,) = re.findall(r"wrote this page on (.*), with SmolLM2-135M", text)
+    (machine,) = re.findall(r"wrote this page on (.*), with SmolLM2-135M-Instruct", text)
     assert text == report.page(rows, growth, machine)
 
 

@@ -792,6 +792,7 @@ def test_the_notebooks_mappings_are_settings_or_have_keys_that_the_user_chooses(
         "fit",
         "goal",
         "healing",
+        "healing.longer",
         "healing.timed",
         "quantised",
         "scored_on",

@@ -191,7 +191,7 @@ def test_a_readable_table_has_the_names_and_units_of_the_figures():
     ]
     assert shown["difference"].tolist() == [-1.25, 0.25] and shown["low"].tolist() == [-2, 0.125]
     assert shown["unit"].tolist() == ["points", "nats"] and shown["n"].tolist() == [480, 64]
-    assert list(shown.index) == [("SmolLM2-135M", 3), ("m", 8)]
+    assert list(shown.index) == [("SmolLM2-135M-Instruct", 3), ("m", 8)]
     assert shown.index.names == ["model", "layers removed"] and "p after Holm" in shown
     plain = pages.readable(table, digits=1)
     assert "unit" not in plain and plain["difference"].tolist() == [-0.0, 0.2]

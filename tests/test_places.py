@@ -174,8 +174,8 @@ def test_figures_mark_blocks_at_their_loss_and_distance():
     )
     single, block, distance = figure.axes
     assert [axis.get_title() for axis in figure.axes] == [
-        "SmolLM2-135M: one layer",
-        "SmolLM2-135M: a quarter",
+        "SmolLM2-135M-Instruct: one layer",
+        "SmolLM2-135M-Instruct: a quarter",
         "",
     ]
     assert len(single.lines) == 3, "losses, and two levels"

@@ -217,6 +217,16 @@ def curves():
     )
 
 
+def test_depth_curves_without_bands_have_one_bar_a_panel_as_long_as_the_widest_interval(curves):
+    figure = depth_plots.depth_curves(curves, n_layers=4, bands=False)
+    for axis, (_, points) in zip(figure.axes, curves.groupby("panel", sort=False), strict=False):
+        (bar,) = axis.collections
+        (ends,) = bar.get_segments()
+        assert np.ptp(ends[:, 1]) == pytest.approx((points["high"] - points["low"]).max())
+        assert ends[0, 0] > points["n_dropped"].max() / 4, "it stands beside the curves"
+    assert "widest interval" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_depth_curves_show_every_mean_at_its_fraction(curves):
     baselines = pd.DataFrame([{"panel": "piqa", "name": "chance", "value": 0.5}])
     figure = depth_plots.depth_curves(

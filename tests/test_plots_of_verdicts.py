@@ -39,7 +39,7 @@ def test_each_part_is_a_mark_in_the_row_of_its_claim():
     )
     figure = verdict_plots.verdict_marks(table, CLAIMS)
     words, first, second = figure.axes
-    assert (first.get_title(), second.get_title()) == ("SmolLM2-135M", "mine")
+    assert (first.get_title(), second.get_title()) == ("SmolLM2-135M-Instruct", "mine")
     # A heading stands above the claims of each paper: A1 is in row 1, A2 in 2 and B1 in 4.
     assert marks(first) == [(1, 0, HOLDS), (1, 1, UNTOLD), (4, 0, FAILS)]
     assert marks(second) == [(2, 0, UNTESTABLE)]

@@ -85,13 +85,13 @@ def test_a_section_counts_and_lists_the_verdicts_of_each_model():
     ]
     lines = claims.section(pd.DataFrame(rows), CLAIMS).replace("\u00a0", " ").split("\n")
     assert lines[:3] == [
-        "SmolLM2-135M: of 3 parts of claims, 2 hold and 1 does not hold.",
+        "SmolLM2-135M-Instruct: of 3 parts of claims, 2 hold and 1 does not hold.",
         "Gemma 3 270M: of 1 part of claims, 1 is not testable here.",
         "Not testable on Gemma 3 270M: healing was too short in 1.",
     ]
     assert lines[4].startswith("### Gromov et al.") and lines[13].startswith("### Lu et al.")
     assert lines[6:10] == [
-        "| claim | part | SmolLM2-135M | Gemma 3 270M |",
+        "| claim | part | SmolLM2-135M-Instruct | Gemma 3 270M |",
         "| --- | --- | --- | --- |",
         "| A5, [04](notebooks/04_simple.ipynb) | equal<br>*loss, XSum* "
         "| **does not hold**<br>2.5 nats<br>(1.5 to 3.5)<br>8 of 30 layers "
@@ -100,7 +100,7 @@ def test_a_section_counts_and_lists_the_verdicts_of_each_model():
         "| **holds**<br>25 points<br>(\u221275 to 125)<br>8 of 30 layers | not asked |",
     ]
     assert lines[10] == "" and lines[11].startswith("- A5: ")
-    assert lines[15] == "| claim | part | SmolLM2-135M |"
+    assert lines[15] == "| claim | part | SmolLM2-135M-Instruct |"
 
 
 def test_parts_that_no_model_can_test_are_counted():
@@ -119,7 +119,7 @@ def test_parts_that_no_model_can_test_are_counted():
     rows[0]["reason"] = "a level is not surely above the floor"
     text = claims.section(pd.DataFrame(rows), CLAIMS)
     told = "healing was too short in 2 and a level is not surely above its floor in 1."
-    assert f"\nNot testable on SmolLM2-135M: {told}\n" in text
+    assert f"\nNot testable on SmolLM2-135M-Instruct: {told}\n" in text
     rows[0]["reason"] = "of no kind"
     with pytest.raises(ValueError, match="a reason is none of"):
         claims.section(pd.DataFrame(rows), CLAIMS)

@@ -41,7 +41,7 @@ NAMES = {
     "wikitext2": "WikiText-2",
     "lora": "LoRA",
     "full": "all weights",
-    "smollm2-135m": "SmolLM2-135M",
+    "smollm2-135m": "SmolLM2-135M-Instruct",
     "gemma-3-270m": "Gemma 3 270M",
 }
 

@@ -57,6 +57,7 @@ UNITS = {
     "ratio of times": (1, "of the time"),
     "ratio of memory": (1, "of the memory"),
     "share": (100, "%"),
+    "layers that differ": (1, "layers"),
 }
 
 # The share of a paper's tokens per parameter below which its claim is not tested.
