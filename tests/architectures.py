@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import transformers
@@ -322,7 +322,20 @@ CONFIGURATIONS: dict[str, tuple[str, dict]] = {
         {"d_model": 32, "ffn_dim": 48, "num_layers": N_LAYERS, "attention_heads": 4},
     ),
 }
+
+
+@cache
+def _made(name: str) -> PreTrainedModel:
+    """The model of a configuration, which is never handed out itself."""
+    config_class, fields = CONFIGURATIONS[name]
+    with torch.inference_mode(False):
+        return tiny(config_class, **fields)
+
+
+def _copied(name: str) -> PreTrainedModel:
+    return copy.deepcopy(_made(name))
+
+
 ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
-    name: partial(tiny, config_class, **fields)
-    for name, (config_class, fields) in CONFIGURATIONS.items()
+    name: partial(_copied, name) for name in CONFIGURATIONS
 }

@@ -1,4 +1,8 @@
-"""Which tests one worker must run one after the other, since notebooks read each other's tables."""
+"""Which tests one worker must run one after the other.
+
+Notebooks read each other's tables, tests of one architecture share its code and its model, and
+tests of instructions an index of texts.
+"""
 
 import re
 
@@ -8,6 +12,7 @@ SHARED_TABLES = (
     ("09", "10", "11", "12"),
 )
 SMOKE = re.compile(r"test_smoke_notebook\w*\[(\d\d)_")
+ARCHITECTURE = re.compile(r"test_every_architecture\.py::\w+\[([^]]+)\]")
 
 
 def folder_name(notebook: str) -> str:
@@ -18,9 +23,13 @@ def folder_name(notebook: str) -> str:
 
 
 def scope(nodeid: str) -> str:
-    """What pytest-xdist keeps on one worker: a group of smoke tests, or the test alone.
+    """What pytest-xdist keeps on one worker: a group of tests, or the test alone.
 
     Its own marks for this, ``xdist_group``, do nothing under pytest 9.2.
     """
-    smoke = SMOKE.search(nodeid)
-    return folder_name(smoke[1]) if smoke else nodeid
+    smoke, architecture = SMOKE.search(nodeid), ARCHITECTURE.search(nodeid)
+    if smoke:
+        return folder_name(smoke[1])
+    if "test_instructions.py::" in nodeid:
+        return "instructions"
+    return f"architecture {architecture[1]}" if architecture else nodeid

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import tiny
+from tiny_model import embedded_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -70,7 +71,7 @@ def test_all_windows_begin_so(draw):
 
 
 def test_windows_of_the_embedded_model_begin_with_text():
-    assert data.text_prefix(models.load_model()[1]) == []
+    assert data.text_prefix(embedded_tokenizer()) == []
 
 
 def test_chats_do_not_begin_twice(tmp_path):

@@ -3,14 +3,15 @@
 import json
 
 import pytest
+from tiny_model import embedded_tokenizer
 
-from pruning_utils import data, instructions, models
+from pruning_utils import data, instructions
 from pruning_utils.engine import benchmarks
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_model()[1]
+    return embedded_tokenizer()
 
 
 def write(folder, rows) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import comparisons  # noqa: E402
 import jobs  # noqa: E402
 import rehearsal  # noqa: E402
 import small_hub  # noqa: E402
@@ -26,6 +27,7 @@ import small_hub  # noqa: E402
 from pruning_utils import data, evaluation, instructions, models  # noqa: E402
 
 REFERENCE = ROOT / "reference"
+RECORDED = ROOT / "tests" / "summaries" / "rehearsal.csv"
 LLAMA, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B-Instruct"
 
 
@@ -278,7 +280,7 @@ def children_of(number: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_of_a100_goes_on_after_its_machine_was_lost_and_is_recorded(checkout):
-    """As in the workflow: the first run records, however many machines it takes; others compare."""
+    """As in the workflow: the first run records, however many machines it takes."""
     with (checkout / "first.log").open("w") as log:
         first = subprocess.Popen(command(checkout, "--record"), stdout=log, stderr=log)
         kernels: list[int] = []
@@ -286,7 +288,7 @@ def test_a_run_of_a100_goes_on_after_its_machine_was_lost_and_is_recorded(checko
             assert first.poll() is None, (checkout / "first.log").read_text()[-2000:]
             # Asked before they are needed: other points are saved while ps is at work.
             kernels = children_of(first.pid)
-            time.sleep(0.01)
+            time.sleep(0.02)
         for number in (*kernels, first.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
@@ -299,8 +301,8 @@ def test_a_run_of_a100_goes_on_after_its_machine_was_lost_and_is_recorded(checko
     )
     assert again.returncode == 0, again.stderr[-3000:]
     assert f" {n_saved}/3 [00:00<" in again.stderr, "it begins with the points that were saved"
-    numbers = recorded.read_text()
-    assert "start of the closest block" in numbers
     assert not list((checkout / "regressed").glob("*")), "nothing is left behind"
-    whole = subprocess.run(command(checkout), capture_output=True, text=True, check=False)
-    assert whole.returncode == 0 and re.search(r"(\d+) of \1 agree", whole.stdout), whole.stdout
+    numbers, committed = pd.read_csv(recorded), pd.read_csv(RECORDED)
+    of_whole_run = committed[committed["notebook"] == "01_layer_similarity"]
+    compared = comparisons.compare_summaries(of_whole_run, numbers)
+    assert len(compared) > 2 and not [found for found in compared if found.fault]

@@ -851,7 +851,7 @@ def test_recompute_discards_saved_points(tmp_path):
 
 @pytest.mark.slow
 def test_kills_and_two_processes(tmp_path):
-    """One process, so that torch is imported once; it forks the runs that it kills."""
+    """One process, which forks the runs that it kills; none of them imports torch."""
     command = [sys.executable, CHILDREN / "kill_results.py", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr[-3000:]

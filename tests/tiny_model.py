@@ -1,8 +1,10 @@
 """A random model of a few layers, and settings that studies of it share."""
 
+from functools import cache
+
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from pruning_utils import models
 from pruning_utils.studies.study import Study
@@ -49,10 +51,16 @@ DENSE, INFORMED, SIMPLE = (
 )
 
 
+@cache
+def embedded_tokenizer() -> PreTrainedTokenizerBase:
+    """The embedded model's tokenizer, for which a worker loads the weights once."""
+    return models.load_model()[1]
+
+
 def save_tiny_model(folder) -> str:
     """A random model of a few layers with the embedded model's tokenizer, as a local directory."""
+    tokenizer = embedded_tokenizer()
     torch.manual_seed(0)
-    _, tokenizer = models.load_model()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,

@@ -24,6 +24,14 @@ points = [DENSE, INFORMED, SIMPLE, {**INFORMED, "healed": True}, {**SIMPLE, "hea
     data.documents("xsum", "calibration"),
 )
 evaluation.load_tasks(list(SETTINGS["tasks"]), num_fewshot=1)
+# What is imported and read at a first point is so here, and not by each child. Nothing is trained:
+# a process that has trained cannot be forked to train.
+results.sweep(
+    [DENSE],
+    Study([DENSE], model=tiny, checkpoints=root / "first", **SETTINGS),
+    path=root / "first" / "depth.csv",
+    parameters=SETTINGS,
+)
 
 
 def child(folder):
