@@ -366,6 +366,16 @@ def test_there_are_results_and_figures():
     assert {path.stem.split("_")[0] for path in FIGURES} >= {f"{number:02}" for number in range(14)}
 
 
+def test_recorded_numbers_are_those_of_the_committed_notebooks():
+    shown = {
+        path.stem: notebook_files.summary_rows(nbformat.read(path, as_version=4))
+        for path in (ROOT / "notebooks").glob("*.ipynb")
+    }
+    recorded = comparisons.read_summaries(ROOT / "tests" / "summaries" / "cpu.csv")
+    compared = comparisons.compare_summaries(recorded, comparisons.summary_table(shown))
+    assert len(compared) > 400 and [found for found in compared if found.fault] == []
+
+
 @pytest.fixture(scope="module")
 def current() -> set[tuple[str, str]]:
     """Names of the committed tables, and what their bytes come to."""
