@@ -596,7 +596,13 @@ def how_to_heal(values: Values, n_layers: int) -> list[Table]:
             own, name="answers", points=tuple(answers), texts={}, limit=scored["more_questions"]
         ),
         replace(own, name="one-rate", points=tuple(alike), tasks={}, is_most=True),
-        replace(own, name="longer", points=tuple(again), tasks={}),
+        replace(
+            own,
+            name="longer",
+            points=tuple(again),
+            tasks={},
+            healing={**own.healing, "steps": longer["steps"]},
+        ),
         replace(own, name="costs", kind="cost", points=tuple(costs), settings=timed),
     ]
 

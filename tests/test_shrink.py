@@ -510,19 +510,23 @@ def test_fewer_documents_than_were_compared_in_memory_are_enough():
         ({"learning_rate": -1.0}, "learning_rate must be above 0, got -1.0"),
         ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, got -1"),
         ({"measured": Measured(documents=1)}, "documents must be"),
-        ({"measured": Measured(tasks=("quiz",))}, "quiz"),
         ({"measured": Measured(tasks=())}, "the number of tasks must be .*got 0"),
         ({"goal": Goal(keep=2.0)}, "keep must be in"),
         ({"limits": Limits(accuracy=0.0)}, "the limit of the accuracy must be in"),
     ],
 )
-def test_bad_orders_are_refused_before_a_model_is_loaded(
-    given, message, tiny, tmp_path, here, monkeypatch
-):
-    # lm-eval's own index is of 14,000 files.
-    monkeypatch.setattr(benchmarks, "task_manager", lambda embedded: SimpleNamespace(all_tasks=[]))
+def test_bad_orders_are_refused_before_a_model_is_loaded(given, message, tiny, tmp_path, here):
     with pytest.raises(ValueError, match=message):
         whole.shrink(order(tiny, **given), tmp_path / "small")
+    assert not here and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_task_is_refused_before_a_model_is_loaded(tiny, tmp_path, here, monkeypatch):
+    # lm-eval's own index is of 14,000 files.
+    known = SimpleNamespace(all_tasks=["piqa"])
+    monkeypatch.setattr(benchmarks, "task_manager", lambda embedded: known)
+    with pytest.raises(ValueError, match="unknown task 'quiz'"):
+        whole.shrink(order(tiny, measured=Measured(tasks=("quiz",))), tmp_path / "small")
     assert not here and not list(tmp_path.iterdir())
 
 
