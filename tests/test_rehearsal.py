@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -280,7 +281,7 @@ def children_of(number: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_of_a100_goes_on_after_its_machine_was_lost_and_is_recorded(checkout):
-    """As in the workflow: the first run records, however many machines it takes."""
+    """As in the workflow: the first run records, however many machines it takes; others compare."""
     with (checkout / "first.log").open("w") as log:
         first = subprocess.Popen(command(checkout, "--record"), stdout=log, stderr=log)
         kernels: list[int] = []
@@ -306,3 +307,5 @@ def test_a_run_of_a100_goes_on_after_its_machine_was_lost_and_is_recorded(checko
     of_whole_run = committed[committed["notebook"] == "01_layer_similarity"]
     compared = comparisons.compare_summaries(of_whole_run, numbers)
     assert len(compared) > 2 and not [found for found in compared if found.fault]
+    whole = subprocess.run(command(checkout), capture_output=True, text=True, check=False)
+    assert whole.returncode == 0 and re.search(r"(\d+) of \1 agree", whole.stdout), whole.stdout
