@@ -1,7 +1,7 @@
 """Which tests one worker must run one after the other.
 
-Notebooks read each other's tables, tests of one architecture share its code and its model, and
-tests of instructions an index of texts.
+Notebooks read each other's tables, tests of one architecture share its code and its model, tests
+of a rehearsal its models, tests of a cluster the cluster, and some tests an index of texts.
 """
 
 import re
@@ -12,6 +12,13 @@ SHARED_TABLES = (
     ("09", "10", "11", "12"),
 )
 SMOKE = re.compile(r"test_smoke_notebook\w*\[(\d\d)_")
+# By what they have in common, what the names of further tests match.
+SHARING = {
+    "instructions": re.compile(r"test_instructions\.py::"),
+    "rehearsal": re.compile(r"test_rehearsal\.py::(?!test_a_run_of_a100)"),
+    "cluster": re.compile(r"test_workers\.py::\w*cluster"),
+    "words": re.compile(r"test_data\.py::\w*(shares_thirteen_words|more_than_equal_passages)"),
+}
 ARCHITECTURE = re.compile(r"test_every_architecture\.py::\w+\[([^]]+)\]")
 
 
@@ -30,6 +37,6 @@ def scope(nodeid: str) -> str:
     smoke, architecture = SMOKE.search(nodeid), ARCHITECTURE.search(nodeid)
     if smoke:
         return folder_name(smoke[1])
-    if "test_instructions.py::" in nodeid:
-        return "instructions"
-    return f"architecture {architecture[1]}" if architecture else nodeid
+    if architecture:
+        return f"architecture {architecture[1]}"
+    return next((name for name, tests in SHARING.items() if tests.search(nodeid)), nodeid)

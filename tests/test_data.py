@@ -24,6 +24,11 @@ KEPT = {
 }
 
 
+@pytest.fixture(autouse=True)
+def few_documents_at_once() -> None:
+    """Here as many are turned into tokens as for a user, unlike in other tests."""
+
+
 def raw_rows(name: str) -> list[dict]:
     return [
         json.loads(line)

@@ -53,6 +53,12 @@ def loaded(tiny):
     return models.load_model(tiny, dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def untouched(tiny):
+    """The same, for tests that change nothing of it."""
+    return models.load_model(tiny, dtype="float32")
+
+
 def order(model: str, **given) -> Order:
     """A small order for a model, with other values."""
     asked = {"goal": Goal(keep=0.6), "minutes": 0.02, "measured": FEW, "dtype": "float32"}
@@ -62,8 +68,8 @@ def order(model: str, **given) -> Order:
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def test_as_many_layers_go_as_a_goal_needs(loaded):
-    model, _ = loaded
+def test_as_many_layers_go_as_a_goal_needs(untouched):
+    model, _ = untouched
     stored = efficiency.stored_parameters(model)
     one = stored["layers"] // N_LAYERS
     assert plans.layers_to_go(model, Goal(keep=0.6)) == 2
@@ -100,9 +106,9 @@ def test_as_many_layers_go_as_a_goal_needs(loaded):
         (Goal(max_ms_per_token=1.0), "max_ms_per_token must be at least 3, which one layer of 5"),
     ],
 )
-def test_goals_that_nothing_meets_are_refused_with_the_nearest(goal, message, loaded):
+def test_goals_that_nothing_meets_are_refused_with_the_nearest(goal, message, untouched):
     with pytest.raises(ValueError, match=message):
-        plans.layers_to_go(loaded[0], goal, TokenTimes(fixed=2.0, per_layer=1.0))
+        plans.layers_to_go(untouched[0], goal, TokenTimes(fixed=2.0, per_layer=1.0))
 
 
 def test_the_set_with_the_lowest_loss_is_chosen(loaded, monkeypatch):
@@ -296,8 +302,8 @@ def test_no_setting_of_a_model_hides_that_it_repeats_itself(own, loaded):
     assert model.generation_config.to_dict() == kept
 
 
-def test_what_measuring_takes_is_arithmetic(loaded, monkeypatch):
-    _, tokenizer = loaded
+def test_what_measuring_takes_is_arithmetic(untouched, monkeypatch):
+    _, tokenizer = untouched
     monkeypatch.setattr(whole_path, "question_tokens", lambda *given: 1000)
     given = {"seq_len": 100, "token_seconds": 0.001, "step_seconds": 0.002}
     asked = Measured(documents=20, tasks=("piqa", "boolq"), questions=5)
@@ -404,7 +410,10 @@ def test_a_model_is_made_that_plain_transformers_loads(tiny, tmp_path, monkeypat
 
 @pytest.fixture
 def here(monkeypatch):
-    """Models are measured in this process, and what is done is noted."""
+    """Models are measured in this process, by few tokens, and what is done is noted."""
+    monkeypatch.setattr(judgements, "N_CONTINUED", 8)
+    monkeypatch.setattr(judgements, "TIMED", {**judgements.TIMED, "new_tokens": 2})
+    monkeypatch.setattr(plans, "PROBED", {**plans.PROBED, "new_tokens": 4})
     done = []
 
     def measured(order, model, revision):
@@ -561,8 +570,8 @@ def test_a_task_twice_is_refused():
         judgements.check_measured(Measured(tasks=("piqa", "piqa")))
 
 
-def test_the_nearest_limit_can_be_asked_for(loaded):
-    model, _ = loaded
+def test_the_nearest_limit_can_be_asked_for(untouched):
+    model, _ = untouched
     for times in (TokenTimes(1.0, 0.12345), TokenTimes(2345.0, 1.0234567)):
         _nearest_can_be_asked_for(model, times)
 

@@ -34,6 +34,8 @@ __all__ = [
 
 # What waits for torch.
 _waiting: list[Callable[[], None]] = []
+# What was imported. Asking for it anew takes microseconds, a million times in a notebook.
+_known: dict[str, ModuleType] = {}
 
 
 class Later(ModuleType):
@@ -72,7 +74,9 @@ def when_torch_is_imported(act: Callable[[], None]) -> None:
 
 
 def _imported(name: str) -> ModuleType:
-    module = import_module(name)
+    module = _known.get(name)
+    if module is None:
+        module = _known[name] = import_module(name)
     if _waiting and "torch" in all_imported:
         # What is done uses torch from here itself.
         waited, _waiting[:] = _waiting[:], []
