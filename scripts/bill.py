@@ -496,7 +496,7 @@ def refusals(lines: Iterable[Line], memory: float) -> list[str]:
                 f"{part} {size / GB:.1f}" for part, size in line.worst.need.parts.items()
             )
             found.append(
-                f"{line.notebook} on {line.model} needs {peak / GB:.1f} GB of {memory / GB:.0f} "
+                f"{line.notebook} on {line.model} needs {peak / GB:.3g} GB of {memory / GB:.3g} "
                 f"({line.worst.at}: {parts}); change {line.worst.setting}"
             )
     return found

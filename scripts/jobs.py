@@ -66,6 +66,17 @@ DEPTHS = (
     "healing.per_round",
     "healing.rated",
 )
+# Values that are shares of the layers, to be removed.
+SHARES = (
+    "shares",
+    "share_removed",
+    "sweep.to",
+    "sweep.placed",
+    "sweep.healed",
+    "sweep.judged",
+    "sweep.compared",
+    "sweep.answered",
+)
 # From 06 to 12 some rules keep the first four layers and the last two, whatever their scores.
 PROTECTING = ("06", "12")
 PROTECTED = 6
@@ -276,7 +287,31 @@ def depths_fault(job: Job, n_layers: int) -> str:
         faults.append(
             f"healing.per_round must begin with the first of depths, {depths}, got {first[0]}"
         )
+    faults += share_faults(job, n_layers)
     return "\n".join(f"{job.name}: {fault}" for fault in faults)
+
+
+def share_faults(job: Job, n_layers: int) -> list[str]:
+    """What is wrong with the shares of layers that a notebook would remove.
+
+    Args:
+        job: A notebook with its values. Those of :data:`SHARES` are shares of layers.
+        n_layers: Of the model.
+    """
+    from pruning_utils.studies import depth  # takes seconds
+
+    faults = []
+    for name in SHARES:
+        parameter, _, key = name.partition(".")
+        value = job.values.get(parameter)
+        found = value.get(key) if key and isinstance(value, dict) else value
+        for share in found if isinstance(found, (list, tuple)) else [found]:
+            try:
+                if share is not None:
+                    depth.layers_in(share, n_layers)
+            except ValueError as error:
+                faults.append(f"{name}: {error}")
+    return faults
 
 
 def counts_of(job: Job, name: str) -> list:

@@ -183,6 +183,14 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         options.values = assigned(options.values)
     except ValueError as error:
         parser.error(str(error))
+    fault = fault_of_options(options)
+    if fault:
+        parser.error(fault)
+    return options
+
+
+def fault_of_options(options: argparse.Namespace) -> str:
+    """What is wrong with options that do not go together; "" where nothing is."""
     needed = {
         "record": ("regress", "rehearse"),
         "keep": ("regress", "rehearse"),
@@ -193,33 +201,31 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         "machine": ("plan",),
     }
     for name, modes in needed.items():
-        given = getattr(options, name)
-        if given is None or given is False:
-            continue
-        if not any(getattr(options, needs) for needs in modes):
-            parser.error(f"--{name} goes with {' or '.join(f'--{needs}' for needs in modes)}")
-    if options.values and (options.accept or options.record):
-        parser.error(
-            "-p goes with neither --accept nor --record: what is committed and recorded is of the "
-            "profile's own values"
-        )
-    if options.values and options.figures:
-        parser.error(
-            "-p does not go with --figures: what is redrawn is of the profile's own values"
-        )
-    if options.rehearse and options.profile not in ("a100", "smoke"):
-        parser.error(
-            "--rehearse goes with --profile a100 or smoke, whose numbers are recorded, got "
-            f"{options.profile}"
-        )
-    if options.recompute and (options.figures or options.plan):
-        parser.error("--recompute goes with neither --figures nor --plan, which compute nothing")
-    if options.output and (computes_apart(options) or options.figures or options.plan):
-        parser.error(
-            "--output goes with none of --regress, --rehearse, --reproduce, --figures and --plan: "
-            "each has a place, or makes no file"
-        )
-    return options
+        given = getattr(options, name)  # a tolerance of 0 is one
+        is_left_out = given is None or given is False
+        if not is_left_out and not any(getattr(options, needs) for needs in modes):
+            return f"--{name} goes with {' or '.join(f'--{needs}' for needs in modes)}"
+    computes_nothing = options.figures or options.plan
+    faults = {
+        "-p goes with neither --accept nor --record: what is committed and recorded is of the "
+        "profile's own values": options.values and (options.accept or options.record),
+        "-p does not go with --figures: what is redrawn is of the profile's own values": (
+            options.values and options.figures
+        ),
+        "--rehearse goes with --profile a100 or smoke, whose numbers are recorded, got "
+        f"{options.profile}": options.rehearse and options.profile not in ("a100", "smoke"),
+        f"--jobs goes with what runs notebooks, and --plan runs none, got {options.jobs}": (
+            options.plan and options.jobs > 1
+        ),
+        "--recompute goes with neither --figures nor --plan, which compute nothing": (
+            options.recompute and computes_nothing
+        ),
+        "--output goes with none of --regress, --rehearse, --reproduce, --figures and --plan: each "
+        "has a place, or makes no file": (
+            options.output and (computes_apart(options) or computes_nothing)
+        ),
+    }
+    return next((fault for fault, is_there in faults.items() if is_there), "")
 
 
 def share(text: str) -> float:

@@ -206,6 +206,9 @@ def test_what_is_not_there_is_refused(project, no_run, capsys, words, profile, m
         ["--figures", "--only", "00", "-p", "seed=1"],
         ["--rehearse"],
         ["--rehearse", "--profile", "gpu"],
+        ["--plan", "--jobs", "2"],
+        ["--plan", "--recompute"],
+        ["--plan", "--output", "x"],
     ],
 )
 def test_options_that_do_not_go_together_are_refused(project, no_run, words):
@@ -646,6 +649,39 @@ def test_counts_that_belong_together_are_refused_together(name, values, fault):
     """Each of these ended in a KeyError after hours."""
     job = jobs.Job(Path(f"{name}.ipynb"), "cpu", {"model": "mine", **values}, {})
     assert re.match(f"{name}: {fault}", jobs.depths_fault(job, 24))
+
+
+@pytest.mark.parametrize(
+    ("values", "faults"),
+    [
+        ({"shares": [0.1, 0.25], "sweep": {"to": 0.8, "step": 2}}, []),
+        ({"shares": [0.1, 2.0]}, ["shares: a share must lie in (0, 1) and leave one of 8 layers"]),
+        ({"share_removed": 0}, ["share_removed: a share must lie in (0, 1)"]),
+        (
+            {"sweep": {"to": 0.99, "healed": [0.5, -0.5], "curves_of": "cpu", "compared": None}},
+            ["sweep.to: a share must lie in (0, 1)", "sweep.healed: a share must lie in (0, 1)"],
+        ),
+    ],
+)
+def test_shares_that_leave_no_layer_are_refused(values, faults):
+    job = jobs.Job(Path("03_b.ipynb"), "cpu", {"model": "mine", **values}, {})
+    found = jobs.depths_fault(job, 8).splitlines()
+    assert len(found) == len(faults)
+    for line, fault in zip(found, faults, strict=True):
+        assert line.startswith(f"03_b: {fault}")
+
+
+def test_every_share_of_a_notebook_is_looked_at():
+    """Each name is of a value in some notebook; a new key of a sweep is a share, or named here."""
+    defaults = [jobs.own_defaults(path) for path in jobs.notebook_paths(ROOT).values()]
+    dotted = {f"sweep.{key}" for values in defaults for key in values.get("sweep", {})}
+    assert set(jobs.SHARES) <= dotted | {name for values in defaults for name in values}
+    assert dotted - set(jobs.SHARES) == {
+        "sweep.curves_of",
+        "sweep.dtype",
+        "sweep.healing",
+        "sweep.step",
+    }
 
 
 def test_models_with_too_few_layers_and_depths_of_0_are_refused():
