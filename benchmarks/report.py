@@ -370,9 +370,9 @@ def page(rows: pd.DataFrame, growth: pd.DataFrame, machine: str) -> str:
         "# What our way costs, beside the naive way and beside arithmetic",
         "",
         f"`make bench` wrote this page on {machine}, with SmolLM2-135M-Instruct in {DTYPE}. Ratios "
-        "are medians over rounds, in each of which both ways ran in turn.",
+        f"are medians over {rows['rounds'].max()} rounds, in each of which both ways ran in turn.",
         "Behind them stand the lowest and the highest. The floor is the arithmetic of our way at "
-        "the rate of this machine's matrix products; for generation it is reading the weights "
+        "the rate of this machine's matrix products. For generation it is reading the weights "
         "once a token.",
         "",
         "| Stage | Ours | Naive | Ours, s | Naive, s | Times as fast | Times the floor |",

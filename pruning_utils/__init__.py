@@ -18,7 +18,7 @@ which cuts, trains and measures a model, and ``studies.recipes``, which says how
 01  Which layers change the hidden states least?
     scan, depth: similarity, selection
 02  How many layers can go before the answers fall?
-    depth, places: similarity, selection, surgery, healing, evaluation
+    depth, places: similarity, selection, surgery, evaluation
 03  Does healing turn the jump of the loss into a slope?
     depth, places, beginnings: similarity, selection, surgery, healing, evaluation
 04  Is it enough to remove the deepest layers?

@@ -674,6 +674,7 @@ def judge(
     n: int | None = None,
     runs: int | None = None,
     level: float = LEVEL,
+    asked: str = verdict_rows.BEFOREHAND,
 ) -> dict:
     """One row of ``verdicts.csv``: what a measurement says of a part of a claim.
 
@@ -708,16 +709,18 @@ def judge(
         n: Number of items; taken from ``found`` where it says so.
         runs: Number of runs; likewise.
         level: Confidence of the interval.
+        asked: ``"beforehand"``; or ``"afterwards"`` for a part that was not named so before tables
+            of the same data had been seen, or whose models were healed anew since.
 
     Returns:
         The row: ``claim, part, model, measure, data, depth, recipe, value, low, high, level, kind,
-        n, runs, tokens_per_parameter, unpruned, floor, verdict, notebook, cell, reason``. The
-        reason says why nothing can be tested, else it is "".
+        n, runs, tokens_per_parameter, unpruned, floor, verdict, notebook, cell, reason, asked``.
+        The reason says why nothing can be tested, else it is "".
 
     Raises:
         ValueError: For another claim, an equality without a margin above 0, levels or an unpruned
-            one without a floor, a direction that is neither True nor False, or an interval whose
-            kind, n or runs nobody says.
+            one without a floor, levels that are no list, a direction that is neither True nor
+            False, or an interval whose kind, n or runs nobody says.
     """
     if claimed not in CLAIMS:
         raise ValueError(f"claimed must be one of {CLAIMS}, got {claimed!r}")
@@ -748,7 +751,7 @@ def judge(
         "unpruned": np.nan if unpruned is None else verdict_rows.value_of(unpruned),
         "floor": np.nan if floor is None else floor,
         "verdict": UNTESTABLE if reason else word,
-        **{"notebook": notebook, "cell": cell, "reason": reason},
+        **{"notebook": notebook, "cell": cell, "reason": reason, "asked": asked},
     }
 
 

@@ -32,7 +32,14 @@ DIFFERENCES = (
     "A difference is what a part names first, minus what it is compared with: above 0, a loss is "
     "higher."
 )
-RATIOS = "A ratio of times below 1 is faster than the unpruned model."
+RATIOS = (
+    "A ratio of times divides that of what a part names first by that of what it is compared with, "
+    "else by that of the unpruned model: below 1, it is faster."
+)
+LATER = (
+    f"{verdict_rows.MARK} Not named beforehand: the part was added later, or its models were "
+    "healed anew."
+)
 # First line of the cell that papermill puts behind the parameters.
 INJECTED = "# Parameters"
 
@@ -108,7 +115,8 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
     Returns:
         A sentence that counts the verdicts of each model. Then a table: a part of a claim a row,
         and for each model the verdict with its number and interval. Then the claims in words, each
-        code linked to ``reference/claims.csv``, and how small a budget was.
+        code linked to ``reference/claims.csv``, how small a budget was, and what a mark says of a
+        part that was not named beforehand.
     """
     path = results.table_path(profile, notebook, "verdicts")
     if not path.exists():
@@ -124,6 +132,8 @@ def findings(notebook: str, profile: str = "cpu") -> Note:
     told = verdict_rows.budgets_told(rows["reason"])
     if told:
         lines.append(f"* *Budget*: {told}.")
+    if rows["asked"].eq(verdict_rows.AFTERWARDS).any():
+        lines.append(f"* {LATER}")
     return Note("\n".join(lines))
 
 
@@ -190,7 +200,8 @@ def readable(
 def _said(row: Any) -> str:
     """A verdict with its number, interval and depth; why nothing can be tested."""
     because = f": {verdict_rows.short_reason(row.reason)}" if row.reason else ""
-    return f"**{row.verdict}**{because}<br>{verdict_rows.number(row)}, {row.depth}"
+    said = f"**{row.verdict}**{verdict_rows.mark_of(row)}{because}"
+    return f"{said}<br>{verdict_rows.number(row)}, {row.depth}"
 
 
 def _assigned(cell: str) -> list[str]:

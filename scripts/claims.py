@@ -59,7 +59,7 @@ def section(verdicts: pd.DataFrame, claims: pd.DataFrame) -> str:
         verdicts: Rows of :data:`verdict_rows.COLUMNS`.
         claims: ``reference/claims.csv``: columns ``id``, ``paper`` and ``claim``.
     """
-    parts = ["\n".join([*_counts(verdicts), *_reasons(verdicts)])]
+    parts = ["\n".join([*_counts(verdicts), *_reasons(verdicts), *_later(verdicts)])]
     paper_of = claims.set_index("id")["paper"]
     for paper, title in PAPERS.items():
         rows = verdicts[verdicts["claim"].map(paper_of) == paper]
@@ -93,9 +93,21 @@ def _reasons(verdicts: pd.DataFrame) -> list[str]:
         counts = {said: int(reasons.str.contains(key).sum()) for key, said in REASONS.items()}
         if sum(counts.values()) != len(reasons):
             raise ValueError(f"a reason is none of {list(REASONS)}: {sorted(set(reasons))}")
-        listed = [f"{said} in {number}" for said, number in counts.items() if number]
-        told.append(f"Not testable on {NAMES.get(model, model)}: {verdict_rows.listed(listed)}.")
+        of_model = f"On {NAMES.get(model, model)} {len(reasons)} parts are not testable."
+        of_model = of_model.replace(" 1 parts are", " 1 part is")
+        listed = [f"In {number} {said}." for said, number in counts.items() if number]
+        told.append(" ".join([of_model, *listed]))
     return told
+
+
+def _later(verdicts: pd.DataFrame) -> list[str]:
+    """A sentence on the parts that were not named beforehand; none where all were."""
+    number = int(verdicts["asked"].eq(verdict_rows.AFTERWARDS).sum())
+    said = (
+        f"{verdict_rows.MARK} marks parts that were not named beforehand, {number} of "
+        f"{len(verdicts)}: they were added later, or their models were healed anew."
+    )
+    return [said] if number else []
 
 
 def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
@@ -133,7 +145,8 @@ def _said(row: object) -> str:
     """Verdict, number, interval and depth, each on a line that a narrow page does not break."""
     number = verdict_rows.number(row).replace(" (", "<br>(").replace(" ", HARD_SPACE)
     depth = str(row.depth).replace(" ", HARD_SPACE)  # type: ignore[attr-defined]
-    return f"**{row.verdict}**<br>{number}<br>{depth}"  # type: ignore[attr-defined]
+    mark = verdict_rows.mark_of(row)
+    return f"**{row.verdict}**{mark}<br>{number}<br>{depth}"  # type: ignore[attr-defined]
 
 
 def written(readme: str, folder: Path) -> str:

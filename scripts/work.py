@@ -499,13 +499,18 @@ def seven_metrics(values: Values, n_layers: int) -> list[Table]:
     sets = [(rule, n) for n in depths for rule in rules]
     paper = [f"rule {number}" for number in range(6)]
     drawn = [*paper, *rules[N_RULES:]]
-    own = of_scores(values, without_keys=("rates", "rated"))
+    own = of_scores(values, without_keys=("rates", "rated", "longer"))
     rated = [(rule, n, "lora", rates) for n, rule in healing["rated"]]
     again = [
         Point(rule, depths[0], best, draw)
         for draw in values["seeds"]
         if draw != seed
         for rule in paper
+    ]
+    longer_steps = healing["longer"]["steps"]
+    longer_best = middle("lora", rates, longer_steps)
+    longer = [
+        Point(rule, depths[0], longer_best, draw) for draw in values["seeds"] for rule in paper
     ]
     return [
         scores(values),
@@ -526,6 +531,15 @@ def seven_metrics(values: Values, n_layers: int) -> list[Table]:
             limit=scored["more_questions"],
             is_most=True,
         ),
+        replace(
+            own,
+            name="longer",
+            points=tuple(longer),
+            is_most=True,
+            tasks={},
+            limit=None,
+            healing={**own.healing, "steps": longer_steps},
+        ),
     ]
 
 
@@ -536,7 +550,7 @@ def unhealed_metrics(values: Values, n_layers: int) -> list[Table]:
     cuts = (Point(), *(Point(rule, gone) for rule in rules))
     texts = values["scored_on"]["texts"]
     judged_on = {first(texts): texts[first(texts)]}
-    own = bare(of_scores(values, without_keys=("rates", "rated")))
+    own = bare(of_scores(values, without_keys=("rates", "rated", "longer")))
     return [
         scores(values),
         replace(own, name="unhealed", points=cuts, is_most=True, texts=judged_on),

@@ -765,6 +765,14 @@ def test_what_is_named_wrongly_or_out_of_range_is_refused(call, message):
     ("given", "message"),
     [
         ({"unpruned": 0.25}, "floor must be given, got None"),
+        (
+            {"levels": 0.25, "floor": 0.5},
+            "levels must be a list, one level for each side, got 0.25",
+        ),
+        (
+            {"levels": evidence.Interval(1, 0.9, 1.1), "floor": 0.5},
+            r"levels must be a list, .*, got Interval\(value=1",
+        ),
         ({"higher_is_better": "no"}, "higher_is_better must be True or False, got 'no'"),
     ],
 )

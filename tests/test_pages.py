@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from pruning_utils import evidence, pages, results, selection
+from pruning_utils.engine import verdict_rows
 from pruning_utils.engine.verdict_rows import COLUMNS
 from pruning_utils.studies.study import Study
 
@@ -165,7 +166,15 @@ def test_a_verdict_without_an_interval_is_shown(tmp_path, monkeypatch):
         runs=1,
     )
     evidence.save_verdicts([row], tmp_path / "verdicts.csv")
-    assert "25 % (no interval), 0 to 4 of 5 layers" in pages.findings("02_x").markdown
+    shown = pages.findings("02_x").markdown
+    assert "25 % (no interval), 0 to 4 of 5 layers" in shown
+    assert verdict_rows.MARK not in shown
+    later = row | {"part": "added", "asked": "afterwards"}
+    evidence.save_verdicts([row, later], tmp_path / "verdicts.csv")
+    first, second, *_, told = pages.findings("02_x").markdown.split("\n")[4:]
+    assert "| added |" in first and "**cannot be told** \u2020<br>25 %" in first
+    assert "| sharp fall |" in second and verdict_rows.MARK not in second
+    assert told == f"* {pages.LATER}"
 
 
 def test_a_readable_table_has_the_names_and_units_of_the_figures():

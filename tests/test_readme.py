@@ -87,7 +87,7 @@ def test_a_section_counts_and_lists_the_verdicts_of_each_model():
     assert lines[:3] == [
         "SmolLM2-135M-Instruct: of 3 parts of claims, 2 hold and 1 does not hold.",
         "Gemma 3 270M: of 1 part of claims, 1 is not testable here.",
-        "Not testable on Gemma 3 270M: healing was too short in 1.",
+        "On Gemma 3 270M 1 part is not testable. In 1 healing was too short.",
     ]
     assert lines[4].startswith("### Gromov et al.") and lines[13].startswith("### Lu et al.")
     assert lines[6:10] == [
@@ -118,11 +118,20 @@ def test_parts_that_no_model_can_test_are_counted():
     assert "\n\nParts that are not testable here: 2 of A5 and 1 of A6. The notebooks say" in text
     rows[0]["reason"] = "a level is not surely above the floor"
     text = claims.section(pd.DataFrame(rows), CLAIMS)
-    told = "healing was too short in 2 and a level is not surely above its floor in 1."
-    assert f"\nNot testable on SmolLM2-135M-Instruct: {told}\n" in text
+    told = "In 2 healing was too short. In 1 a level is not surely above its floor."
+    assert f"\nOn SmolLM2-135M-Instruct 3 parts are not testable. {told}\n" in text
     rows[0]["reason"] = "of no kind"
     with pytest.raises(ValueError, match="a reason is none of"):
         claims.section(pd.DataFrame(rows), CLAIMS)
+
+
+def test_parts_that_were_not_named_beforehand_are_marked_and_counted():
+    rows = [verdict("smollm2-135m", "A5", part, "holds", 1.0) for part in ("equal", "poor")]
+    assert "\u2020" not in claims.section(pd.DataFrame(rows), CLAIMS)
+    rows[1]["asked"] = "afterwards"
+    text = claims.section(pd.DataFrame(rows), CLAIMS).replace("\u00a0", " ")
+    assert "\n\u2020 marks parts that were not named beforehand, 1 of 2: they were" in text
+    assert text.count("\u2020") == 2 and "**holds** \u2020<br>1 nats" in text.split("| poor")[1]
 
 
 def test_parts_that_were_asked_again_after_longer_healing_have_a_section():

@@ -5,11 +5,12 @@ import pandas as pd
 import pytest
 
 from pruning_utils import evidence, runtime
+from pruning_utils.engine import verdict_rows
 from pruning_utils.evidence import FAILS, HOLDS, UNTESTABLE, UNTOLD, Interval
 
 COLUMNS = (
     "claim part model measure data depth recipe value low high level kind n runs "
-    "tokens_per_parameter unpruned floor verdict notebook cell reason"
+    "tokens_per_parameter unpruned floor verdict notebook cell reason asked"
 ).split()
 ABOVE, BELOW, AROUND = Interval(2, 1, 3), Interval(-2, -3, -1), Interval(0, -1, 1)
 UNKNOWN = Interval(2, np.nan, np.nan)
@@ -46,7 +47,7 @@ def test_a_row_has_its_columns_in_order():
     assert list(row) == COLUMNS
     assert list(row.values()) == [
         *("A5", "healed", "SmolLM2", "loss", "XSum", 8, "LoRA", 2, 1, 3, 0.95, "bootstrap", 48, 1),
-        *(0.004, 2.5, 10.8, "holds", "04_simple_against_similarity", "Verdict", ""),
+        *(0.004, 2.5, 10.8, "holds", "04_simple_against_similarity", "Verdict", "", "beforehand"),
     ]
 
 
@@ -213,6 +214,7 @@ def test_every_claim_of_the_papers_may_be_judged():
     [
         ([judged(ABOVE, claim="A9")], r"claim must be one of .*'A1'.*, got \['A9'\]"),
         ([{**judged(ABOVE), "verdict": "true"}], r"verdict must be one of .*, got \['true'\]"),
+        ([judged(ABOVE, asked="later")], r"asked must be one of .*'afterwards'.*, got \['later'\]"),
         ([{**judged(ABOVE), "p": 0.1}], r"columns \['p'\] differ"),
         ([judged(ABOVE), judged(BELOW)], "two verdicts have one key, .*'part': 'healed'"),
     ],
@@ -234,6 +236,30 @@ def test_a_saved_table_is_read_back(tmp_path):
     assert lines[0] == ",".join(COLUMNS) and len(lines) == 3
     assert lines[1] == (
         "A5,healed,SmolLM2,loss,XSum,8,LoRA,0.333333,0.123457,2,0.95,bootstrap,48,1,,1,0.3,"
-        "holds,04_simple_against_similarity,Verdict,"
+        "holds,04_simple_against_similarity,Verdict,,beforehand"
     )
     assert lines[2].startswith("A5,z,") and list(path.parent.iterdir()) == [path]
+    assert verdict_rows.read(path)["asked"].tolist() == ["beforehand", "beforehand"]
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in lines))
+    assert verdict_rows.read(path)["asked"].tolist() == ["beforehand", "beforehand"]
+
+
+def test_budgets_of_several_papers_are_told_as_shares():
+    """The ends of two ranges would not belong together: 5.5 is more than a tenth of 47."""
+
+    def reasons(*budgets: tuple[float, float]) -> list[str]:
+        """The reasons of rows with tokens per parameter: ours, and the paper's."""
+        return [
+            judged(ABOVE, tokens_per_parameter=own, paper_tokens_per_parameter=of_paper)["reason"]
+            for own, of_paper in budgets
+        ]
+
+    told = verdict_rows.budgets_told
+    assert told(["a level is not surely above the floor", ""]) == ""
+    assert told(reasons((0.003, 2.0))) == (
+        "healing saw 0.003 tokens per parameter, less than a tenth of the paper's 2"
+    )
+    assert told(reasons((5.5, 230.0), (2.75, 47.0))) == (
+        "healing saw 2.75 to 5.5 tokens per parameter, 2.4 to 5.9 % of the paper's, where a tenth "
+        "is asked"
+    )

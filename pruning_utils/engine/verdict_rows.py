@@ -14,6 +14,9 @@ UNTOLD = "cannot be told"
 UNTESTABLE = "not testable here"
 WORDS = (HOLDS, FAILS, UNTOLD, UNTESTABLE)
 ABOVE_MARGIN = "above the margin"  # a claim on a pair
+# When a part was named: before tables of the same data had been seen, or after.
+BEFOREHAND, AFTERWARDS = "beforehand", "afterwards"
+MARK = "\u2020"  # of the latter
 # Of one part of a claim, and of several.
 COUNTED = {
     HOLDS: ("holds", "hold"),
@@ -44,6 +47,7 @@ COLUMNS = (
     "notebook",
     "cell",
     "reason",
+    "asked",
 )
 # What tells one row from another.
 KEY = ("claim", "part", "model", "measure", "data", "depth", "recipe")
@@ -70,10 +74,11 @@ def read(path: Path) -> pd.DataFrame:
     """The verdicts of a notebook, as :func:`evidence.save_verdicts` wrote them.
 
     Empty texts stay texts. An end of an interval may be no number: of the share of a fall where
-    nothing falls.
+    nothing falls. Where a file does not say when its parts were named, all were beforehand.
     """
     no_number = dict.fromkeys(("value", "low", "high"), "")
-    return pd.read_csv(path, keep_default_na=False, na_values=no_number)
+    table = pd.read_csv(path, keep_default_na=False, na_values=no_number)
+    return table if "asked" in table else table.assign(asked=BEFOREHAND)
 
 
 def number(row: object) -> str:
@@ -151,15 +156,26 @@ def short_reason(reason: str) -> str:
 
 
 def budgets_told(reasons: Iterable[str]) -> str:
-    """The budgets among reasons in one sentence, as ranges; "" where there is none."""
+    """The budgets among reasons in one sentence, as ranges; "" where there is none.
+
+    Where parts are compared with several budgets of the papers, the sentence tells shares of them:
+    the ends of two ranges would not belong together.
+    """
     found = [told.groups() for told in map(BUDGET.fullmatch, reasons) if told]
     if not found:
         return ""
     seen, papers = (sorted(set(values), key=float) for values in zip(*found, strict=True))
-    return (
-        f"healing saw {' to '.join(dict.fromkeys([seen[0], seen[-1]]))} tokens per parameter, less "
-        f"than a tenth of the paper's {' to '.join(dict.fromkeys([papers[0], papers[-1]]))}"
-    )
+    told = f"healing saw {between(seen[0], seen[-1])} tokens per parameter"
+    if len(papers) == 1:
+        return f"{told}, less than a tenth of the paper's {papers[0]}"
+    shares = [100 * float(own) / float(of_paper) for own, of_paper in found]
+    ends = between(f"{min(shares):.2g}", f"{max(shares):.2g}")
+    return f"{told}, {ends} % of the paper's, where a tenth is asked"
+
+
+def between(low: str, high: str) -> str:
+    """Two ends as a range; one alone where they are the same."""
+    return " to ".join(dict.fromkeys([low, high]))
 
 
 def untestable_because(
@@ -171,7 +187,13 @@ def untestable_because(
     tokens_per_parameter: float | None,
     paper_tokens_per_parameter: float | None,
 ) -> str:
-    """Why nothing can be said of a claim; "" where something can."""
+    """Why nothing can be said of a claim; "" where something can.
+
+    Raises:
+        ValueError: For levels that are one level and no list of them.
+    """
+    if isinstance(levels, (int, float)) or hasattr(levels, "low"):
+        raise ValueError(f"levels must be a list, one level for each side, got {levels!r}")
     if floor is not None:
         if unpruned is not None and not clears(unpruned, floor, higher_is_better):
             side = "above the floor" if higher_is_better else "below ln V"
@@ -191,6 +213,11 @@ def untestable_because(
                 f"paper's {paper_tokens_per_parameter:.3g}"
             )
     return ""
+
+
+def mark_of(row: object) -> str:
+    """The mark of a row that was asked afterwards, behind a space; "" for another one."""
+    return f" {MARK}" if row.asked == AFTERWARDS else ""  # type: ignore[attr-defined]
 
 
 def value_of(level: object) -> float:
@@ -216,7 +243,8 @@ def checked_table(rows: Iterable[Mapping], codes: Iterable[str]) -> pd.DataFrame
         codes: Codes of the claims that there are.
 
     Raises:
-        ValueError: For a row with other columns, an unknown claim or word, or rows with one key.
+        ValueError: For a row with other columns, an unknown claim, verdict or word of when it was
+            asked, or rows with one key.
     """
     rows = list(rows)
     for row in rows:
@@ -224,8 +252,9 @@ def checked_table(rows: Iterable[Mapping], codes: Iterable[str]) -> pd.DataFrame
             wrong = sorted(set(row) ^ set(COLUMNS))
             raise ValueError(f"a row of verdicts comes from evidence.judge; columns {wrong} differ")
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    for column, allowed in (("claim", set(codes)), ("verdict", set(WORDS))):
-        unknown = sorted(set(table[column]) - allowed)
+    allowed_in = {"claim": codes, "verdict": WORDS, "asked": (BEFOREHAND, AFTERWARDS)}
+    for column, allowed in allowed_in.items():
+        unknown = sorted(set(table[column]) - set(allowed))
         if unknown:
             raise ValueError(f"{column} must be one of {sorted(allowed)}, got {unknown}")
     repeated = table[table.duplicated(list(KEY))]
