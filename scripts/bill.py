@@ -486,6 +486,11 @@ def text_of(lines: Sequence[Line], *, kind: str, price: float | None) -> str:
     return table.to_string(index=False, justify="left")
 
 
+def in_gb(size: float) -> str:
+    """Bytes in GB with one decimal, or below 1 GB with two digits."""
+    return f"{size / GB:.1f}" if size >= GB else f"{size / GB:.2g}"
+
+
 def refusals(lines: Iterable[Line], memory: float) -> list[str]:
     """What does not fit into so many bytes, each with the setting to change."""
     found = []
@@ -493,10 +498,10 @@ def refusals(lines: Iterable[Line], memory: float) -> list[str]:
         peak = line.worst.need.peak
         if peak > memory:
             parts = ", ".join(
-                f"{part} {size / GB:.1f}" for part, size in line.worst.need.parts.items()
+                f"{part} {in_gb(size)}" for part, size in line.worst.need.parts.items()
             )
             found.append(
-                f"{line.notebook} on {line.model} needs {peak / GB:.3g} GB of {memory / GB:.3g} "
+                f"{line.notebook} on {line.model} needs {in_gb(peak)} GB of {memory / GB:g} "
                 f"({line.worst.at}: {parts}); change {line.worst.setting}"
             )
     return found

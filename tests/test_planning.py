@@ -358,6 +358,13 @@ def test_what_does_not_fit_is_refused_with_the_setting(counted, capsys):
     assert "dollars" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("size", "told"), [(1.2345e12, "1234.5"), (1e11, "100.0"), (4.56e7, "0.046"), (0, "0")]
+)
+def test_small_memory_is_told_too(size, told):
+    assert bill.in_gb(size) == told
+
+
 def test_a_plan_for_this_machine_says_its_hours_and_rates(counted, capsys):
     asked = ["--profile", "cpu", "--only", "13", "--plan", "--machine", "here", "--memory", "101"]
     assert run_notebooks.main(asked) == 0
