@@ -93,8 +93,8 @@ def _reasons(verdicts: pd.DataFrame) -> list[str]:
         counts = {said: int(reasons.str.contains(key).sum()) for key, said in REASONS.items()}
         if sum(counts.values()) != len(reasons):
             raise ValueError(f"a reason is none of {list(REASONS)}: {sorted(set(reasons))}")
-        of_model = f"On {NAMES.get(model, model)} {len(reasons)} parts are not testable."
-        of_model = of_model.replace(" 1 parts are", " 1 part is")
+        parts = "1 part is" if len(reasons) == 1 else f"{len(reasons)} parts are"
+        of_model = f"On {NAMES.get(model, model)} {parts} not testable."
         listed = [f"In {number} {said}." for said, number in counts.items() if number]
         told.append(" ".join([of_model, *listed]))
     return told

@@ -302,9 +302,7 @@ def share_faults(job: Job, n_layers: int) -> list[str]:
 
     faults = []
     for name in SHARES:
-        parameter, _, key = name.partition(".")
-        value = job.values.get(parameter)
-        found = value.get(key) if key and isinstance(value, dict) else value
+        found = value_at(job, name)
         for share in found if isinstance(found, (list, tuple)) else [found]:
             try:
                 if share is not None:
@@ -314,11 +312,16 @@ def share_faults(job: Job, n_layers: int) -> list[str]:
     return faults
 
 
-def counts_of(job: Job, name: str) -> list:
-    """The numbers of layers in one value of a job, by its dotted name; [] where it has none."""
+def value_at(job: Job, name: str) -> object:
+    """A value of a job by its dotted name; None where it has none."""
     parameter, _, key = name.partition(".")
     value = job.values.get(parameter)
-    found = value.get(key) if key and isinstance(value, dict) else value
+    return value.get(key) if key and isinstance(value, dict) else value
+
+
+def counts_of(job: Job, name: str) -> list:
+    """The numbers of layers in one value of a job, by its dotted name; [] where it has none."""
+    found = value_at(job, name)
     if not isinstance(found, (list, tuple)):
         return []
     # Where each is a list, its first entry counts layers.

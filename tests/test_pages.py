@@ -172,7 +172,7 @@ def test_a_verdict_without_an_interval_is_shown(tmp_path, monkeypatch):
     later = row | {"part": "added", "asked": "afterwards"}
     evidence.save_verdicts([row, later], tmp_path / "verdicts.csv")
     first, second, *_, told = pages.findings("02_x").markdown.split("\n")[4:]
-    assert "| added |" in first and "**cannot be told** \u2020<br>25 %" in first
+    assert "| added |" in first and "**cannot be told** \u2021<br>25 %" in first
     assert "| sharp fall |" in second and verdict_rows.MARK not in second
     assert told == f"* {pages.LATER}"
 

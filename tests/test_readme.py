@@ -127,11 +127,11 @@ def test_parts_that_no_model_can_test_are_counted():
 
 def test_parts_that_were_not_named_beforehand_are_marked_and_counted():
     rows = [verdict("smollm2-135m", "A5", part, "holds", 1.0) for part in ("equal", "poor")]
-    assert "\u2020" not in claims.section(pd.DataFrame(rows), CLAIMS)
+    assert "\u2021" not in claims.section(pd.DataFrame(rows), CLAIMS)
     rows[1]["asked"] = "afterwards"
     text = claims.section(pd.DataFrame(rows), CLAIMS).replace("\u00a0", " ")
-    assert "\n\u2020 marks parts that were not named beforehand, 1 of 2: they were" in text
-    assert text.count("\u2020") == 2 and "**holds** \u2020<br>1 nats" in text.split("| poor")[1]
+    assert "\n\u2021 marks parts that were not named beforehand, 1 of 2: they were" in text
+    assert text.count("\u2021") == 2 and "**holds** \u2021<br>1 nats" in text.split("| poor")[1]
 
 
 def test_parts_that_were_asked_again_after_longer_healing_have_a_section():

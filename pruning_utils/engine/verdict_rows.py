@@ -16,7 +16,7 @@ WORDS = (HOLDS, FAILS, UNTOLD, UNTESTABLE)
 ABOVE_MARGIN = "above the margin"  # a claim on a pair
 # When a part was named: before tables of the same data had been seen, or after.
 BEFOREHAND, AFTERWARDS = "beforehand", "afterwards"
-MARK = "\u2020"  # of the latter
+MARK = "\u2021"  # of the latter; a dagger marks trainings that went astray
 # Of one part of a claim, and of several.
 COUNTED = {
     HOLDS: ("holds", "hold"),
@@ -165,15 +165,15 @@ def budgets_told(reasons: Iterable[str]) -> str:
     if not found:
         return ""
     seen, papers = (sorted(set(values), key=float) for values in zip(*found, strict=True))
-    told = f"healing saw {between(seen[0], seen[-1])} tokens per parameter"
+    told = f"healing saw {as_range(seen[0], seen[-1])} tokens per parameter"
     if len(papers) == 1:
         return f"{told}, less than a tenth of the paper's {papers[0]}"
     shares = [100 * float(own) / float(of_paper) for own, of_paper in found]
-    ends = between(f"{min(shares):.2g}", f"{max(shares):.2g}")
+    ends = as_range(f"{min(shares):.2g}", f"{max(shares):.2g}")
     return f"{told}, {ends} % of the paper's, where a tenth is asked"
 
 
-def between(low: str, high: str) -> str:
+def as_range(low: str, high: str) -> str:
     """Two ends as a range; one alone where they are the same."""
     return " to ".join(dict.fromkeys([low, high]))
 
