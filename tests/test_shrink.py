@@ -22,6 +22,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from architectures import tiny as tiny_model_of
+from safetensors import SafetensorError
 from scipy import stats
 from tiny_model import N_LAYERS
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -31,6 +32,7 @@ from pruning_utils import (
     data,
     efficiency,
     evaluation,
+    evidence,
     healing,
     models,
     runtime,
@@ -153,6 +155,41 @@ def test_times_are_a_line_over_the_layers(loaded, monkeypatch):
         and times == pytest.approx((2.0, 1.0))
         and times.at(3) == (pytest.approx(5.0))
     )
+
+
+def test_a_limit_of_time_is_planned_with_what_judges_it(tiny, monkeypatch):
+    """The fastest run is not the upper end of the interval that is held against the limit."""
+    model, tokenizer = models.load_model(tiny, dtype="float32")
+
+    def speed(model, **given):
+        seconds = 0.001 * len(models.decoder_layers(model))
+        return pd.DataFrame({"per_token_seconds": seconds + 0.0001 * np.arange(given["repeats"])})
+
+    monkeypatch.setattr(efficiency, "generation_speed", speed)
+    runs = judgements.TIMED["repeats"]
+    added = 1000 * evidence.mean_interval(0.0001 * np.arange(runs)).high
+    times = plans.token_times(model, repeats=runs, at_most=True)
+    assert times.at(4) == pytest.approx(4 + added)
+    asked = order(tiny, goal=Goal(max_ms_per_token=4.0), method="none")
+    assert 0 < added < 1 and plans.layers_to_go(model, asked.goal, plans.token_times(model)) == 1
+    plan = whole.plan_of(asked, model, tokenizer)
+    assert len(plan["layers"]) == 2 and plan["ms_per_token"] == pytest.approx([5.0, 3.0])
+
+
+def test_the_libraries_that_a_first_training_imports_are_no_part_of_a_step(
+    untouched, tiny, monkeypatch
+):
+    """They made a step look so short that healing took a multiple of its minutes."""
+    now, taken = [0.0], []
+    monkeypatch.setattr(whole.time, "perf_counter", lambda: now[0])
+
+    def heal(model, tokenizer, windows, **settings):
+        now[0] += 3.0 * settings["steps"] + 2.0 + (20.0 if not taken else 0.0)
+        taken.append(settings["steps"])
+
+    monkeypatch.setattr(healing, "heal", heal)
+    steps, seconds = whole._steps(order(tiny, minutes=1.0), *untouched, 16)
+    assert taken == [1, 1, whole.N_PROBED] and (steps, seconds) == (20, 60.0)
 
 
 def test_sets_that_an_architecture_cannot_lose_are_left_out(monkeypatch, capsys):
@@ -504,9 +541,29 @@ def test_a_model_that_loads_as_another_is_not_given_out(tiny, tmp_path, here, mo
 def test_fewer_documents_than_were_compared_in_memory_are_enough():
     rows = [{"measure": judgements.LOSS, "value": value} for value in (3.0, 4.0)]
     rows += [{"measure": judgements.RIGHT, "value": 1.0}]
-    whole._refuse_another({"losses": [3.0, 4.0, 5.0, 6.0]}, {"rows": rows})
-    with pytest.raises(RuntimeError, match=r"losses \[3.0, 4.0\], and \[3.0, 4.1\] before"):
-        whole._refuse_another({"losses": [3.0, 4.1, 5.0, 6.0]}, {"rows": rows})
+    folder = Path("small.work")
+    whole._refuse_another({"losses": [3.0, 4.0, 5.0, 6.0]}, {"rows": rows}, folder)
+    said = r"losses \[3.0, 4.0\], and \[3.0, 4.1\] before.* in small.work: remove it"
+    with pytest.raises(RuntimeError, match=said):
+        whole._refuse_another({"losses": [3.0, 4.1, 5.0, 6.0]}, {"rows": rows}, folder)
+
+
+@pytest.mark.parametrize(
+    ("device", "method", "message"),
+    [
+        ("cuda:1", "lora", "got 'cuda:1'.* set CUDA_VISIBLE_DEVICES=1"),
+        ("cpu", "qlora", "device must be cuda for qlora where there is a GPU, got 'cpu'"),
+    ],
+)
+def test_a_device_that_healing_would_not_take_is_refused(device, method, message, monkeypatch):
+    """The Trainer moves a model to the first GPU, and so does what quantises it."""
+    monkeypatch.setattr(runtime, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        whole.check_order(order("model", method=method, device=device))
+    whole.check_order(order("model", method="none", device=device))
+    whole.check_order(order("model", method=method, device="cuda"))
+    whole.check_order(order("model", method="lora", device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -780,7 +837,8 @@ def test_a_plan_is_printed_and_nothing_is_made(tiny, tmp_path, capsys, monkeypat
     assert "2 of 5 layers go" in printed and "layers 3-4, by the rule 'reverse order'" in printed
     assert "fit means: loss at most 0.5 nats per token higher, accuracy at most 0.05" in printed
     assert "repetition at most 0.2 higher" in printed
-    assert re.search(r"measuring both models: about [\d.]+ minutes here", printed)
+    assert re.search(r"measuring both models: about [\d.]+ minutes here\n", printed)
+    assert re.search(r"weights [\d,]+ MB -> [\d,]+ MB in float32, as they are saved", printed)
     assert "48 documents of xsum, and 100 questions each of arc_easy, hellaswag" in printed
     assert not list(tmp_path.iterdir())
 
@@ -860,6 +918,7 @@ def test_what_is_wrong_is_one_line(words, message, tiny, capsys):
     [
         (KeyboardInterrupt(), 130, "pruning-utils: stopped; the same command begins anew\n"),
         (OSError(28, "could not write small: No space left"), 1, "No space left\n"),
+        (SafetensorError("I/O error: No space left"), 1, "No space left\n"),
         (MemoryError("one window does not fit"), 1, "pruning-utils: one window does not fit\n"),
     ],
 )

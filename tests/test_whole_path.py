@@ -60,6 +60,8 @@ def test_tokens_of_questions_are_those_of_prompts_and_answers():
         n_words = sum(len(text.split()) for text in texts)
         assert whole_path.question_tokens(tokenizer, name, 2) == n_words > 20
     assert whole_path.question_tokens(tokenizer, "lm-eval:piqa", 2) == 0
+    former, name = (whole_path.question_tokens(tokenizer, of, 2) for of in ("siqa", "social_iqa"))
+    assert former == name > 20
 
 
 def test_foretelling_takes_six_passes_and_leaves_the_model_as_it_was():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +19,13 @@ ERRORS = (RuntimeError, MemoryError)
 # On a CPU, and inside the libraries of a GPU, the error has no kind of its own.
 TEXTS = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
 logger = logging.getLogger(__name__)
+
+
+def give_back() -> None:
+    """Let go what nothing refers to any more, so that other processes find room on a GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class BatchSize:

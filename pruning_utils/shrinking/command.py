@@ -12,7 +12,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
+from safetensors import SafetensorError
+
 from pruning_utils.shrinking import orders
+
+# What ends the command with one line.
+REFUSALS = (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
     )
     goal.add_argument("--max-parameters", metavar="N", type=count, help="such as 100M")
     goal.add_argument(
-        "--max-bytes", metavar="N", type=count, help="of the weights, such as 400M or 1.5G"
+        "--max-bytes",
+        metavar="N",
+        type=count,
+        help="of the weights in the precision of --dtype, such as 400M or 1.5G",
     )
     goal.add_argument(
         "--max-ms-per-token", metavar="MS", type=float, help="on this machine, one text at a time"
@@ -59,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "--minutes",
         metavar="M",
         type=float,
-        help=f"of healing (default: {asked['minutes']:g})",
+        help=f"of healing, at most {orders.MOST_STEPS:,} steps (default: {asked['minutes']:g})",
     )
     length.add_argument(
         "--steps", metavar="N", type=int, help="of healing, instead of as many as the minutes allow"
@@ -221,7 +229,7 @@ def _done(given: argparse.Namespace) -> int:
         _, _, reason = error.args[0][0]
         print(f"pruning-utils: {reason}", file=sys.stderr)
         return 1
-    except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
+    except (*REFUSALS, SafetensorError) as error:
         # Those of other libraries may have several lines.
         print("pruning-utils:", *str(error).split(), file=sys.stderr)
         return 1

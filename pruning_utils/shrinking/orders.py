@@ -20,6 +20,7 @@ RULES = (
 CHEAP_RULES = RULES[1:5]
 NO_HEALING = "none"
 METHODS = (NO_HEALING, "lora", "qlora", "dora", "last_layers")
+MOST_STEPS = 1000  # of healing, each on text that was not seen before
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,10 @@ class Order:
         goal: What the smaller model must meet.
         rule: Among :data:`RULES`.
         method: Of healing, among :data:`METHODS`.
-        minutes: That healing may take, above 0; the number of steps follows from a probe.
-        steps: Of healing, whatever it takes; None: as many as the minutes allow.
+        minutes: That healing may take, above 0; the number of steps follows from a probe, and is at
+            most :data:`MOST_STEPS`.
+        steps: Of healing, whatever it takes, at most :data:`MOST_STEPS`; None: as many as the
+            minutes allow.
         learning_rate: Peak rate of healing, above 0. 1e-3 suits models of some hundred million
             parameters; the papers take 3e-4 for 7 billion.
         healing_text: As ``source`` of :func:`data.healing_windows` or, for chats,

@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pruning_utils import efficiency, evaluation, importance, models, selection, similarity
+from pruning_utils import (
+    efficiency,
+    evaluation,
+    evidence,
+    importance,
+    models,
+    selection,
+    similarity,
+)
 from pruning_utils.engine import passes
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import number, whole_number
@@ -90,20 +98,26 @@ class TokenTimes(NamedTuple):
         return self.fixed + self.per_layer * n_layers
 
 
-def token_times(model: nn.Module, *, repeats: int = 3) -> TokenTimes:
+def token_times(model: nn.Module, *, repeats: int = 3, at_most: bool = False) -> TokenTimes:
     """Times of a generated token here, from the model with all its layers and with half of them.
 
     Args:
         model: A causal language model in evaluation mode, with at least two layers.
-        repeats: Measured runs of each, of which the fastest counts.
+        repeats: Measured runs of each.
+        at_most: Whether the upper end of the 95 % interval of their mean counts, which is what a
+            limit of time is judged by; else the fastest counts.
     """
     n_layers = len(models.decoder_layers(model))
     if n_layers < 2:
         raise ValueError(f"the model must have at least 2 layers, it has {n_layers}")
     left, shorter = _about_half(model, n_layers)
-    whole, part = (
-        1000 * float(efficiency.generation_speed(shown, **PROBED, repeats=repeats)[PER_TOKEN].min())
+    runs = (
+        efficiency.generation_speed(shown, **PROBED, repeats=repeats)[PER_TOKEN]
         for shown in (model, shorter)
+    )
+    whole, part = (
+        1000 * float(evidence.mean_interval(seconds).high if at_most else seconds.min())
+        for seconds in runs
     )
     # A measurement may say that half a model is slower; then layers cost nothing that can be seen.
     per_layer = max(0.0, (whole - part) / (n_layers - left))

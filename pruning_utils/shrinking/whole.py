@@ -35,12 +35,19 @@ from pruning_utils import (
     runtime,
     surgery,
 )
-from pruning_utils.engine import records
+from pruning_utils.engine import benchmarks, memory, records
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import number, whole_number
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking import judgements, plans, reports
-from pruning_utils.shrinking.orders import METHODS, NO_HEALING, RULES, Order, work_folder
+from pruning_utils.shrinking.orders import (
+    METHODS,
+    MOST_STEPS,
+    NO_HEALING,
+    RULES,
+    Order,
+    work_folder,
+)
 from pruning_utils.shrinking.plans import Candidate
 from pruning_utils.studies.study import (
     FreshProcesses,
@@ -58,7 +65,6 @@ N_VALIDATION = 4  # windows that healing is watched on
 N_PROBED = 3  # steps of the longer one of two trainings that are timed
 LAST_K = 3  # layers that the recipe of Lu et al. trains with the head, or as many as are left
 BATCH_SIZE = 4
-MOST_STEPS = 1000  # each on text that was not seen before
 N_COMPARED = 4  # windows that the saved model must give the same losses on
 RECORD = "shrink.json"  # in the folder of the model: order, plan, and all that was measured
 TABLES = ("plan", "history", "measured", "times")
@@ -77,7 +83,25 @@ def check_order(order: Order) -> None:
         whole_number("steps", order.steps, 1, MOST_STEPS)
     number("learning_rate", order.learning_rate, "above 0", lambda rate: 0 < rate < 1e3)
     judgements.check_measured(order.measured)
+    _check_device(order)
     whole_number("seed", order.seed, 0, healing.LARGEST)
+
+
+def _check_device(order: Order) -> None:
+    """ValueError where healing would go to another device than the one that is asked for."""
+    if order.device is None or order.method == NO_HEALING:
+        return
+    device = runtime.choose_device(order.device)
+    if device.type == "cuda" and device.index:
+        raise ValueError(
+            f"device must be cuda where a model is healed, got {order.device!r}: training takes "
+            f"the first GPU that it sees, so set CUDA_VISIBLE_DEVICES={device.index}"
+        )
+    if device.type == "cpu" and order.method == "qlora" and torch.cuda.is_available():
+        raise ValueError(
+            "device must be cuda for qlora where there is a GPU, got 'cpu': set "
+            "CUDA_VISIBLE_DEVICES to nothing for a run on the processor"
+        )
 
 
 def settings_of(order: Order) -> dict:
@@ -120,7 +144,13 @@ def _healing_bytes(order: Order, model: nn.Module, plan: dict) -> int | None:
     recipe = _recipe(order, 1, plan["n_layers"] - n_dropped)
     try:
         needs = stages.heal(
-            model.config, model.dtype, seq_len=seq_len, n_dropped=n_dropped, **recipe
+            model.config,
+            model.dtype,
+            seq_len=seq_len,
+            n_dropped=n_dropped,
+            # A GPU keeps the activations of models of every size, where they fit.
+            checkpointing=False if model.device.type == "cuda" else None,
+            **recipe,
         )
     except Exception as error:  # the code of the architectures asks for values in many ways
         logger.info("the memory of healing %s is not known: %s", type(model).__name__, error)
@@ -208,6 +238,7 @@ def _produced(order: Order, out: str | os.PathLike, publish: Callable[..., None]
             work.drop("made", "smaller")  # a run that was stopped at its very end gave it out
         made = work.once("made", lambda: _made(order, plan, work.folder, *loaded()))
         loaded.cache_clear()
+        memory.give_back()
         _say("measuring both models, each in a process of its own")
         results = {
             "smaller": work.once(
@@ -217,7 +248,7 @@ def _produced(order: Order, out: str | os.PathLike, publish: Callable[..., None]
                 "unpruned", lambda: _measured(order, order.model, order.revision)
             ),
         }
-        _refuse_another(made, results["smaller"])
+        _refuse_another(made, results["smaller"], work.folder)
         judgement = judgements.judged(results["unpruned"], results["smaller"], order.limits)
         word = judgements.overall(judgement["judgement"].tolist())
         publish(order, plan, made, results, judgement, work.folder / "model")
@@ -414,8 +445,8 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         Plain values: ``n_layers``, ``rule``, ``layers``, ``loss`` and ``unpruned_loss`` (nats per
         token, unhealed, on the text that the layers are chosen on), ``unpruned_validation_loss``
         (on the text that healing is watched on), ``runner_up`` (``rule``, ``layers``, ``loss``;
-        None where there is none), ``parameters`` and ``bytes`` before and
-        after, ``ms_per_token`` before and after, ``steps`` and the ``healing_seconds`` that they
+        None where there is none), ``parameters`` and ``bytes`` before and after, ``dtype`` (of the
+        weights), ``ms_per_token`` before and after, ``steps`` and the ``healing_seconds`` that they
         and the watching of them will take, and ``measuring_seconds`` of both models.
     """
     seq_len = min(order.measured.seq_len, tokenizer.model_max_length)
@@ -428,7 +459,10 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
     needs_times = order.goal.max_ms_per_token is not None
     n_dropped = 0 if needs_times else plans.layers_to_go(model, order.goal)
     times = plans.token_times(model)
-    n_dropped = n_dropped or plans.layers_to_go(model, order.goal, times)
+    if needs_times:
+        # The limit is judged by as many runs, and by the upper end of their interval.
+        judged = plans.token_times(model, repeats=judgements.TIMED["repeats"], at_most=True)
+        n_dropped = plans.layers_to_go(model, order.goal, judged)
     windows = data.calibration_windows(tokenizer, N_CHOSEN_ON, seq_len, seed=order.seed)
     choice = plans.choose(model, windows, n_dropped, order.rule)
     pruned = without_layers(model, choice.chosen.layers)
@@ -459,6 +493,7 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         "runner_up": _plain(choice.runner_up) if choice.runner_up else None,
         "parameters": [size["total"] for size in sizes],
         "bytes": [size["bytes"] for size in sizes],
+        "dtype": runtime.dtype_name(model.dtype),
         "ms_per_token": milliseconds,
         "seq_len": seq_len,
         "steps": steps,
@@ -495,14 +530,15 @@ def _steps(
 ) -> tuple[int, float]:
     """How many steps of healing the minutes allow, and the seconds that it takes, by a probe.
 
-    Trainings of one step and of three differ by two steps.
+    Trainings of one step and of three differ by two steps. The first training of a process also
+    imports libraries, which is no part of a step: it is not timed.
     """
     if order.method == NO_HEALING:
         return 0, 0.0
     _say("probing: a few steps of healing")
     windows = _healing_windows(order, tokenizer, seq_len, N_PROBED)
     taken = {}
-    for steps in (1, N_PROBED):
+    for steps in (1, 1, N_PROBED):  # the second time of one step replaces the first
         started = time.perf_counter()
         healing.heal(pruned, tokenizer, windows, **_recipe(order, steps, _n_layers(pruned)))
         taken[steps] = time.perf_counter() - started
@@ -586,23 +622,28 @@ def plan_text(order: Order, plan: dict) -> str:
         )
     lines += [
         f"  parameters {before:,} -> {after:,}; weights "
-        + " -> ".join(f"{size / 1e6:,.0f} MB" for size in plan["bytes"]),
+        + " -> ".join(f"{size / 1e6:,.0f} MB" for size in plan["bytes"])
+        + f" in {plan['dtype']}, as they are saved",
         "  a generated token "
         + " -> ".join(f"{time:.1f} ms" for time in plan["ms_per_token"])
         + " here, one text at a time",
     ]
     if plan["steps"]:
+        most = " (no more are taken)" if plan["steps"] == MOST_STEPS and not order.steps else ""
         lines.append(
-            f"  healing: {order.method}, {plan['steps']} steps of "
+            f"  healing: {order.method}, {plan['steps']:,} steps{most} of "
             f"{BATCH_SIZE * plan['seq_len']:,} tokens, about {plan['healing_seconds'] / 60:.1f} "
             "minutes here"
         )
     read = order.measured
+    untimed = [task for task in read.tasks if not benchmarks.is_embedded(task)]
+    without = f", and for {', '.join(untimed)}" if untimed else ""
     lines += [
         f"  fit means: {judgements.limits_text(order.limits)}",
         f"  measured on {read.documents} documents of {read.text}, and {read.questions} questions "
         f"each of {', '.join(read.tasks)}, and by continuing the documents",
-        f"  measuring both models: about {sum(plan['measuring_seconds']) / 60:.1f} minutes here",
+        f"  measuring both models: about {sum(plan['measuring_seconds']) / 60:.1f} minutes here"
+        + without,
     ]
     return "\n".join(lines)
 
@@ -657,7 +698,7 @@ def _measured(order: Order, model: str, revision: str | None) -> dict:
         ).result()
 
 
-def _refuse_another(made: dict, loaded: dict) -> None:
+def _refuse_another(made: dict, loaded: dict, folder: Path) -> None:
     """RuntimeError if what was loaded again has other losses than what was saved."""
     rows = [row["value"] for row in loaded["rows"] if row["measure"] == judgements.LOSS]
     # Of few documents that are measured, there are fewer than were compared in memory.
@@ -665,7 +706,8 @@ def _refuse_another(made: dict, loaded: dict) -> None:
     before, saved = made["losses"][:n_both], rows[:n_both]
     if not np.allclose(before, saved, rtol=0, atol=0.02):
         raise RuntimeError(
-            f"the saved model is not the one in memory: losses {saved}, and {before} before"
+            f"the saved model is not the one in memory: losses {saved}, and {before} before. Both "
+            f"are kept in {folder}: remove it to begin anew"
         )
 
 
@@ -681,7 +723,10 @@ def _publish(
         n_layers=plan["n_layers"],
         parameters=results["smaller"]["parameters"],
         recipe=healed if plan["steps"] else "not at all",
-        text=str(order.healing_text or "BoolQ and QuAC passages") if plan["steps"] else "nothing",
+        # Of a file its name and digest, not where it lies.
+        text=str(text_identity(order.healing_text) or "BoolQ and QuAC passages")
+        if plan["steps"]
+        else "nothing",
         scores=judgement.set_index("measure").round(4).astype(object).fillna(""),
         record={"order": record_of(order), "plan": plan},
     )

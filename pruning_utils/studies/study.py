@@ -39,7 +39,7 @@ from pruning_utils import (
     surgery,
     width,
 )
-from pruning_utils.engine import passes, records, wrappers
+from pruning_utils.engine import later, memory, passes, records, wrappers
 from pruning_utils.engine.later import nn, safetensors_torch, torch
 from pruning_utils.studies.recipes import Cut, Point, Stage, layer_text, unties_head
 
@@ -901,6 +901,10 @@ def point_table(
     if reads_text:
         identities["data"] = data.identity()
     path = table_path(profile, notebook, model, table)
+    if own_process and later.torch_is_imported() and torch.cuda.is_available():
+        # The model that is kept, and what torch keeps of trainings, would take their memory.
+        _loaded.cache_clear()
+        memory.give_back()
     with contextlib.ExitStack() as undo:
         found = results.sweep(
             points,

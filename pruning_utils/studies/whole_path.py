@@ -20,7 +20,7 @@ from pruning_utils import (
     similarity,
     surgery,
 )
-from pruning_utils.engine import passes
+from pruning_utils.engine import benchmarks, passes
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.later import nn, torch
 
@@ -247,7 +247,7 @@ def _seconds(run: Callable[[], object]) -> float:
 def question_tokens(tokenizer: PreTrainedTokenizerBase, task: str, limit: int | None) -> int:
     """Tokens that pass through a model for the questions of an embedded task: prompts once, then
     each answer; 0 for another task."""
-    if task not in evaluation.TASKS:
+    if not benchmarks.is_embedded(task):
         return 0
     texts = []
     for asked in evaluation.load_tasks([task], limit=limit)[task]["tasks"].values():
