@@ -138,7 +138,8 @@ def load_or_compute(
     code = _before_computing(path, compute, asked)
     commit = records.package_commit()
     table, cost = records.timed(compute)
-    _keep(path, records.as_table(table, path), asked, commit, {"code": code, **cost})
+    cost = {"code": code, **cost}
+    _keep(path, records.as_table(table, path), asked, commit, cost, saved_points.machine())
     return records.read_table(path, read_record(path))
 
 
@@ -239,19 +240,20 @@ def _before_computing(path: Path, compute: Callable, parameters: dict) -> dict:
 
 
 def _keep(
-    path: Path, table: pd.DataFrame, parameters: dict, commit: str | None, cost: dict
+    path: Path,
+    table: pd.DataFrame,
+    parameters: dict,
+    commit: str | None,
+    cost: dict,
+    machine: dict[str, str],
 ) -> None:
-    """Write a table with its record."""
-    record = {
-        "parameters": parameters,
-        "commit": commit,
-        "versions": runtime.versions(),
-        "device": runtime.device_name(),
-        "processor": runtime.processor(),
-    }
+    """Write a table with its record; ``machine`` is what computed it."""
+    record = {"parameters": parameters, "commit": commit, "versions": runtime.versions(), **machine}
     # "auto" is another precision on another machine.
-    if "dtype" in parameters:
+    if parameters.get("dtype", runtime.AUTO) != runtime.AUTO:
         record["precision"] = runtime.dtype_name(runtime.resolve_dtype(parameters["dtype"]))
+    elif "dtype" not in parameters:
+        del record["precision"]
     records.write_table(path, table, record | cost)
 
 
@@ -269,4 +271,4 @@ def _keep_points(
         ],
     }
     table = pd.DataFrame([row for outcome in outcomes for row in outcome["rows"]])
-    _keep(path, table, parameters, commit, cost)
+    _keep(path, table, parameters, commit, cost, saved_points.machines_of(outcomes))

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from pruning_utils import results, runtime
-from pruning_utils.engine import definitions, records
+from pruning_utils.engine import definitions, records, saved_points
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILDREN = ROOT / "tests" / "children"
@@ -468,6 +468,28 @@ def test_record_says_where_the_numbers_come_from(tmp_path):
         "definitions": {},
     }
     assert "(" in record["processor"] and "precision" not in record
+
+
+def test_a_record_names_every_machine_that_computed_a_point(tmp_path, monkeypatch):
+    """Workers of a cluster have GPUs where the process that asks has none."""
+    gpu = {"device": "A100", "processor": "EPYC (AVX2)", "precision": "bfloat16"}
+    cpu = {"device": "cpu (2 threads)", "processor": "EPYC (AVX2)", "precision": "float32"}
+    machines = iter([gpu, gpu, cpu])
+    monkeypatch.setattr(saved_points, "_machine", lambda: next(machines))
+    path, kept = tmp_path / "s.csv", tmp_path / "run.json"
+    given = {"path": path, "parameters": {"dtype": "auto"}}
+    for n_points, expected in (
+        (2, gpu),
+        (3, gpu | {"device": "A100 and cpu (2 threads)", "precision": "bfloat16 and float32"}),
+    ):
+        results.sweep([{"n": n} for n in range(n_points)], lambda point: {"x": 1}, **given)
+        record = json.loads(kept.read_text())["s"]
+        assert {name: record[name] for name in gpu} == expected
+    monkeypatch.setattr(saved_points, "_machine", dict)  # torch was not there
+    given = {"path": tmp_path / "t.csv", "parameters": {"dtype": "float32"}}
+    results.sweep([{"n": 0}], lambda point: {"x": 1}, **given)
+    record = json.loads(kept.read_text())["t"]
+    assert record["device"] == runtime.device_name() and record["precision"] == "float32"
     results.load_or_compute(path, frame, parameters=SEED | {"dtype": "auto"}, recompute=True)
     assert results.read_record(path)["precision"] == runtime.dtype_name(runtime.resolve_dtype())
 

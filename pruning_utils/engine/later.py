@@ -29,6 +29,7 @@ __all__ = [
     "safetensors_torch",
     "stats",
     "torch",
+    "torch_is_imported",
     "when_torch_is_imported",
 ]
 
@@ -65,9 +66,14 @@ class Later(ModuleType):
         return _imported(self.__name__).__dict__
 
 
+def torch_is_imported() -> bool:
+    """Whether torch is there already; nothing that needs it was done otherwise."""
+    return "torch" in all_imported
+
+
 def when_torch_is_imported(act: Callable[[], None]) -> None:
     """Do something now if torch is imported, else as soon as this package first uses torch."""
-    if "torch" in all_imported:
+    if torch_is_imported():
         act()
     else:
         _waiting.append(act)

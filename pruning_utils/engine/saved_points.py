@@ -24,12 +24,14 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from pruning_utils.engine import definitions, records
+from pruning_utils import runtime
+from pruning_utils.engine import definitions, later, records
 from pruning_utils.engine.records import canonical, digest
 from pruning_utils.runtime import atomic_path
 
 log = logging.getLogger(__name__)
 SETTINGS = "parameters.json"
+MACHINE = ("device", "processor", "precision")  # of a record
 LOCK = "lock"
 
 
@@ -390,6 +392,7 @@ def reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
         )
     table = _table_of_points(path, record)
     rows = iter(table.to_dict("records"))
+    computed_by = {name: record[name] for name in MACHINE if name in record}
     return [
         {
             "point": entry["point"],
@@ -397,6 +400,7 @@ def reusable(path: Path, record: dict, points: list[dict]) -> list[dict]:
             "seconds": entry["seconds"],
             "code": record.get("code"),
             "peak_memory_bytes": record.get("peak_memory_bytes", 0),
+            "machine": computed_by,
         }
         for entry in entries
     ]
@@ -487,4 +491,28 @@ def _outcome(compute_point: Callable, point: dict) -> dict:
     rows = [{**point, **row} for row in rows]
     # A table is written when all points are there: what it could not hold is refused by then.
     records.refuse_what_is_lost(rows, "the rows")
-    return {"point": point, "rows": rows, **cost}
+    return {"point": point, "rows": rows, **cost, "machine": _machine()}
+
+
+def machine() -> dict[str, str]:
+    """What computes here: ``device``, ``processor`` and the ``precision`` that ``auto`` means."""
+    precision = runtime.dtype_name(runtime.resolve_dtype(runtime.AUTO))
+    here = (runtime.device_name(), runtime.processor(), precision)
+    return dict(zip(MACHINE, here, strict=True))
+
+
+def _machine() -> dict[str, str]:
+    """The same, but nothing where torch does not compute."""
+    return machine() if later.torch_is_imported() else {}
+
+
+def machines_of(outcomes: list[dict]) -> dict[str, str]:
+    """What computed the points: those of a cluster's workers may differ, from here and each other.
+
+    Returns:
+        ``device``, ``processor`` and ``precision`` (what ``auto`` means there), with " and " where
+        points have several. What is not known of a point is that of this process.
+    """
+    here = machine()
+    of_points = pd.DataFrame([here | outcome.get("machine", {}) for outcome in outcomes])
+    return {name: " and ".join(sorted(of_points[name].unique())) for name in here}
