@@ -291,8 +291,7 @@ class Training:
             with runtime.atomic_path(folder / HISTORY) as temporary:
                 temporary.write_text(json.dumps(self.rows))
             trainer.seal(folder)
-            saved = sorted(self.run.folder.glob("checkpoint-*"), key=trainer.step_of)
-            for path in saved[:-2]:
+            for path in trainer.checkpoints(self.run.folder)[2:]:
                 shutil.rmtree(path)
         self.team.wait_for_everyone()
 
@@ -370,6 +369,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError(f"--out must be a new or empty folder, but {out} holds something")
         out = surgery.directory_to_write(out)
         team = _team()
+        # It is loaded on the processor, and trained where "auto" may be another precision.
+        dtype = runtime.resolve_dtype(dtype, team.device)
         model, tokenizer = models.load_model(name, dtype=dtype, device="cpu")
         # The text may take minutes.
         _checked_settings(model, given, team)

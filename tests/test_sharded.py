@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from tiny_model import WATCHED, WINDOWS, save_tiny_model
 
-from pruning_utils import data, healing, models, sharded
+from pruning_utils import data, healing, models, runtime, sharded
 from pruning_utils.engine import trainer
 
 CHILDREN = Path(__file__).resolve().parent / "children"
@@ -88,6 +89,7 @@ def test_parts_of_a_batch_add_up(loaded, team, monkeypatch):
 def test_a_training_goes_on_where_it_was_saved(loaded, team, tmp_path):
     """With dropout, which draws the same after a stop as it would have without."""
     folder = tmp_path / "run"
+    mine = folder / "checkpoint-5-keep"
     settings = SETTINGS | {"dropout": 0.1, "output_dir": folder}
 
     def trained() -> tuple[pd.DataFrame, dict]:
@@ -95,8 +97,9 @@ def test_a_training_goes_on_where_it_was_saved(loaded, team, tmp_path):
         return healed.history, healed.model.state_dict()
 
     whole, weights = trained()
-    saved = sorted(path.name for path in folder.glob("checkpoint-*"))
+    saved = sorted(path.name for path in folder.glob("checkpoint-?"))
     assert saved == ["checkpoint-5", "checkpoint-6"], "the last two of four"
+    mine.mkdir()
     shutil.rmtree(folder / "checkpoint-6")
     steps = []
     own = sharded.Training.one_step
@@ -108,6 +111,7 @@ def test_a_training_goes_on_where_it_was_saved(loaded, team, tmp_path):
         )
         resumed, resumed_weights = trained()
         assert steps == [6] and resumed.equals(whole)
+        assert mine.is_dir(), "what the user has put there stays"
         # One that was cut short is none, and the one before it is gone on from.
         (folder / "checkpoint-6" / "history.json").unlink()
         again, _ = trained()
@@ -159,6 +163,16 @@ def test_the_command_saves_a_model_that_loads(tiny, team, tmp_path, capsys, monk
     assert "--out must be a new or empty folder" in capsys.readouterr().err
     assert not out.with_name("healed.training").exists(), "seen before the training"
     (out / "notes.txt").unlink()
+    with monkeypatch.context() as patch:
+        # "auto" is what the devices that train multiply natively, not what the processor does.
+        gpu = torch.device("cuda", 0)
+        asked = []
+        patch.setattr(sharded, "_team", lambda: SimpleNamespace(device=gpu))
+        patch.setattr(runtime, "resolve_dtype", lambda *given: asked.append(given) or torch.float16)
+        patch.setattr(models, "load_model", lambda *_, **given: pytest.fail(str(given["dtype"])))
+        with pytest.raises(pytest.fail.Exception, match="torch.float16"):
+            sharded.main(words)
+        assert asked == [("auto", gpu)]
     with monkeypatch.context() as patch:
         patch.setattr(data, "healing_windows", lambda *_, **__: pytest.fail("the text was read"))
         for wrong, message in (("--rank 0", "rank must be"), ("--steps 0", "steps must be")):
