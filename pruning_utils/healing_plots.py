@@ -278,7 +278,7 @@ def rate_panels(table: pd.DataFrame) -> Figure:
             colour, marker = look_of(series)
             look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 0.9}
             (handles[series],) = axis.plot(line["rate"], line["loss"], fillstyle="none", **look)
-            axis.plot(*line.loc[line["loss"].idxmin(), ["rate", "loss"]], **look)
+            axis.plot(*line.iloc[line["loss"].argmin()][["rate", "loss"]], **look)
         beyond = shown[shown["loss"] > lowest + reach]
         for rate, losses in beyond.groupby("rate")["loss"]:
             ends = dict.fromkeys(f"{loss:.1f}" for loss in (losses.min(), losses.max()))

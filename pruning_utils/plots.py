@@ -229,7 +229,7 @@ def _curves_of_sizes(
             margin = 2 * rows[f"{value}_stderr"]
             low, high = rows[value] - margin, rows[value] + margin
             axis.fill_between(rows["start"], low, high, color=colour, alpha=0.3, linewidth=0)
-        minima.append(rows.loc[rows[value].idxmin(), ["start", value]].to_list())
+        minima.append(rows.iloc[rows[value].argmin()][["start", value]].to_list())
     axis.plot(
         *zip(*minima, strict=True), "k.-", markersize=4, linewidth=0.8, label=r"minimum $\ell^*(n)$"
     )
@@ -335,7 +335,7 @@ def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame)
     need_columns(losses, "stage", "loss")
     need_columns(history, "tokens", "split", "loss")
     figure, (first, left, right) = new_figure(WIDE * 1.2, 2.2, 3)
-    best = distances.loc[distances["angular_distance"].idxmin()]
+    best = distances.iloc[distances["angular_distance"].argmin()]
     first.plot(distances["start"], distances["angular_distance"], color="0.4", linewidth=0.9)
     first.plot(best["start"], best["angular_distance"], "s", color=colour_of("pruned"))
     first.set(

@@ -37,6 +37,11 @@ def blocks():
     return pd.DataFrame(rows)
 
 
+def alike_labels(table):
+    """A table whose rows all have one label, as those that were put together have some alike."""
+    return table.set_axis([0] * len(table))
+
+
 @pytest.fixture
 def path_tables():
     losses = pd.DataFrame(
@@ -82,6 +87,8 @@ def test_curves_join_their_minima(blocks):
     *curves, minima = figure.axes[0].lines
     assert [len(curve.get_xdata()) for curve in curves] == [6, 5, 4]
     assert minima.get_xydata().tolist() == [[2, 0.1], [4, 0.1], [2, 0.1]]
+    *_, same = plots.distance_curves(alike_labels(blocks), block_sizes=[1, 2, 3]).axes[0].lines
+    assert same.get_xydata().tolist() == minima.get_xydata().tolist()
 
 
 def test_stages_show_means_and_the_chosen_block(path_tables):
@@ -92,6 +99,8 @@ def test_stages_show_means_and_the_chosen_block(path_tables):
         f"{np.exp(mean):,.0f}" for mean in (3.2, 6.2, 4.2)
     ]
     assert len(right.lines) == 2
+    first, *_ = plots.stages(*map(alike_labels, path_tables)).axes
+    assert first.lines[1].get_xydata().tolist() == [[2, 0.1]]
 
 
 def test_other_figures_show_their_rows():
@@ -596,6 +605,8 @@ def test_rate_panels_name_what_lies_above_them():
     assert axis.get_ylim() == pytest.approx((4 - 0.08 * 1.875, top))
     assert axis.lines[1].get_xydata().tolist() == [[3e-3, 4]], "the lowest is filled"
     assert [(text.get_text(), text.xy) for text in axis.texts] == [("12.0 \u2192", (3e-2, top))]
+    (same,) = healing_plots.rate_panels(alike_labels(table)).axes
+    assert same.lines[1].get_xydata().tolist() == [[3e-3, 4]]
     further = pd.concat([table, table[-1:].assign(series="QLoRA", loss=20.04)])
     (axis,) = healing_plots.rate_panels(further).axes
     assert [text.get_text() for text in axis.texts] == ["12.0 to 20.0 \u2192"]
