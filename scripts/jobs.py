@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import notebook_files
 import yaml
@@ -128,6 +129,15 @@ def notebook_paths(project: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted((project / "notebooks").glob("[0-9]*.ipynb"))}
 
 
+def with_whole_paths(value: Any) -> Any:
+    """A value with the whole path of each ``.jsonl`` file that is there by a relative one."""
+    if isinstance(value, dict):
+        return {key: with_whole_paths(inner) for key, inner in value.items()}
+    if isinstance(value, str) and value.endswith(".jsonl") and os.path.isfile(value):
+        return os.path.abspath(value)
+    return value
+
+
 def plan(
     project: Path, profile: str, only: list[str], given: dict[str, str], recompute: bool
 ) -> list[Job]:
@@ -152,11 +162,12 @@ def plan(
         )
     sections = read_profile(project / "profiles", profile, list(paths))
     commanded = {name: literal(name, text) for name, text in given.items()}
+    # Notebooks run in a folder of their own, where a relative path leads elsewhere.
     folder = commanded.get("model")
     names = {embedded.EMBEDDED, *embedded.MODELS}
     if isinstance(folder, str) and folder not in names and os.path.isdir(folder):
-        # Notebooks run in a folder of their own, where a relative path leads elsewhere.
         commanded["model"] = os.path.abspath(folder)
+    commanded = {name: with_whole_paths(value) for name, value in commanded.items()}
     if recompute:
         commanded["recompute"] = True
     defaults = {name: own_defaults(path) for name, path in paths.items()}
@@ -282,6 +293,9 @@ def depths_fault(job: Job, n_layers: int) -> str:
         counts = counts_of(job, name)
         if not set(counts) <= {0, *depths}:
             faults.append(f"{name} must be among depths, {depths}, got {counts}")
+    stored = counts_of(job, "quantised.depths")
+    if stored and 0 not in stored:
+        faults.append("quantised.depths must hold 0 too, the model of which nothing is removed")
     first = counts_of(job, "healing.per_round")[:1]
     if first and first != depths[:1]:
         faults.append(

@@ -286,7 +286,8 @@ def after_stop(options: argparse.Namespace, kept: Path) -> str:
     there = f"finished tables and points are kept under {kept / 'results'}"
     if options.profile == "smoke" and not options.output:
         return f"{there}, the same command begins anew"
-    return f"{there}, {command} goes on where it was"
+    old = "; tables that were not begun keep their old numbers" if options.recompute else ""
+    return f"{there}, {command} goes on where it was{old}"
 
 
 # --- what is asked for ------------------------------------------------------------------------

@@ -37,6 +37,14 @@ def study(tiny, folder, points, **settings):
     return make_study(tiny, folder, points, **{"tasks": SETTINGS["tasks"], **settings})
 
 
+def test_tasks_count_alike_however_many_questions_each_has():
+    tasks = pd.Index(["mmlu"] * 6 + ["piqa"] * 2)
+    right = np.array([1, 1, 1, 0, 0, 0, 1, 1])
+    weighted = right * depth.task_weights(tasks)
+    assert weighted.mean() == pytest.approx((0.5 + 1.0) / 2) and right.mean() == 0.625
+    assert (depth.task_weights(pd.Index(["a", "b"] * 5)) == 1).all()
+
+
 def test_points_cover_both_rules_once():
     points = depth.depth_points(range(3), [0, 2], 7)
     assert [(point["rule"], point["n_dropped"]) for point in points if not point["healed"]] == [

@@ -634,6 +634,11 @@ def test_more_layers_than_a_model_has_are_named(values, name):
             r"depths must be at most 18.*\n08_lora\w+: healing.equal_steps must be among depths",
         ),
         (
+            "08_lora_against_continued_pretraining",
+            {"depths": [4, 8], "quantised": {"depths": [4, 8]}},
+            "quantised.depths must hold 0 too",
+        ),
+        (
             "09_seven_metrics",
             {"depths": [4], "healing": {"rated": [[8, "taylor"]]}},
             "healing.rated must be among depths",
@@ -1596,6 +1601,12 @@ def stop_when(condition, number: signal.Signals, *command) -> tuple[int, str, st
             "the same command without --recompute goes on where it was",
         ),
         (
+            "--profile smoke --recompute --output OUT",
+            signal.SIGINT,
+            "finished tables and points are kept under OUT/results, the same command without "
+            "--recompute goes on where it was; tables that were not begun keep their old numbers",
+        ),
+        (
             "--profile smoke --output OUT",
             signal.SIGTERM,
             "finished tables and points are kept under OUT/results, "
@@ -1984,6 +1995,20 @@ def test_a_model_that_is_given_by_its_folder_may_be_named(project, tmp_path, cap
     write_notebook(project / "notebooks" / "00_first.ipynb", source, f"print({str(project)!r})")
     assert drive(project, *words) == 1
     assert "name folders or addresses of this machine" in capsys.readouterr().err
+
+
+def test_a_text_to_heal_on_is_found_from_where_the_command_is_given(tmp_path, monkeypatch):
+    """Notebooks run in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").touch()
+    (job,) = jobs.plan(ROOT, "smoke", ["09"], {"text.healing_source": "mine.jsonl"}, False)
+    assert job.values["text"]["healing_source"] == str(tmp_path / "mine.jsonl")
+    sources = "{'mine': 'mine.jsonl', 'other': 'other.jsonl'}"
+    (job,) = jobs.plan(ROOT, "smoke", ["11"], {"healing.sources": sources}, False)
+    assert job.values["healing"]["sources"] == {
+        "mine": str(tmp_path / "mine.jsonl"),
+        "other": "other.jsonl",
+    }
 
 
 def test_other_values_do_not_replace_the_committed_results(project, tmp_path, capsys):

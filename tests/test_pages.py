@@ -204,6 +204,10 @@ def test_a_readable_table_has_the_names_and_units_of_the_figures():
     assert shown.index.names == ["model", "layers removed"] and "p after Holm" in shown
     plain = pages.readable(table, digits=1)
     assert "unit" not in plain and plain["difference"].tolist() == [-0.0, 0.2]
+    # A user's folder may bear any name.
+    folder = "/models/taylor - mine/pruned"
+    (name,) = pages.readable(pd.DataFrame({"model": [folder], "n": [1]}))["model"]
+    assert name == folder
 
 
 def test_a_summary_holds_every_verdict_but_those_of_smoke():

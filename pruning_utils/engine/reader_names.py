@@ -76,8 +76,8 @@ NAME = re.compile(r"deepest but last|[A-Za-z][\w+-]*")
 
 
 def in_words(label: object) -> object:
-    """A text with each name of code in it replaced; anything else as it is."""
-    if not isinstance(label, str):
+    """A text with each name of code in it replaced; a path or anything else as it is."""
+    if not isinstance(label, str) or label.startswith(("/", "~", "./", "../")):
         return label
     told = NAME.sub(lambda found: READER_NAMES.get(found[0], found[0]), label)
     return told.replace(" - ", " minus ")

@@ -253,6 +253,19 @@ def answers_alone(
     return named[["dataset", "item", "correct", "correct_norm"]].to_dict("records")
 
 
+def task_weights(tasks: pd.Index | pd.Series) -> np.ndarray:
+    """Weights by which a mean over questions is the mean of the tasks' means.
+
+    Args:
+        tasks: The task of each question.
+
+    Returns:
+        One weight a question, 1 each where all tasks have equally many.
+    """
+    counts = pd.Series(tasks).groupby(tasks).transform("size").to_numpy()
+    return len(counts) / (pd.Series(tasks).nunique() * counts)
+
+
 def right_answers(table: pd.DataFrame) -> pd.Series:
     """Whether each question is answered rightly, as the published scores of its task count it.
 

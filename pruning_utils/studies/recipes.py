@@ -135,7 +135,7 @@ def with_steps(recipe: str, steps: int) -> str:
 
 
 def lasting_steps(
-    asked: Iterable[tuple[int, int]], measured: Mapping[int, float], *, least: int
+    asked: Iterable[tuple[int, int]], measured: Mapping[int, float], *, least: int, most: int
 ) -> dict[int, int]:
     """Steps of one way of training that last as long as all steps of another.
 
@@ -143,6 +143,7 @@ def lasting_steps(
         asked: Layers removed, and the steps that are asked for there.
         measured: By layers removed, how many steps last as long.
         least: The fewest steps.
+        most: The most steps, for which there is text.
 
     Returns:
         By layers removed, the steps that are asked for, or the measured ones, rounded, where the
@@ -151,7 +152,7 @@ def lasting_steps(
     steps = {}
     for n_removed, count in asked:
         agrees = abs(measured[n_removed] / count - 1) < 0.1
-        steps[n_removed] = count if agrees else max(least, round(measured[n_removed]))
+        steps[n_removed] = count if agrees else min(most, max(least, round(measured[n_removed])))
     return steps
 
 
