@@ -4,13 +4,14 @@ What is long is divided: steps, windows, questions, the rates and seeds that are
 fail stays: the models' names and configurations, every table, every depth, method and rule. The
 profile in the notebooks is ``smoke``, where verdicts and checks of numbers count for nothing.
 
-The smoke profile itself has nothing to divide. The tests rehearse most of its notebooks, which
-takes a third of the time that the real weights take.
+The smoke profile itself has nothing to divide but the layers of its model. The tests rehearse most
+of its notebooks, which takes less than a third of the time that the real weights take.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import shutil
@@ -50,12 +51,49 @@ OF_ROUNDS = {
     "healing.steps": 8,
     "healing.warmup_steps": 0,
     "healing.per_round": [[8, 1], [16, 8]],
+    "healing.longer": {"steps": 8, "ways": {"taylor": ["LoRA"]}, "per_round": [8, 1], "seeds": [0]},
     "healing.rates": {
         rule: {"LoRA": [1e-4], "head + 3": [1e-5]} for rule in ("reverse order", "taylor")
     },
     "swapped.sets": {"reverse order": [31], "deepest but last": [30]},
 }
 OF_NOTEBOOK = {"11_one_shot_or_iterative": OF_ROUNDS}
+# At the smoke profile the stand-in has fewer layers than the embedded model, so fewer are removed.
+N_SHORT_LAYERS = 12
+OF_SHORT: dict[str, dict[str, Any]] = {
+    "02_depth_and_question_answering": {"sweep.to": 0.25, "shares": [0.08, 0.17]},
+    "03_depth_and_next_token_loss": {"sweep.to": 0.25, "shares": [0.08]},
+    "04_simple_against_similarity": {
+        "sweep.to": 0.25,
+        "sweep.healed": [0.08],
+        "sweep.judged": [0.08],
+        "sweep.answered": [0.08],
+        "sweep.compared": 0.25,
+    },
+    "05_robustness": {"share_removed": 0.25},
+    "06_block_importance": {"depths": [6]},
+    "07_depth_against_width": {"depths": [5]},
+    "08_lora_against_continued_pretraining": {
+        "depths": [6],
+        "healing.chained_depths": [6],
+        "healing.equal_steps": [[6, 1]],
+        "quantised.depths": [0, 6],
+    },
+    "09_seven_metrics": {"depths": [6], "healing.rated": [[6, "reverse order"]]},
+    "10_how_to_heal": {"depths": [6]},
+    "11_one_shot_or_iterative": {
+        "depths": [6],
+        "healing.per_round": [[6, 3]],
+        "healing.longer": {
+            "steps": 2,
+            "ways": {"block influence": ["LoRA"]},
+            "per_round": [6, 3],
+            "seeds": [100],
+        },
+        "swapped.sets": {"reverse order": [11], "deepest but last": [10]},
+    },
+    "12_the_recommended_model": {"depths": [6]},
+}
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -140,10 +178,9 @@ def rehearsed(job: Job, model: str | None = None) -> Job:
     """A job of a profile, as it is rehearsed; with another model under a name of its own."""
     values: dict[str, Any] = dict(job.values) if is_short(job) else divided(job.values)
     values["model"] = model or at_hub(str(job.values["model"]))
-    of_notebook = {} if is_short(job) else OF_NOTEBOOK.get(job.name, {})
-    for dotted, value in of_notebook.items():
-        parameter, key = dotted.split(".")
-        values[parameter] = {**values[parameter], key: value}
+    for dotted, value in (OF_SHORT if is_short(job) else OF_NOTEBOOK).get(job.name, {}).items():
+        parameter, _, key = dotted.partition(".")
+        values[parameter] = {**values[parameter], key: value} if key else value
     own = notebook_files.parameters_of(notebook_files.read_notebook(job.path), job.name)
     changes = {name: value for name, value in values.items() if value != own[name]}
     profile = f"{NAME}-{modes.TEMPORARY}" if is_short(job) else NAME
@@ -162,11 +199,17 @@ def at_hub(model: str) -> str:
     return SMOLLM2 if model == models.EMBEDDED else model
 
 
-def configuration(name: str, reference: Path) -> PreTrainedConfig:
-    """The configuration of a real model, by its name at the hub."""
+def configuration(name: str, reference: Path, *, short: bool = False) -> PreTrainedConfig:
+    """The configuration of a real model, by its name at the hub; with fewer layers if ``short``."""
     if name == SMOLLM2:
-        return configurations.configuration(models.EMBEDDED, reference)[0]
-    return configurations.stated_configuration(name, reference)
+        found = configurations.configuration(models.EMBEDDED, reference)[0]
+    else:
+        found = configurations.stated_configuration(name, reference)
+    if not short:
+        return found
+    fewer = copy.deepcopy(found)  # the first is kept by those who read it
+    fewer.num_hidden_layers = N_SHORT_LAYERS
+    return fewer
 
 
 def model_names(chosen: list[Job]) -> list[str]:
@@ -259,15 +302,19 @@ def rehearse(
     faults = short_texts(chosen, reference)
     if faults:
         raise Refused("\n".join(faults))
-    further = OTHERS if others and not is_short(chosen[0]) else ()
+    short = is_short(chosen[0])
+    further = OTHERS if others and not short else ()
     names = dict.fromkeys([*model_names(chosen), *further])
-    home = project / "regressed" / f"{NAME}-hub"
+    of_profile = f"{NAME}-{modes.TEMPORARY}" if short else NAME
+    home = project / "regressed" / f"{of_profile}-hub"
     # Another rehearsal would read these models, and remove them at its end.
     with modes.held(home):
         if recompute:
             shutil.rmtree(home)  # stand-ins of another form may lie there
         try:
-            small_hub.place(home, {name: configuration(name, reference) for name in names})
+            small_hub.place(
+                home, {name: configuration(name, reference, short=short) for name in names}
+            )
         except ValueError as error:
             with contextlib.suppress(OSError):  # stand-ins of a kept rehearsal stay
                 home.rmdir()

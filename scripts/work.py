@@ -640,7 +640,8 @@ def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
     seeds, steps, swapped = values["seeds"], healing["steps"], values["swapped"]
     gone = values["depths"][0]
     ways = [(counts[0], count) for counts in healing["per_round"] for count in counts]
-    keys = ("rates", "per_round", "sources", "source_steps", "source_rates")
+    keys = ("rates", "per_round", "longer", "sources", "source_steps", "source_rates")
+    longer = healing["longer"]
     own = replace(of_scores(values, without_keys=keys), source=first(healing["sources"].values()))
     tried = [
         Point(rule, n, recipes.recipe_at(WAYS[way], rate, steps), TRIAL_SEED, per_round=count)
@@ -656,6 +657,19 @@ def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
         for n, count in ways
         for seed in seeds
     ]
+    again = [
+        Point(
+            rule,
+            longer["per_round"][0],
+            middle(WAYS[way], healing["rates"][rule][way], longer["steps"]),
+            seed,
+            per_round=count,
+        )
+        for seed in longer["seeds"]
+        for rule, ways_of in longer["ways"].items()
+        for way in ways_of
+        for count in longer["per_round"]
+    ]
     told = [point for point in chosen if point.seed == seeds[0] and point.cut != "reverse order"]
     sets = swapped["sets"]
     n_swaps = sum(
@@ -667,6 +681,19 @@ def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
         replace(bare(own), name="rates-rounds", points=tuple(tried)),
         replace(own, name="rounds", points=tuple(chosen)),
         Table("rounds-removed", "other", tuple(told)),
+        replace(
+            own,
+            name="longer",
+            points=tuple(again),
+            tasks={},
+            limit=None,
+            healing={**own.healing, "steps": longer["steps"]},
+        ),
+        Table(
+            "longer-removed",
+            "other",
+            tuple(point for point in again if point.cut != "reverse order"),
+        ),
         replace(own, name="unpruned", points=(Point(),), limit=scored["more_questions"]),
         replace(
             own,
@@ -726,7 +753,8 @@ def recommended_model(values: Values, n_layers: int) -> list[Table]:
     scored, healing = values["scored_on"], values["healing"]
     gone, seeds, steps = values["depths"][0], values["seeds"], healing["steps"]
     grids = healing["rates"]
-    own = of_scores(values, without_keys=("rates",))
+    own = of_scores(values, without_keys=("rates", "longer"))
+    longer = healing["longer"]
     tried = [
         (rule, gone, WAYS[way], rates)
         for rule, grid in grids.items()
@@ -742,6 +770,11 @@ def recommended_model(values: Values, n_layers: int) -> list[Table]:
         for rule, way in named
         for seed in seeds
     ]
+    again = [
+        Point(rule, gone, middle(WAYS[way], grids[rule][way], longer["steps"]), seed)
+        for rule, way in (named[0], named[-1])
+        for seed in longer["seeds"]
+    ]
     timed = scored["timed"]
     released = [Point(), *(Point("reverse order", gone) for _ in named)]
     peers = [
@@ -752,6 +785,14 @@ def recommended_model(values: Values, n_layers: int) -> list[Table]:
         replace(bare(own), name="candidates", points=trials(tried)(healing), is_most=True),
         replace(own, name="evaluated", points=(Point(), *trained)),
         *peers,
+        replace(
+            own,
+            name="longer",
+            points=tuple(again),
+            tasks={},
+            limit=None,
+            healing={**own.healing, "steps": longer["steps"]},
+        ),
         Table(
             "release",
             "release",

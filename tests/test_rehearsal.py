@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import comparisons  # noqa: E402
 import jobs  # noqa: E402
+import notebook_files  # noqa: E402
 import rehearsal  # noqa: E402
 import small_hub  # noqa: E402
 
@@ -160,13 +161,28 @@ def test_a_model_of_unknown_tokenizer_is_refused(tmp_path):
 # --- values ---------------------------------------------------------------------------------------
 
 
-def test_of_the_smoke_profile_the_model_alone_is_another():
+def test_of_the_smoke_profile_the_model_and_its_depth_alone_are_others():
     for job in jobs.plan(ROOT, "smoke", [], {}, False):
         found = rehearsal.rehearsed(job)
+        of_depth = {name.split(".")[0] for name in rehearsal.OF_SHORT.get(job.name, {})}
+        for name, value in found.values.items():
+            if name == "model":
+                assert value == found.changes[name] == rehearsal.SMOLLM2
+            elif name in of_depth:
+                assert value == found.changes.get(name, value) != job.values[name]
+            else:
+                assert value == job.values[name]
         assert found.profile == "rehearsal-smoke"
-        assert found.values == {**job.values, "model": rehearsal.SMOLLM2}
-        assert found.changes == {**job.changes, "model": rehearsal.SMOLLM2}
         assert job.values["model"] == "embedded", "the job itself stays"
+
+
+def test_the_stand_in_of_the_smoke_profile_has_fewer_layers_and_the_known_one_stays():
+    known = rehearsal.configuration(rehearsal.SMOLLM2, REFERENCE)
+    n_layers = known.num_hidden_layers
+    shorter = rehearsal.configuration(rehearsal.SMOLLM2, REFERENCE, short=True)
+    assert shorter.num_hidden_layers == rehearsal.N_SHORT_LAYERS < n_layers
+    assert known.num_hidden_layers == n_layers
+    assert rehearsal.configuration(rehearsal.SMOLLM2, REFERENCE).num_hidden_layers == n_layers
 
 
 def test_what_is_long_is_divided_and_what_could_fail_stays():
@@ -183,6 +199,20 @@ def test_what_is_long_is_divided_and_what_could_fail_stays():
             assert healing["rates"].keys() == before["rates"].keys()
         tasks = [values.get("scored_on", {}).get("tasks") for values in (job.values, found.values)]
         assert tasks[0] == tasks[1]
+
+
+@pytest.mark.parametrize("profile", ["gpu", "a100"])
+def test_no_notebook_counts_with_a_number_that_a_profile_leaves_open(profile):
+    """A rehearsal gives it one; on the hardware all questions are asked, which None says."""
+    for job in jobs.plan(ROOT, profile, [], {}, False):
+        cells = notebook_files.read_notebook(job.path).cells
+        source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        for mapping in ("scored_on", "control", "shots"):
+            for key, value in job.values.get(mapping, {}).items():
+                used = rf"""{mapping}\[["']{key}["']\]"""
+                if value is None:
+                    counted = re.search(rf"{used} ?[*/+-]|[*/+-] ?{used}|\{{{used}", source)
+                    assert not counted, f"{job.name}: {counted[0]}"
 
 
 def test_a_profile_that_asks_for_more_text_than_there_is_is_refused():
@@ -230,7 +260,17 @@ def test_stand_ins_are_made_anew_where_all_is(recompute, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("profile", ["a100", "gpu", "cpu", "smoke"])
 def test_no_profile_asks_for_more_text_than_there_is(profile):
-    assert rehearsal.short_texts(jobs.plan(ROOT, profile, [], {}, False), REFERENCE) == []
+    chosen = jobs.plan(ROOT, profile, [], {}, False)
+    assert rehearsal.short_texts(chosen, REFERENCE) == []
+    # Words of WikiText-2 to calibrate on (Merity et al., Table 1); a tokenizer makes no fewer
+    # tokens. Of its 23,767 documents that are not empty so many are read.
+    most = 2_088_628 * data.OTHER_DOCUMENTS / 23_767
+    for job in chosen:
+        text = job.values["text"]
+        if "wikitext2" in [text.get("source"), *text.get("sources", [])]:
+            assert text["n_samples"] * text["seq_len"] <= most
+        for source, count, _ in text.get("draws", []):
+            assert source != "wikitext2" or count * text["seq_len"] <= most
 
 
 # --- a run ----------------------------------------------------------------------------------------
