@@ -531,16 +531,14 @@ def seven_metrics(values: Values, n_layers: int) -> list[Table]:
             limit=scored["more_questions"],
             is_most=True,
         ),
-        replace(
-            own,
-            name="longer",
-            points=tuple(longer),
-            is_most=True,
-            tasks={},
-            limit=None,
-            healing={**own.healing, "steps": longer_steps},
-        ),
+        replace(healed_longer(own, longer, longer_steps), is_most=True),
     ]
+
+
+def healed_longer(own: Table, points: Sequence[Point], steps: int) -> Table:
+    """The losses of models that are healed again, for another number of steps."""
+    trained = {**own.healing, "steps": steps}
+    return replace(own, name="longer", points=tuple(points), tasks={}, healing=trained)
 
 
 def unhealed_metrics(values: Values, n_layers: int) -> list[Table]:
@@ -610,13 +608,7 @@ def how_to_heal(values: Values, n_layers: int) -> list[Table]:
             own, name="answers", points=tuple(answers), texts={}, limit=scored["more_questions"]
         ),
         replace(own, name="one-rate", points=tuple(alike), tasks={}, is_most=True),
-        replace(
-            own,
-            name="longer",
-            points=tuple(again),
-            tasks={},
-            healing={**own.healing, "steps": longer["steps"]},
-        ),
+        healed_longer(own, again, longer["steps"]),
         replace(own, name="costs", kind="cost", points=tuple(costs), settings=timed),
     ]
 
@@ -681,14 +673,7 @@ def rounds_or_once(values: Values, n_layers: int) -> list[Table]:
         replace(bare(own), name="rates-rounds", points=tuple(tried)),
         replace(own, name="rounds", points=tuple(chosen)),
         Table("rounds-removed", "other", tuple(told)),
-        replace(
-            own,
-            name="longer",
-            points=tuple(again),
-            tasks={},
-            limit=None,
-            healing={**own.healing, "steps": longer["steps"]},
-        ),
+        healed_longer(own, again, longer["steps"]),
         Table(
             "longer-removed",
             "other",
@@ -785,14 +770,7 @@ def recommended_model(values: Values, n_layers: int) -> list[Table]:
         replace(bare(own), name="candidates", points=trials(tried)(healing), is_most=True),
         replace(own, name="evaluated", points=(Point(), *trained)),
         *peers,
-        replace(
-            own,
-            name="longer",
-            points=tuple(again),
-            tasks={},
-            limit=None,
-            healing={**own.healing, "steps": longer["steps"]},
-        ),
+        healed_longer(own, again, longer["steps"]),
         Table(
             "release",
             "release",
