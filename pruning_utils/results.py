@@ -138,8 +138,14 @@ def load_or_compute(
     code = _before_computing(path, compute, asked)
     commit = records.package_commit()
     table, cost = records.timed(compute)
-    cost = {"code": code, **cost}
-    _keep(path, records.as_table(table, path), asked, commit, cost, saved_points.machine())
+    _keep(
+        path,
+        records.as_table(table, path),
+        asked,
+        commit,
+        {"code": code, **cost},
+        saved_points.machine(),
+    )
     return records.read_table(path, read_record(path))
 
 
@@ -250,10 +256,11 @@ def _keep(
     """Write a table with its record; ``machine`` is what computed it."""
     record = {"parameters": parameters, "commit": commit, "versions": runtime.versions(), **machine}
     # "auto" is another precision on another machine.
-    if parameters.get("dtype", runtime.AUTO) != runtime.AUTO:
-        record["precision"] = runtime.dtype_name(runtime.resolve_dtype(parameters["dtype"]))
-    elif "dtype" not in parameters:
-        del record["precision"]
+    dtype = parameters.get("dtype")
+    if dtype is None:
+        record.pop("precision", None)
+    elif dtype != runtime.AUTO or "precision" not in machine:
+        record["precision"] = runtime.dtype_name(runtime.resolve_dtype(dtype))
     records.write_table(path, table, record | cost)
 
 

@@ -296,13 +296,26 @@ def depths_fault(job: Job, n_layers: int) -> str:
     stored = counts_of(job, "quantised.depths")
     if stored and 0 not in stored:
         faults.append("quantised.depths must hold 0 too, the model of which nothing is removed")
-    first = counts_of(job, "healing.per_round")[:1]
-    if first and first != depths[:1]:
-        faults.append(
-            f"healing.per_round must begin with the first of depths, {depths}, got {first[0]}"
-        )
+    faults += round_faults(job, depths)
     faults += share_faults(job, n_layers)
     return "\n".join(f"{job.name}: {fault}" for fault in faults)
+
+
+def round_faults(job: Job, depths: list) -> list[str]:
+    """What is wrong with the numbers of layers that go in rounds; ``depths`` are the notebook's."""
+    faults = []
+    known = counts_of(job, "healing.per_round")
+    if known and known[:1] != depths[:1]:
+        faults.append(
+            f"healing.per_round must begin with the first of depths, {depths}, got {known[0]}"
+        )
+    longer: Any = value_at(job, "healing.longer")
+    again = longer.get("per_round", []) if isinstance(longer, dict) else []
+    if again and again[0] not in known:
+        faults.append(
+            f"healing.longer.per_round must begin as a list of healing.per_round does, got {again}"
+        )
+    return faults
 
 
 def share_faults(job: Job, n_layers: int) -> list[str]:

@@ -648,6 +648,11 @@ def test_more_layers_than_a_model_has_are_named(values, name):
             {"depths": [4], "healing": {"per_round": [[8, 1]]}},
             r"healing.per_round must begin with the first of depths, \[4\], got 8",
         ),
+        (
+            "11_one_shot_or_iterative",
+            {"depths": [4], "healing": {"per_round": [[4, 1]], "longer": {"per_round": [8, 1]}}},
+            r"healing.longer.per_round must begin as a list of healing.per_round does, got",
+        ),
     ],
 )
 def test_counts_that_belong_together_are_refused_together(name, values, fault):

@@ -349,7 +349,7 @@ def test_one_training_has_the_same_rows_in_each_table_that_holds_it():
     """Notebooks 09, 10 and 12 compare some of the same models, healed for longer."""
     tables = sorted((ROOT / "results" / "cpu").glob("*/smollm2-135m-longer.csv"))
     held = [pd.read_csv(path) for path in tables]
-    rows = pd.concat([table for table in held if "layers" in table], keys=range(len(held)))
+    rows = pd.concat([table for table in held if "layers" in table])
     of_item = rows.groupby(["layers", "recipe", "seed", "dataset", "item", "start"], dropna=False)
     assert (of_item["nll"].nunique() == 1).all()
     assert (of_item.size() > 1).sum() == 8 * 116, "eight trainings are in two tables"

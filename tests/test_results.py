@@ -474,13 +474,14 @@ def test_a_record_names_every_machine_that_computed_a_point(tmp_path, monkeypatc
     """Workers of a cluster have GPUs where the process that asks has none."""
     gpu = {"device": "A100", "processor": "EPYC (AVX2)", "precision": "bfloat16"}
     cpu = {"device": "cpu (2 threads)", "processor": "EPYC (AVX2)", "precision": "float32"}
-    machines = iter([gpu, gpu, cpu])
+    machines = iter([gpu, gpu, cpu, gpu])
     monkeypatch.setattr(saved_points, "_machine", lambda: next(machines))
     path, kept = tmp_path / "s.csv", tmp_path / "run.json"
     given = {"path": path, "parameters": {"dtype": "auto"}}
     for n_points, expected in (
         (2, gpu),
         (3, gpu | {"device": "A100 and cpu (2 threads)", "precision": "bfloat16 and float32"}),
+        (4, gpu | {"device": "A100 and cpu (2 threads)", "precision": "bfloat16 and float32"}),
     ):
         results.sweep([{"n": n} for n in range(n_points)], lambda point: {"x": 1}, **given)
         record = json.loads(kept.read_text())["s"]

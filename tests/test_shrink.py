@@ -551,7 +551,7 @@ def test_fewer_documents_than_were_compared_in_memory_are_enough():
 @pytest.mark.parametrize(
     ("device", "method", "message"),
     [
-        ("cuda:1", "lora", "got 'cuda:1'.* set CUDA_VISIBLE_DEVICES=1"),
+        ("cuda:1", "lora", "got 'cuda:1'.* let CUDA_VISIBLE_DEVICES name that one"),
         ("cpu", "qlora", "device must be cuda for qlora where there is a GPU, got 'cpu'"),
     ],
 )

@@ -32,6 +32,7 @@ from pruning_utils.runtime import atomic_path
 log = logging.getLogger(__name__)
 SETTINGS = "parameters.json"
 MACHINE = ("device", "processor", "precision")  # of a record
+AND = " and "  # between several of them
 LOCK = "lock"
 
 
@@ -495,24 +496,30 @@ def _outcome(compute_point: Callable, point: dict) -> dict:
 
 
 def machine() -> dict[str, str]:
-    """What computes here: ``device``, ``processor`` and the ``precision`` that ``auto`` means."""
-    precision = runtime.dtype_name(runtime.resolve_dtype(runtime.AUTO))
-    here = (runtime.device_name(), runtime.processor(), precision)
-    return dict(zip(MACHINE, here, strict=True))
+    """What computes in this process: ``device`` and ``processor``."""
+    return {"device": runtime.device_name(), "processor": runtime.processor()}
 
 
 def _machine() -> dict[str, str]:
-    """The same, but nothing where torch does not compute."""
-    return machine() if later.torch_is_imported() else {}
+    """The same, and the ``precision`` that ``auto`` means; nothing where torch does not compute."""
+    if not later.torch_is_imported():
+        return {}
+    precision = runtime.dtype_name(runtime.resolve_dtype(runtime.AUTO))
+    return {**machine(), "precision": precision}
 
 
 def machines_of(outcomes: list[dict]) -> dict[str, str]:
     """What computed the points: those of a cluster's workers may differ, from here and each other.
 
     Returns:
-        ``device``, ``processor`` and ``precision`` (what ``auto`` means there), with " and " where
-        points have several. What is not known of a point is that of this process.
+        ``device``, ``processor`` and, where it is known, ``precision`` (what ``auto`` means there),
+        with " and " where points have several. What is not known of a point is that of this
+        process.
     """
     here = machine()
-    of_points = pd.DataFrame([here | outcome.get("machine", {}) for outcome in outcomes])
-    return {name: " and ".join(sorted(of_points[name].unique())) for name in here}
+    found: dict[str, set[str]] = {}
+    for outcome in outcomes:
+        for name, text in (here | outcome.get("machine", {})).items():
+            # A record may have named several.
+            found.setdefault(name, set()).update(text.split(AND))
+    return {name: AND.join(sorted(names)) for name, names in found.items()}

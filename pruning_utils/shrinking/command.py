@@ -17,7 +17,14 @@ from safetensors import SafetensorError
 from pruning_utils.shrinking import orders
 
 # What ends the command with one line.
-REFUSALS = (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError)
+REFUSALS = (
+    ValueError,
+    RuntimeError,
+    OSError,
+    MemoryError,
+    ModuleNotFoundError,
+    SafetensorError,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -229,7 +236,7 @@ def _done(given: argparse.Namespace) -> int:
         _, _, reason = error.args[0][0]
         print(f"pruning-utils: {reason}", file=sys.stderr)
         return 1
-    except (*REFUSALS, SafetensorError) as error:
+    except REFUSALS as error:
         # Those of other libraries may have several lines.
         print("pruning-utils:", *str(error).split(), file=sys.stderr)
         return 1

@@ -95,7 +95,7 @@ def _check_device(order: Order) -> None:
     if device.type == "cuda" and device.index:
         raise ValueError(
             f"device must be cuda where a model is healed, got {order.device!r}: training takes "
-            f"the first GPU that it sees, so set CUDA_VISIBLE_DEVICES={device.index}"
+            "the first GPU that it sees, so let CUDA_VISIBLE_DEVICES name that one alone"
         )
     if device.type == "cpu" and order.method == "qlora" and torch.cuda.is_available():
         raise ValueError(
@@ -623,7 +623,8 @@ def plan_text(order: Order, plan: dict) -> str:
     lines += [
         f"  parameters {before:,} -> {after:,}; weights "
         + " -> ".join(f"{size / 1e6:,.0f} MB" for size in plan["bytes"])
-        + f" in {plan['dtype']}, as they are saved",
+        # An earlier version did not keep it in its plans.
+        + (f" in {plan['dtype']}, as they are saved" if "dtype" in plan else ""),
         "  a generated token "
         + " -> ".join(f"{time:.1f} ms" for time in plan["ms_per_token"])
         + " here, one text at a time",
