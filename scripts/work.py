@@ -537,8 +537,14 @@ def seven_metrics(values: Values, n_layers: int) -> list[Table]:
 
 def healed_longer(own: Table, points: Sequence[Point], steps: int) -> Table:
     """The losses of models that are healed again, for another number of steps."""
-    trained = {**own.healing, "steps": steps}
-    return replace(own, name="longer", points=tuple(points), tasks={}, healing=trained)
+    return replace(
+        own,
+        name="longer",
+        points=tuple(points),
+        tasks={},
+        limit=None,
+        healing={**own.healing, "steps": steps},
+    )
 
 
 def unhealed_metrics(values: Values, n_layers: int) -> list[Table]:
@@ -608,7 +614,7 @@ def how_to_heal(values: Values, n_layers: int) -> list[Table]:
             own, name="answers", points=tuple(answers), texts={}, limit=scored["more_questions"]
         ),
         replace(own, name="one-rate", points=tuple(alike), tasks={}, is_most=True),
-        healed_longer(own, again, longer["steps"]),
+        replace(healed_longer(own, again, longer["steps"]), limit=own.limit),
         replace(own, name="costs", kind="cost", points=tuple(costs), settings=timed),
     ]
 
