@@ -15,7 +15,9 @@ source    split                                      rows
 Every split but ``evaluation`` is filtered, of hub corpora too: a document that shares a run of 13
 lower-cased words with any embedded evaluation document, or with any benchmark question, passage or
 option, is left out. Of a hub corpus the evaluation documents come from a split of their own, with
-which nothing is compared; what calibrates and what heals may be the same training split.
+which nothing is compared; what calibrates and what heals may be the same training split. WikiText-2
+has a paragraph a row, which are put together to articles, and BookCorpus a sentence, of which 64
+make a document.
 """
 
 from __future__ import annotations
@@ -23,23 +25,22 @@ from __future__ import annotations
 import array
 import functools
 import importlib.metadata
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pruning_utils.embedded import embedded_file
-from pruning_utils.engine import beginnings, benchmarks, checks, hub, kept_texts
+from pruning_utils.engine import beginnings, benchmarks, checks, corpora, kept_texts
 from pruning_utils.engine.later import torch
 from pruning_utils.engine.overlapping import overlaps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# At most this many documents are tokenised, or compared, at once. Windows begin with fewer, so that
-# a few of them need only a few documents.
+# At most this many documents are tokenised at once. Windows begin with fewer, so that a few of them
+# need only a few documents.
 TOGETHER = 256
 # Of that rule, and of what it reads: another number for other code, so that what was kept is left.
 RULE_FORM = 2
@@ -127,31 +128,13 @@ def _embedded_documents(source: str, split: str) -> tuple[str, ...]:
 
 @functools.cache
 def _hub_documents(source: str, split: str) -> tuple[str, ...]:
-    """The first documents of a hub corpus, streamed, so that C4 is not downloaded whole."""
-    import datasets
-
-    repository, configuration, column, splits = HUB_CORPORA[source]
-    limit = HEALING_DOCUMENTS if split == "healing" else OTHER_DOCUMENTS
-    known = None if split == "evaluation" else evaluation_texts()
-    try:
-        with hub.asked_or_cached():
-            rows = datasets.load_dataset(
-                repository, configuration, split=splits[split], streaming=True
-            )
-            texts: Iterator[str] = (row[column] for row in rows if row[column].strip())
-            if known is not None:
-                texts = _without_overlaps(texts, known)
-            return tuple(itertools.islice(texts, limit))
-    except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(
-            f"text {source!r} ({repository}) could not be read from the hub: {error}"
-        ) from error
-
-
-def _without_overlaps(texts: Iterator[str], others: list[str]) -> Iterator[str]:
-    """Those texts that share no run of words with any of the others, some at a time."""
-    while some := list(itertools.islice(texts, TOGETHER)):
-        yield from itertools.compress(some, ~overlaps(some, others))
+    return corpora.documents(
+        source,
+        HUB_CORPORA[source],
+        split,
+        others=None if split == "evaluation" else evaluation_texts(),
+        limit=HEALING_DOCUMENTS if split == "healing" else OTHER_DOCUMENTS,
+    )
 
 
 def evaluation_texts() -> list[str]:
@@ -374,12 +357,12 @@ def document_windows(
     texts = documents(source, split)
     n_wanted = len(texts) if n_samples is None else n_samples
     windows: list[list[int]] = []
-    for start in range(0, len(texts), TOGETHER):
-        some = texts[start : start + TOGETHER]
+    start, count = 0, min(n_wanted, TOGETHER)
+    while start < len(texts) and len(windows) < n_wanted:
+        some = texts[start : start + count]
         found = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
         windows += [[*prefix, *ids[:length]] for ids in found if len(ids) >= length]
-        if len(windows) >= n_wanted:
-            break
+        start, count = start + count, min(2 * count, TOGETHER)
     if not windows or (n_samples is not None and len(windows) < n_wanted):
         raise ValueError(
             f"n_samples {n_wanted} is beyond the text {source}/{split}, of whose documents "

@@ -34,8 +34,7 @@ def stored_parameters(model: nn.Module) -> dict[str, int]:
             "parameters of quantised weights cannot be counted by their tensors: count before "
             "quantising"
         )
-    tensors = list({id(weight): weight for weight in model.parameters()}.values())
-    total = sum(weight.numel() for weight in tensors)
+    total = models.n_parameters(model)
     of_layers = {
         id(weight): weight.numel()
         for layer in models.decoder_layers(model)

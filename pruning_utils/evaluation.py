@@ -349,7 +349,12 @@ def _summary_rows(name: str, means: dict[str, tuple], n: int) -> list[dict]:
 
 
 def _question_scores(scorer: Any, task: Any, sample: dict) -> dict | None:
-    """Scores of one question; None for a task of another kind than those of this module."""
+    """Scores of one question; None for a task of another kind than those of this module.
+
+    One that judges by code of its own may have several right answers.
+    """
+    if task.config.process_results is not None:
+        return None
     if task.OUTPUT_TYPE == "loglikelihood":
         return _answer_scores(scorer, task, sample)
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_target:

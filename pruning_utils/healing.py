@@ -101,7 +101,7 @@ def heal(
         batch_size: Windows in a step.
         learning_rate: Peak rate, above 0.
         warmup_steps: Steps in which the rate rises linearly, from 0 at the first; from 0 to
-            ``steps``. None: 4, or all where there are fewer.
+            ``steps``, where these are more than one. None: 4, or all where there are fewer.
         rank: Rank of the adapters, at least 1.
         alpha: Scale of the adapters is alpha / rank; None takes alpha = rank.
         dropout: Dropout before the adapters, in [0, 1).
@@ -116,9 +116,9 @@ def heal(
         output_dir: Where training is saved; None: nowhere.
 
     Raises:
-        ValueError: If an argument is out of range, the model is quantised or has adapters,
-            ``output_dir`` holds anything but a run with these settings (the differing ones are
-            named), or a loss, gradient or trained weight is not finite.
+        ValueError: If an argument is out of range, the model is quantised, has adapters or is on
+            another GPU than the first, ``output_dir`` holds anything but a run with these settings
+            (the differing ones are named), or a loss, gradient or trained weight is not finite.
     """
     given = locals()
     merge = true_or_false("merge", merge)
@@ -174,8 +174,10 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
     if unknown:
         raise ValueError(f"healing has no settings {sorted(unknown)}; it has {', '.join(defaults)}")
     settings = defaults | settings
+    steps = whole_number("steps", settings["steps"], 1, LARGEST)
+    longest_warmup = steps if steps > 1 else 0  # the rate of a first step of warm-up is 0
     if settings["warmup_steps"] is None:
-        settings["warmup_steps"] = min(4, whole_number("steps", settings["steps"], 1, LARGEST))
+        settings["warmup_steps"] = min(4, longest_warmup)
     targets, alpha = settings["targets"], settings["alpha"]
     # A list is what comes back from JSON.
     settings["targets"] = list(targets) if isinstance(targets, tuple) else targets
@@ -187,11 +189,12 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
             "the model must be a 16- or 32-bit one without adapters: load it with quantize=None, "
             "merge adapters first; 'qlora' quantises a copy itself"
         )
+    passes.refuse_other_gpu(model)
     n_layers = len(models.decoder_layers(model))
     whole_numbers = {
         "steps": (1, LARGEST),
         "batch_size": (1, LARGEST),
-        "warmup_steps": (0, settings["steps"]),
+        "warmup_steps": (0, longest_warmup),
         "rank": (1, LARGEST),
         "last_k": (0, n_layers if settings["method"] == "last_layers" else LARGEST),
         "seed": (0, LARGEST),

@@ -304,6 +304,11 @@ def final_norm(model: nn.Module) -> nn.Module:
     return found[0]
 
 
+def n_parameters(module: nn.Module) -> int:
+    """Number of the parameters of a model or of a part of one, tied ones once."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
 def untie_head(model: nn.Module) -> None:
     """Give the head, in place, equal weights of its own where it shares those of the embedding.
 

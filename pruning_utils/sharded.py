@@ -155,8 +155,7 @@ class Training:
         self.run, self.team, self.in_bfloat16 = run, team, in_bfloat16
         self.model: Any = trained.train()
         own = trained.get_base_model() if hasattr(trained, "peft_config") else trained
-        n_parameters = sum(weight.numel() for weight in trained.parameters())
-        if n_parameters > trainer.LARGE and own.supports_gradient_checkpointing:
+        if models.n_parameters(trained) > trainer.LARGE and own.supports_gradient_checkpointing:
             own.gradient_checkpointing_enable({"use_reentrant": False})
         mesh = init_device_mesh(team.device.type, (team.num_processes,))
         for layer in models.decoder_layers(own):

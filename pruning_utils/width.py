@@ -155,17 +155,13 @@ def width_of_equal_size(
     """
     layers = models.decoder_layers(model)
     one, two = (
-        _n_parameters(models.decoder_layers(_plan(model, size, n_kv_heads).result))
+        models.n_parameters(models.decoder_layers(_plan(model, size, n_kv_heads).result))
         for size in (1, 2)
     )
-    least = _n_parameters(model) - _n_parameters(layers) + one
+    least = models.n_parameters(model) - models.n_parameters(layers) + one
     most = least + (two - one) * (models.text_config(model).intermediate_size - 1)
     n_parameters = whole_number("n_parameters", n_parameters, least, most)
     return 1 + round((n_parameters - least) / (two - one))
-
-
-def _n_parameters(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
 
 
 def _set_fields(config: PreTrainedConfig, fields: dict[str, int]) -> None:

@@ -28,13 +28,16 @@ from transformers import (
 
 from pruning_utils import data, instructions
 from pruning_utils.embedded import quiet_loading
+from pruning_utils.engine import corpora
 
 SEED = 0
 # So many that a text has not many more tokens than for the real model.
 N_TOKENS = 4096
 # Rows of an embedding that no token has, where the real model has such rows.
 SPARE_ROWS = 8
-N_ROWS = 240  # of each split
+N_DOCUMENTS = 240  # of each split
+# Where a row is no document: rows of one.
+ROWS_OF_DOCUMENT = {"bookcorpus": corpora.SENTENCES, "wikitext2": 3}
 # Weights of this spread keep the scale of what passes through a layer of a few hundred numbers.
 SPREAD = 0.1
 SHARDS = 2
@@ -318,7 +321,8 @@ def place_corpora(cache: Path) -> None:
     for source, (repository, configuration, column, ours) in data.HUB_CORPORA.items():
         rows = texts_of(source, column)
         names = sorted(set(ours.values()))
-        splits = {split: list(itertools.islice(rows, N_ROWS)) for split in names}
+        n_rows = N_DOCUMENTS * ROWS_OF_DOCUMENT.get(source, 1)
+        splits = {split: list(itertools.islice(rows, n_rows)) for split in names}
         place_rows(cache, repository, configuration, splits)
 
 
@@ -327,7 +331,7 @@ def place_instructions(cache: Path) -> None:
 
     Options are a list, of which the answer is the number of one.
     """
-    embedded = instructions.embedded_rows(instructions.EMBEDDED["fiqa"][0])[:N_ROWS]
+    embedded = instructions.embedded_rows(instructions.EMBEDDED["fiqa"][0])[:N_DOCUMENTS]
     for repository, configuration, split, prompt, answer in instructions.HUB.values():
         rows: list[dict[str, Any]] = []
         for row in embedded:

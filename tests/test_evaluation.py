@@ -799,6 +799,17 @@ def load(**_):
     choices = ["one", "two", "three"]
     rows = [{"question": f"{n} plus one is", "choices": choices, "answer": n} for n in range(3)]
     return {"test": Dataset.from_list(rows)}
+
+def judge(doc, results):
+    return {"acc": 0.25}
+"""
+OFFICIAL_OTHERS = """
+task: $name
+custom_dataset: !function rows.load
+test_split: test
+doc_to_text: "{{question}}"
+metric_list:
+  - metric: acc
 """
 OFFICIAL_TEXT = """
 task: text
@@ -834,6 +845,16 @@ def official(monkeypatch, tmp_path):
     )
     (tmp_path / "sums.yaml").write_text(OFFICIAL_GROUP)
     (tmp_path / "text.yaml").write_text(OFFICIAL_TEXT)
+    kinds = {
+        "judged": "doc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
+        "output_type: multiple_choice\nprocess_results: !function rows.judge\n",
+        "free": "doc_to_target: answer\noutput_type: generate_until\n",
+        "code": "doc_to_target: answer\noutput_type: generate_until\nunsafe_code: true\n",
+        "seen": "doc_to_target: answer\noutput_type: generate_until\ndoc_to_image: [question]\n",
+    }
+    for name, lines in kinds.items():
+        text = string.Template(OFFICIAL_OTHERS).substitute(name=name)
+        (tmp_path / f"{name}.yaml").write_text(text + lines)
     brought = TaskManager(include_path=tmp_path, include_defaults=False)
     ours = benchmarks.task_manager(True)
     monkeypatch.setattr(benchmarks, "task_manager", lambda embedded: ours if embedded else brought)
@@ -880,6 +901,46 @@ def test_official_groups_are_listed_whole(toy, official):
         "lm-eval:other": 3,
         "lm-eval:sums": 6,
     }
+
+
+def test_a_task_that_judges_itself_has_no_questions_of_ours(toy, official):
+    """Several of its answers may be right, so there is no one of them."""
+    toy.loglikelihood_of = lambda prompt, answer: -float(len(answer))
+    result = evaluation.evaluate_tasks(StandIn(), None, ["judged"])
+    assert not len(result.questions)
+    assert result.summary.metric.tolist() == ["acc"] and value(result.summary, "acc") == 0.25
+
+
+def test_shots_that_a_task_of_a_hub_does_not_take_are_told(official, caplog):
+    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
+        loaded = evaluation.load_tasks(["lm-eval:sums", "judged"], num_fewshot=2)
+    assert [task.config.num_fewshot for task in loaded["lm-eval:sums"]["tasks"].values()] == [0, 0]
+    assert loaded["judged"]["tasks"]["judged"].config.num_fewshot == 2
+    (record,) = [record for record in caplog.records if record.name == benchmarks.__name__]
+    assert record.message == (
+        "num_fewshot 2 is not used for piqa, other: the task's own file says 0"
+    )
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
+        evaluation.load_tasks(["other"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("code", {}, "code runs code that the model writes, which is not done here"),
+        ("seen", {}, "seen shows images or sounds, but the model is asked in text alone"),
+        ("free", {"answers_only": True}, "answers_only must be False for 'free', whose answers"),
+        ("text", {"answers_only": True}, "answers_only must be False for 'text', whose answers"),
+    ],
+)
+def test_tasks_of_another_kind_are_refused_before_any_is_scored(
+    name, arguments, message, toy, official
+):
+    toy.loglikelihood_of = lambda *_: pytest.fail("scoring began")
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate_tasks(StandIn(), None, ["piqa", name], **arguments)
 
 
 def test_unreachable_hub_is_one_clear_error(official, monkeypatch):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -96,6 +97,42 @@ def test_tokens_that_end_a_text_are_no_part_of_an_answer(begins, ends):
     pd.testing.assert_frame_equal(scores(f"{begins}$A{ends}"), scores(f"{begins}$A"))
 
 
+def test_prompts_of_generated_answers_do_not_end_the_text():
+    own = tokenizer(bos_token="<s>", eos_token="</s>")
+    special = [("<s>", 1), ("</s>", 2)]
+    own._tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    scorer = prefixes.language_model(model(), own, 2)
+    ids, seen = scorer.tok_batch_encode(["ab", "cdef"])
+    begin, end = own.bos_token_id, own.eos_token_id
+    bare = [own.encode(text, add_special_tokens=False) for text in ("ab", "cdef")]
+    n_before = len(bare[1]) - len(bare[0])
+    assert ids[1].tolist() == [begin, *bare[1]] and ids[0, n_before:].tolist() == [begin, *bare[0]]
+    assert seen.tolist() == [[0] * n_before + [1] * (len(bare[0]) + 1), [1] * (len(bare[1]) + 1)]
+    cut, seen = scorer.tok_batch_encode(["ab", "cdef"], left_truncate_len=2)
+    assert cut[1].tolist() == bare[1][-2:] and end not in cut.flatten().tolist()
+    assert cut.shape == seen.shape == (2, 2)
+
+
+def test_prompts_that_generation_cuts_are_told(caplog):
+    scorer = prefixes.language_model(model(), tokenizer(bos_token="<s>", eos_token="</s>"), 2)
+    scorer._max_length = 12
+
+    def asked(name: str, text: str) -> Instance:
+        given = (text, {"max_gen_toks": 4, "until": ["</s>"]})
+        return Instance("generate_until", {}, given, 0, metadata=(name, 0, 1))
+
+    texts = ["a" * length for length in (3, 20, 30)]
+    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
+        answers = scorer.generate_until(
+            [*(asked("own", text) for text in texts), asked("short", "ab")], disable_tqdm=True
+        )
+    assert len(answers) == 4
+    (record,) = [record for record in caplog.records if record.name == prefixes.__name__]
+    assert record.message == (
+        "2 prompts of own are cut in front: the context is 12 tokens, answers included"
+    )
+
+
 def test_no_token_at_all_is_one_clear_error():
     lonely = tokenizer()
     lonely.encode = lambda *_, **__: []
@@ -137,7 +174,13 @@ def test_tokens_that_no_question_holds_do_no_harm():
 
 def test_generated_answers_need_a_token_that_ends_them():
     scorer = prefixes.language_model(model(), tokenizer(bos_token="<s>"), 2)
-    config = SimpleNamespace(num_fewshot=0, generation_kwargs=None)
+    config = SimpleNamespace(
+        num_fewshot=0,
+        generation_kwargs=None,
+        unsafe_code=False,
+        doc_to_image=None,
+        doc_to_audio=None,
+    )
     free = SimpleNamespace(OUTPUT_TYPE="generate_until", config=config)
     with pytest.raises(ValueError, match="end-of-text token, but eos_token is None"):
         benchmarks.refuse_unaskable(scorer, {"own": {"tasks": {"own": free}}})

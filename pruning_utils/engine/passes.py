@@ -199,6 +199,20 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device(hooks[0].execution_device)
 
 
+def refuse_other_gpu(model: nn.Module) -> None:
+    """Refuse to train a model on another GPU than the first, to which the Trainer would move it.
+
+    Raises:
+        ValueError: If its weights are on another.
+    """
+    device = input_device(model)
+    if device.type == "cuda" and device.index:
+        raise ValueError(
+            f"the model must be on the first GPU that torch sees to be trained, got {device}: let "
+            "CUDA_VISIBLE_DEVICES name that GPU alone"
+        )
+
+
 def refuse_wrong_numbers(model: nn.Module) -> None:
     """Refuse a model some of whose layers were removed without numbering the others anew.
 

@@ -8,8 +8,10 @@ which a token sees those on its path from the root and no others.
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 
 # In a row, of one prompt.
 ANSWER_TOKENS = 512
@@ -95,8 +98,26 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
             from_stock, from_shared = iter(stock), iter(shared)
             return [next(from_shared if fit else from_stock) for fit in fits]
 
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """As the stock backend does, without tokens that would end the prompts."""
+            if not ends:
+                return super().tok_batch_encode(
+                    strings, padding_side, left_truncate_len, truncation
+                )
+            kept = slice(-left_truncate_len if left_truncate_len else None, None)
+            rows = [self.tok_encode(text)[kept] for text in strings]
+            padded = own.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+            return padded["input_ids"], padded["attention_mask"]
+
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             """As the stock backend does, on fewer texts at once where memory does not suffice."""
+            _warn_of_cut_prompts(self, requests)
             return _on_fewer(self, super().generate_until, requests, disable_tqdm)
 
     # HFLM ties weights again, which would undo an untied head, and sets a mode that is set already.
@@ -161,6 +182,25 @@ def _refuse_what_does_not_fit(model: nn.Module, requests: list, context: int) ->
         raise ValueError(
             f"the tokenizer must be that of the model, but its token id {largest} is outside the "
             f"vocabulary [0, {vocabulary})"
+        )
+
+
+def _warn_of_cut_prompts(scorer: Any, requests: list) -> None:
+    """Say of each task how many of its prompts leave no room for what is generated after them."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    cut: collections.Counter[str] = collections.Counter()
+    for request in requests:
+        prompt, given = request.args
+        longest = normalize_gen_kwargs(dict(given), scorer.max_gen_toks)["max_gen_toks"]
+        if len(scorer.tok_encode(prompt)) > scorer.max_length - longest:
+            cut[request.task_name] += 1
+    for name, n_cut in cut.items():
+        logger.warning(
+            "%d prompts of %s are cut in front: the context is %d tokens, answers included",
+            n_cut,
+            name,
+            scorer.max_length,
         )
 
 

@@ -459,7 +459,7 @@ def _training_arguments(model: nn.Module, run: Run) -> TrainingArguments:
     batch_size = run.settings["batch_size"]
     micro = micro_batch_size(batch_size, run.train_ids.shape[1])
     evaluated = run.train_ids if run.eval_ids is None else run.eval_ids
-    is_large = sum(weight.numel() for weight in model.parameters()) > LARGE
+    is_large = models.n_parameters(model) > LARGE
     # Elsewhere an error comes in time; a processor's system ends the process, or begins to swap.
     is_scarce = is_large and model.device.type == "cpu"
     arguments = TrainingArguments(

@@ -90,8 +90,7 @@ def with_layers(few: Need, more: Need, n_more: int) -> Need:
 
 def n_parameters(config: PreTrainedConfig, *, n_dropped: int = 0) -> int:
     """Number of a model's parameters without some of the layers, tied ones once."""
-    model = _cut(outline(config, torch.float32), n_dropped)
-    return sum(weight.numel() for weight in model.parameters())
+    return models.n_parameters(_cut(outline(config, torch.float32), n_dropped))
 
 
 def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, n_dropped: int = 0) -> int:

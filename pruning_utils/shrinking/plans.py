@@ -23,7 +23,6 @@ from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import number, whole_number
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.shrinking.orders import CHEAP_RULES, LOWEST_LOSS, RULES, Goal
-from pruning_utils.studies import whole_path
 from pruning_utils.studies.study import without_layers
 
 # Tokens of the probe for the time of a generated token.
@@ -183,7 +182,7 @@ def _sizes_left(model: nn.Module, times: TokenTimes | None) -> dict[str, list[fl
     layers = models.decoder_layers(model)
     whole = efficiency.stored_parameters(model)
     of_layers = {
-        "max_parameters": [whole_path.n_parameters(layer) for layer in layers],
+        "max_parameters": [models.n_parameters(layer) for layer in layers],
         "max_bytes": [efficiency.weight_bytes(layer) for layer in layers],
     }
     found: dict[str, list[float]] = {}

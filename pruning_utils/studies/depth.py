@@ -58,7 +58,7 @@ def size_of(model: str, revision: str | None, dtype: str) -> Size:
     network, _ = loaded(model, revision, dtype)
     return Size(
         len(models.decoder_layers(network)),
-        sum(weight.numel() for weight in network.parameters()),
+        models.n_parameters(network),
         network.get_output_embeddings().out_features,
         getattr(models.text_config(network), "num_key_value_heads", None) or 0,
         efficiency.stored_parameters(network)["layers"] // len(models.decoder_layers(network)),

@@ -50,7 +50,7 @@ def equal_shape(
         layers = models.decoder_layers(network)
         gone = 0
         for number in layer_numbers(point["layers"]):
-            gone += sum(weight.numel() for weight in layers[number].parameters())
+            gone += models.n_parameters(layers[number])
         total = efficiency.stored_parameters(network)["total"] - gone
         channels = width.width_of_equal_size(network, total, n_kv_heads=point["n_kv_heads"])
         size = layer_text((channels, point["n_kv_heads"]))

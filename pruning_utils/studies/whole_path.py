@@ -94,7 +94,7 @@ def prune_and_heal(
             *_loss_rows(stage, current, evaluation_ids),
             *_answer_rows(stage, current, tokenizer, task, limit),
             _row(stage, "sentence", text=continue_text(current, tokenizer, prompt)),
-            _row(stage, "parameters", value=float(n_parameters(current))),
+            _row(stage, "parameters", value=float(models.n_parameters(current))),
         ]
 
     # Scan every block, and choose the one whose ends are closest.
@@ -153,11 +153,6 @@ def _answer_rows(
         for quantity in ("correct_norm", "p_right"):
             rows.append(_row(stage, quantity, number, float(question[quantity])))
     return rows
-
-
-def n_parameters(model: nn.Module) -> int:
-    """Number of a model's parameters, tied ones once."""
-    return sum(weight.numel() for weight in model.parameters())
 
 
 def foretell(
