@@ -337,7 +337,7 @@ def document_windows(
         n_samples: Number of documents, the first ones in file order; None takes all.
         seq_len: Tokens in a window, those of its beginning included; at least 2 beside them, and at
             most the model's context length.
-        source: ``xsum`` or ``quac``, or a hub corpus.
+        source: ``xsum`` or ``quac``, or of a hub ``c4`` or ``wikitext2``.
         split: ``evaluation``, or ``validation``, on which rates and recipes are chosen.
 
     Returns:
@@ -364,9 +364,10 @@ def document_windows(
         windows += [[*prefix, *ids[:length]] for ids in found if len(ids) >= length]
         start, count = start + count, min(2 * count, TOGETHER)
     if not windows or (n_samples is not None and len(windows) < n_wanted):
+        asked = "a window of each document" if n_samples is None else f"n_samples {n_samples}"
         raise ValueError(
-            f"n_samples {n_wanted} is beyond the text {source}/{split}, of whose documents "
-            f"{len(windows)} have {seq_len} tokens"
+            f"{asked} is beyond the text {source}/{split}, of whose documents {len(windows)} have "
+            f"{seq_len} tokens"
         )
     return torch.tensor(windows[:n_wanted])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pandas as pd
@@ -13,7 +12,9 @@ from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.later import flop_counter, nn, torch
 
 # Names under which a model gives and takes what it keeps from one token to the next.
-CACHES = ("past_key_values", "cache_params")
+CACHES = ("past_key_values", "cache_params", "state")
+# Runs between two looks at the clock, where a run takes as long as it takes to start it.
+LAUNCHES = 20
 
 
 def stored_parameters(model: nn.Module) -> dict[str, int]:
@@ -94,7 +95,7 @@ def forward_flops(model: nn.Module, *, batch_size: int, n_tokens: int) -> int:
         )
     whole_number("batch_size", batch_size, 1)
     whole_number("n_tokens", n_tokens, 1, models.context_length(model.config))
-    device = model.get_input_embeddings().weight.device
+    device = passes.input_device(model)
     counter = flop_counter.FlopCounterMode(
         display=False,
         # It does not know the product of each token with the weights of its experts.
@@ -173,7 +174,7 @@ def generation_speed(
     rows = []
     for run in range(warmups + repeats):
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(device)
         with passes.evaluation_mode(model):
             moments = _generation_moments(model, prompts.to(device), new_tokens)
         if run >= warmups:
@@ -182,7 +183,7 @@ def generation_speed(
                     "first_token_seconds": moments[1] - moments[0],
                     "per_token_seconds": (moments[-1] - moments[1]) / (new_tokens - 1),
                     "tokens_per_second": batch_size * new_tokens / (moments[-1] - moments[0]),
-                    "peak_bytes": runtime.peak_memory_bytes(),
+                    "peak_bytes": runtime.peak_memory_bytes(device),
                 }
             )
     return pd.DataFrame(rows)
@@ -191,22 +192,15 @@ def generation_speed(
 def _generation_moments(model: nn.Module, tokens: torch.Tensor, new_tokens: int) -> list[float]:
     """Seconds on the clock at the start and after each new token."""
     kept: dict[str, object] = {}
-    moments = [_now()]
+    moments = [runtime.clock(tokens.device)]
     with torch.no_grad(), passes.named_outputs(model):
         for _ in range(new_tokens):
             output = model(tokens, **kept, use_cache=True, logits_to_keep=1)
             # Each architecture makes the cache that it needs, of states of another kind too.
             kept = {name: output[name] for name in CACHES if output.get(name) is not None}
             tokens = output.logits[:, -1:].argmax(-1)
-            moments.append(_now())
+            moments.append(runtime.clock(tokens.device))
     return moments
-
-
-def _now() -> float:
-    """Seconds on the clock, once everything that was asked of a GPU is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def machine_limits(
@@ -236,17 +230,22 @@ def machine_limits(
     square = torch.ones(size, size, dtype=kind, device=device)
     tall = torch.ones(16 * size, size, dtype=kind, device=device)
     vector = torch.ones(size, dtype=kind, device=device)
-    product = min(_seconds(lambda: square @ square) for _ in range(repeats + 1))
-    reading = min(_seconds(lambda: nn.functional.linear(vector, tall)) for _ in range(repeats + 1))
+
+    def seconds(run: Callable[[], object]) -> float:
+        """Of the fastest of some measurements, a run."""
+        together = 1 if device.type == "cpu" else LAUNCHES
+        taken = []
+        for _ in range(repeats + 1):
+            started = runtime.clock(device)
+            for _ in range(together):
+                run()
+            taken.append((runtime.clock(device) - started) / together)
+        return min(taken)
+
+    product = seconds(lambda: square @ square)
+    reading = seconds(lambda: nn.functional.linear(vector, tall))
     return {
         "dtype": runtime.dtype_name(kind),
         "flops_per_second": 2 * size**3 / product,
         "bytes_per_second": tall.nbytes / reading,
     }
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Seconds until what ``run`` asks of the device is done."""
-    started = _now()
-    run()
-    return _now() - started

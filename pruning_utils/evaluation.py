@@ -15,7 +15,14 @@ import numpy as np
 import pandas as pd
 
 from pruning_utils import models
-from pruning_utils.engine import benchmarks, memory, passes, prefixes, wrappers
+from pruning_utils.engine import (
+    benchmarks,
+    memory,
+    passes,
+    prefixes,
+    question_scores,
+    wrappers,
+)
 from pruning_utils.engine.checks import refuse_nan, true_or_false, whole_number
 from pruning_utils.engine.later import nn, torch
 
@@ -47,6 +54,8 @@ GUESSES = {
     "social_iqa": 1 / 3,
     "winogrande": 1 / 2,
 }
+# Seeds of lm-eval's own command, of Python and of NumPy.
+SEEDS = (0, 1234)
 logger = logging.getLogger(__name__)
 
 
@@ -176,12 +185,12 @@ def evaluate_tasks(
     Their means are ``acc``, ``acc_norm``, ``p_right`` and ``nll``. Standard errors are s / sqrt(n),
     with s the sample deviation; they are NaN for one question.
 
-    All questions of ``boolq`` (no, yes) and of ``mmlu`` (A to D) have the same labels. There s_c is
-    l_c, and ``balanced_acc``, the mean of the labels' recalls, replaces ``acc_norm``. Its error is
-    the root of their summed squared errors over their number. A guess gives 1 / labels; the
-    majority of ``boolq`` gives 0.622 in ``acc``. In ``winogrande`` each choice is another beginning
-    of one sentence: l_c is the log-likelihood of its end after choice c, and s_c is l_c. In
-    ``social_iqa`` too, which lm-eval scores without ``acc_norm``, s_c is l_c.
+    All questions of ``boolq`` (no, yes), ``mmlu`` (A to D) and ``commonsense_qa`` (A to E) have the
+    same labels. There s_c is l_c, and ``balanced_acc``, the mean of the labels' recalls, replaces
+    ``acc_norm``. Its error is the root of their summed squared errors over their number. A guess
+    gives 1 / labels; the majority of ``boolq`` gives 0.622 in ``acc``. In ``winogrande`` each
+    choice is another beginning of one sentence: l_c is the log-likelihood of its end after choice
+    c, and s_c is l_c. In ``social_iqa`` too, which lm-eval scores without ``acc_norm``, s_c is l_c.
 
     Tasks of one answer (``lambada_openai``, ``gsm8k_chain``) give ``nll``, and ``correct`` where
     each token of it is the most likely one; ``p_right`` is NaN.
@@ -205,19 +214,22 @@ def evaluate_tasks(
             order of their rows, whose number is the ``question_id``.
         num_fewshot: Solved questions before each one, 0 to 16 (MMLU: 5). ``lambada_openai`` takes
             none; nor do ``gsm8k_chain`` and ``basic_skills``, which have shots of their own.
-        limit: Questions of each task or group, at least 1; None takes all.
+        limit: Questions of each task or group, at least 1; None takes all. Of a hub's group it is
+            questions of each of its tasks, as in lm-eval.
         batch_size: Questions in one forward pass, at least 1. It is halved, with a notice, where
             memory does not suffice.
         shot_order: 0 takes the shots in their fixed order; any other number is the seed of another
-            order of the same shots (with data from a hub, the seed of their choice).
+            order of the same shots. With data from a hub it is the seed of their choice, and 0
+            stands for lm-eval's own.
         answers_only: Score the answers without their questions. What accuracy remains is the floor:
             it asks for no knowledge of the question. Not for ``winogrande``, whose choices are part
             of the question.
 
     Raises:
         ValueError: If an argument is out of range, the model is none of transformers or inside
-            something else, a task unknown or its data out of reach, all before any scoring; or if
-            a log-likelihood is not finite.
+            something else, a task unknown or its data out of reach, all before any scoring. While a
+            task is scored: if a log-likelihood is not finite, or the model cannot be given what the
+            task holds.
     """
     wrappers.refuse_wrapped(model, with_head=True)
     batch_size = whole_number("batch_size", batch_size, 1)
@@ -265,7 +277,8 @@ def load_tasks(
 def quiet_libraries() -> Iterator[None]:
     """Let the libraries underneath report errors only.
 
-    Their levels come back afterwards, and the random state of Python that they draw from.
+    Their levels come back afterwards, and the random states that they draw from. As in lm-eval,
+    tasks that shuffle while they are read do so from fixed seeds.
     """
     import datasets
     from lm_eval import utils
@@ -281,6 +294,9 @@ def quiet_libraries() -> Iterator[None]:
         passes.replaced(utils.env, "from_string", functools.lru_cache(utils.env.from_string)),
     ):
         undo.callback(random.setstate, random.getstate())
+        undo.callback(np.random.set_state, np.random.get_state())
+        random.seed(SEEDS[0])
+        np.random.seed(SEEDS[1])
         if shows_bars:
             datasets.disable_progress_bars()
             undo.callback(datasets.enable_progress_bars)
@@ -310,9 +326,23 @@ def _score(
     )
     questions: dict[str, list[dict]] = {}
     for label, task in loaded["tasks"].items():
-        rows = [_question_scores(scorer, task, sample) for sample in results["samples"][label]]
         shown = name if is_ours else prefix + label
-        questions[label] = [{"task": shown} | row for row in rows if row is not None]
+        questions[label] = []
+        for sample in results["samples"][label]:
+            row = question_scores.scores(scorer, task, sample)
+            if row is None:
+                continue
+            if not is_ours:  # what a row of theirs calls so may be a text, or stand in several
+                row["question_id"] = sample["doc_id"]
+            questions[label].append({"task": shown} | row)
+        n_left_out = len(results["samples"][label]) - len(questions[label])
+        if questions[label] and n_left_out:
+            logger.warning(
+                "%d questions of %s have no right answer among their choices: they are not in the "
+                "table of questions",
+                n_left_out,
+                label,
+            )
         n_cut = sum(row["is_cut"] for row in questions[label])
         if n_cut:
             logger.warning(
@@ -346,78 +376,6 @@ def _summary_rows(name: str, means: dict[str, tuple], n: int) -> list[dict]:
         }
         for metric, (value, error) in means.items()
     ]
-
-
-def _question_scores(scorer: Any, task: Any, sample: dict) -> dict | None:
-    """Scores of one question; None for a task of another kind than those of this module.
-
-    One that judges by code of its own may have several right answers.
-    """
-    if task.config.process_results is not None:
-        return None
-    if task.OUTPUT_TYPE == "loglikelihood":
-        return _answer_scores(scorer, task, sample)
-    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_target:
-        return None
-    choices = task.doc_to_choice(sample["doc"])
-    target = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
-    answer = choices.index(target) if isinstance(target, str) else target
-    loglikelihoods = _finite(task, sample)[: len(choices)]
-    by_character = loglikelihoods / (
-        1 if task.multiple_input else [len(choice) for choice in choices]
-    )
-    scores = by_character if "acc_norm" in task.aggregation() else loglikelihoods
-    weights = np.exp(scores - scores.max())
-    n_prompt, n_right = _lengths(scorer, *sample["arguments"][answer])
-    return {
-        "question_id": _question_id(sample),
-        "correct": int(loglikelihoods.argmax() == answer),
-        "correct_norm": int(by_character.argmax() == answer),
-        "p_right": weights[answer] / weights.sum(),
-        "nll": -loglikelihoods[answer] / n_right,
-        "answer": answer,
-        "is_cut": n_prompt + n_right > scorer.max_length + 1,
-    }
-
-
-def _answer_scores(scorer: Any, task: Any, sample: dict) -> dict:
-    """Scores of a question with one answer."""
-    total = _finite(task, sample)[0]
-    is_greedy = int(sample["resps"][0][0][1])
-    n_prompt, n_right = _lengths(scorer, *sample["arguments"][0])
-    return {
-        "question_id": _question_id(sample),
-        "correct": is_greedy,
-        "correct_norm": is_greedy,
-        "p_right": np.nan,
-        "nll": -total / n_right,
-        "answer": 0,
-        "is_cut": n_prompt + n_right > scorer.max_length + 1,
-    }
-
-
-def _question_id(sample: dict) -> int:
-    return sample["doc"].get("question_id", sample["doc_id"])
-
-
-def _finite(task: Any, sample: dict) -> np.ndarray:
-    """Log-likelihoods of a question's requests, one each."""
-    loglikelihoods = np.array([response[0][0] for response in sample["resps"]])
-    if not np.isfinite(loglikelihoods).all():
-        raise ValueError(
-            f"log-likelihoods must be finite, got {loglikelihoods} for {task.task_name} "
-            f"{_question_id(sample)}"
-        )
-    return loglikelihoods
-
-
-def _lengths(scorer: Any, prompt: str, answer: str) -> tuple[int, int]:
-    """Tokens of a prompt and of the answer after it."""
-    if not prompt:
-        # Before an answer without a prompt, lm-eval puts one token of its own.
-        return 1, len(scorer.tok_encode(answer, add_special_tokens=False))
-    prompt_ids, answer_ids = scorer._encode_pair(prompt, answer)
-    return len(prompt_ids), len(answer_ids)
 
 
 def _means_of_ours(task: Any, questions: pd.DataFrame) -> dict[str, tuple]:

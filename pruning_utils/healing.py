@@ -27,9 +27,9 @@ SAVES = 4
 # Arguments of heal that are no settings: they are recorded as digests, or do not decide what is
 # trained.
 NOT_RECORDED = ("model", "tokenizer", "train_ids", "eval_ids", "output_dir", "merge")
-# Parts of the names of classes that derive from PyTorch's linear module and do more: they choose
-# experts, or multiply groups of features apart.
-NOT_LINEAR = re.compile("Router|Grouped")
+# Part of the names of classes that derive from PyTorch's linear module and do more: they multiply
+# groups of features apart.
+NOT_LINEAR = re.compile("Grouped")
 LARGEST = 2**32 - 1  # of a whole number among the settings
 
 
@@ -127,6 +127,7 @@ def heal(
         wrappers.refuse_shared(model, adapter_targets(model, settings["targets"]))
     from pruning_utils.engine import trainer  # importing it takes seconds
 
+    trainer.refuse_many_processes()
     run = trainer.Run(output_dir, settings, model, tokenizer, train_ids, eval_ids)
     # The caller may be in a mode without gradients.
     with trainer.own_random_state(), torch.inference_mode(False), torch.enable_grad():
@@ -302,8 +303,8 @@ def _with_adapters(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
 def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """Full names of the linear modules inside the decoder layers that get adapters, at least one.
 
-    Left out are routers of experts, and those of state-space mixers whose weights the mixer reads
-    itself, past any adapter.
+    Left out are routers of experts, experts that an architecture holds together in one weight, and
+    those of state-space mixers whose weights the mixer reads itself, past any adapter.
 
     Args:
         model: A causal language model.
@@ -318,12 +319,13 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     layers = models.decoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is layers) + "."
     linear = [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(prefix)
-        and isinstance(module, nn.Linear | Conv1D)
+        f"{prefix}{number}.{name}"
+        for number, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
         and not NOT_LINEAR.search(type(module).__name__)
-        and not wrappers.is_read_past(model, name)
+        and not wrappers.is_of_router(layer, name)
+        and not wrappers.is_read_past(layer, name)
     ]
     known = {name.rpartition(".")[2] for name in linear}
     listed = targets if isinstance(targets, list | tuple) else []
@@ -331,7 +333,9 @@ def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     if isinstance(targets, str) and targets in TARGETS:
         asked = known
     if isinstance(targets, str) and targets == "mlp":
-        linear = [name for name in linear if wrappers.is_feed_forward(name.removeprefix(prefix))]
+        linear = [
+            name for name in linear if wrappers.is_feed_forward(layers, name.removeprefix(prefix))
+        ]
     chosen = [name for name in linear if name.rpartition(".")[2] in asked]
     if known and asked == known and not chosen:
         raise ValueError(

@@ -186,7 +186,7 @@ def _hub_rows(
     try:
         with hub.asked_or_cached():
             return datasets.load_dataset(repository, configuration, split=split)
-    except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"text {source!r} ({repository}) could not be read from the hub: {error}"
         ) from error

@@ -52,7 +52,9 @@ def load_model(
             :func:`runtime.resolve_dtype`), ``"bfloat16"``, ``"float16"`` or ``"float32"``; the
             dtype of weights that are not quantised, and the compute dtype of those that are.
             Training and evaluation follow it.
-        quantize: None, ``"nf4"`` (4-bit NormalFloat with double quantisation) or ``"int8"``. On a
+        quantize: None, ``"nf4"`` (4-bit NormalFloat with double quantisation) or ``"int8"``.
+            Experts that an architecture holds together in one weight (Mixtral, Qwen 3 MoE) stay as
+            they are, with a notice. On a
             processor with AVX512, bitsandbytes 0.50 misreads NF4 rows of 16 times something that
             are no multiple of 64 numbers, as some models that were narrowed have.
         device: A torch device; None takes the first CUDA GPU, or the CPU.
@@ -99,12 +101,14 @@ def load_model(
             **options,
             **storage,
         )
-        model_files.refuse_other_weights(report)
+        model_files.refuse_other_weights(report, config)
         model_files.refuse_picture_needed(model, model.device)
         if quantize and not any(
             "bitsandbytes" in type(part).__module__ for part in decoder_layers(model).modules()
         ):
             raise ValueError(f"its decoder layers hold no weights that {quantize} could store")
+    if quantize:
+        wrappers.warn_of_unquantised(decoder_layers(model), quantize)
     model_files.fit_tokenizer(tokenizer, model, context_length(config))
     return model.eval(), tokenizer
 
@@ -336,6 +340,8 @@ def untie_head(model: nn.Module) -> None:
 def quantized_copy(model: nn.Module) -> nn.Module:
     """A copy with the linear weights inside the decoder layers in NF4, double-quantised.
 
+    Experts that an architecture holds together in one weight stay as they are, with a notice.
+
     Args:
         model: A 16- or 32-bit causal language model.
 
@@ -385,6 +391,7 @@ def quantized_copy(model: nn.Module) -> nn.Module:
         if source.bias is not None:
             target.bias = nn.Parameter(source.bias.detach().clone(), requires_grad=False)
         duplicate.set_submodule(name, target.to(device))
+    wrappers.warn_of_unquantised(decoder_layers(duplicate), "nf4")
     duplicate.config.quantization_config = _storage("nf4", model.dtype)
     duplicate.hf_quantizer = AutoHfQuantizer.from_config(duplicate.config.quantization_config)
     duplicate.is_loaded_in_4bit = duplicate.is_quantized = True

@@ -84,7 +84,7 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-            model_files.refuse_other_weights(report)
+            model_files.refuse_other_weights(report, config)
             model_files.refuse_picture_needed(model, passes.input_device(model))
     except BaseException:
         shutil.rmtree(folder)

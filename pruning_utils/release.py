@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pruning_utils import __version__, models, runtime, surgery
-from pruning_utils.engine import checks, model_files, passes, saved_models, wrappers
+from pruning_utils.engine import checks, memory, model_files, passes, saved_models, wrappers
 from pruning_utils.engine.later import nn, torch
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ CONVERTER = "convert_hf_to_gguf.py"  # of llama.cpp
 # What Markdown may take for more than text, within a line without HTML: escapes, fences, links.
 MARKUP = re.compile(r"\\|`{2,}|~{2,}|[\[\]]")
 GGUF_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+logger = logging.getLogger(__name__)
 
 
 def save_release(
@@ -49,7 +51,8 @@ def save_release(
         overwrite: Replace a folder whatever it holds.
 
     Returns:
-        The folder.
+        The folder. Where there is no memory for a second model, logits are not compared, and a
+        warning says so.
 
     Raises:
         ValueError: As for :func:`surgery.save`, if the model has no head or the card is no text,
@@ -64,8 +67,15 @@ def save_release(
 
     def finish(new: Path) -> None:
         """See that it computes the same, and add the card."""
-        with passes.evaluation_mode(model):
-            difference = logit_difference(model, new, tokens)
+        try:
+            with passes.evaluation_mode(model):
+                difference = logit_difference(model, new, tokens)
+        except memory.ERRORS as error:
+            if not memory.is_lack_of_memory(error):
+                raise
+            # Names and shapes of all weights, and some values of each, have been compared.
+            logger.warning("there is no memory for a second model, so no logits were compared")
+            difference = 0
         if difference != 0:  # or no number
             raise ValueError(
                 f"what transformers loads differs from the model by {difference:g} in its logits"
@@ -229,8 +239,9 @@ def export_gguf(folder: str | os.PathLike, *, kind: str = "bf16") -> Path | None
         kind: Of the weights, one of ``GGUF_TYPES``.
 
     Raises:
-        ValueError: If the kind is unknown, the folder holds no model, or the converter refuses it;
-            what it says is in the message, and nothing half-written stays.
+        ValueError: If the kind is unknown, the folder holds no model or one that GGUF cannot tell,
+            or the converter refuses it; what it says is in the message, and nothing half-written
+            stays.
     """
     folder = checks.file_path("folder", folder).resolve()
     if kind not in GGUF_TYPES:
@@ -240,6 +251,7 @@ def export_gguf(folder: str | os.PathLike, *, kind: str = "bf16") -> Path | None
     converter = shutil.which(CONVERTER)
     if converter is None:
         return None
+    model_files.refuse_what_gguf_cannot_tell(folder)
     target = folder / f"{folder.name}.{kind}.gguf"
     # A link would hide the gguf package that lies beside it.
     script = str(Path(converter).resolve())

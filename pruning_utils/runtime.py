@@ -257,16 +257,30 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_gpu else f"cpu ({torch.get_num_threads()} threads)"
 
 
-def peak_memory_bytes() -> int:
+def clock(device: torch.device) -> float:
+    """Seconds on the clock, once everything that was asked of a device is done.
+
+    Args:
+        device: Where the work is done.
+    """
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory_bytes(device: torch.device | None = None) -> int:
     """Peak memory of this process in bytes.
 
-    With a GPU it is the CUDA memory that torch allocated, else resident memory. On Linux the
+    On a GPU it is the CUDA memory that torch allocated there, else resident memory. On Linux the
     kernel's own mark is read: what ``getrusage`` reports begins, in a process started by another,
     at the size that the other had. Windows keeps no such mark that Python reads: there, without a
     GPU, it is 0.
+
+    Args:
+        device: Whose memory; None: that of the GPU in use, where there is one.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file() and (
         mark := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)

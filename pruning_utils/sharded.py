@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from pruning_utils import data, healing, models, runtime, surgery
-from pruning_utils.engine import head_losses
+from pruning_utils.engine import head_losses, wrappers
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.healing import HealedModel
@@ -80,6 +80,8 @@ def heal(
 
     team = _team()
     settings = _checked_settings(model, settings, team)
+    if merge and settings["method"] in healing.ADAPTERS:
+        wrappers.refuse_shared(model, healing.adapter_targets(model, settings["targets"]))
     # One looks at the folder first, and removes what is damaged in it.
     with team.main_process_first():
         recorded = {**settings, "engine": ENGINE}
@@ -154,7 +156,8 @@ class Training:
 
         self.run, self.team, self.in_bfloat16 = run, team, in_bfloat16
         self.model: Any = trained.train()
-        own = trained.get_base_model() if hasattr(trained, "peft_config") else trained
+        self.has_adapters = hasattr(trained, "peft_config")
+        own = trained.get_base_model() if self.has_adapters else trained
         if models.n_parameters(trained) > trainer.LARGE and own.supports_gradient_checkpointing:
             own.gradient_checkpointing_enable({"use_reentrant": False})
         mesh = init_device_mesh(team.device.type, (team.num_processes,))
@@ -221,7 +224,9 @@ class Training:
         parts = ids.to(self.team.device).split(self.at_once)
         loss = torch.zeros((), device=self.team.device)
         for number, part in enumerate(parts, start=1):
-            self.model.set_requires_gradient_sync(number == len(parts))
+            # Gradients that wait to be summed are whole on each device: those of adapters are few.
+            is_last = number == len(parts)
+            self.model.set_requires_gradient_sync(is_last or not self.has_adapters)
             mean = self.summed_loss(part) / part[:, 1:].numel() / len(parts)
             mean.backward()
             loss += mean.detach()

@@ -415,10 +415,16 @@ def directory_to_write(path: str | os.PathLike, *, overwrite: bool = False) -> P
         overwrite: See above.
 
     Raises:
-        ValueError: If it is no path, a file, or holds something else.
+        ValueError: If it is no path, a file, holds something else, or is where a volume is mounted:
+            that cannot be replaced.
     """
     replaces = checks.true_or_false("overwrite", overwrite)
     found = checks.file_path("path", path).resolve()  # a link stays a link, and "." has a name
+    if os.path.ismount(found):
+        raise ValueError(
+            f"a model is written beside its place and renamed into it, but {path} is where a "
+            "volume is mounted: name a new directory in it"
+        )
     if found.exists() and not (replaces and found.is_dir()):
         saved_models.refuse_what_others_wrote(found, str(path))
     return found
@@ -483,7 +489,10 @@ def save(
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+        # What replaced files leave behind on a shared volume is no fault of what was written.
+        with tempfile.TemporaryDirectory(
+            dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
+        ) as beside:
             new = Path(beside, "new")
             saved_models.write(model, tokenizer, new, is_plain=is_plain)
             finish(new)
@@ -523,7 +532,7 @@ def _replace_directory(path: Path, new: Path, old: Path) -> None:
         os.replace(path, old)
     try:
         os.replace(new, path)
-    except OSError:
+    except BaseException:  # also where someone stops it
         if old.exists():
             os.replace(old, path)
         raise
@@ -533,6 +542,11 @@ def mergekit_plan(
     model_name: str, n_layers: int, layers: Iterable[int], *, dtype: str = "bfloat16"
 ) -> str:
     """The same cut as a mergekit configuration, for ``mergekit-yaml plan.yml out/``.
+
+    It is the same where all layers are of one kind (Llama, Mistral, GPT-NeoX). mergekit changes the
+    number of layers alone: where the configuration lists the kind of each (``layer_types`` of
+    Gemma 3 or Qwen 3, ``no_rope_layers`` of SmolLM3), take the ``config.json`` that :func:`save`
+    writes.
 
     Args:
         model_name: Name on a hub, or directory, of the model to cut.

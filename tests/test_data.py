@@ -265,6 +265,19 @@ def test_a_cache_that_cannot_be_written_is_none(fresh_cache, monkeypatch):
     assert len(data.documents("xsum", "calibration")) == 200 - 5
 
 
+def test_a_package_that_is_missing_is_named_with_what_installs_it(fresh_cache, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    def missing():
+        raise ModuleNotFoundError("install it with: make setup")
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    monkeypatch.setattr(data, "evaluation_texts", missing)
+    with pytest.raises(ModuleNotFoundError, match="install it with: make setup"):
+        data.documents("xsum", "calibration")
+
+
 def test_other_packages_are_looked_at_anew(fresh_cache, monkeypatch):
     class Other:
         version = "0"
@@ -667,7 +680,9 @@ def test_words_of_what_is_compared_are_not_kept():
     assert set(overlapping._known_runs(others)[0]) == {"one", "two", "three"}
 
 
-@pytest.mark.parametrize("error", ["DatasetNotFoundError", "ConnectionError", "OSError"])
+@pytest.mark.parametrize(
+    "error", ["DatasetNotFoundError", "DatasetGenerationError", "ConnectionError", "OSError"]
+)
 def test_unreachable_hub_is_an_error_that_says_so(error, monkeypatch):
     import datasets
 

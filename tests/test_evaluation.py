@@ -793,6 +793,9 @@ metric_list:
     higher_is_better: true
 """)
 OFFICIAL_ROWS = """
+import random
+
+import numpy as np
 from datasets import Dataset
 
 def load(**_):
@@ -802,6 +805,18 @@ def load(**_):
 
 def judge(doc, results):
     return {"acc": 0.25}
+
+def shuffled(**_):
+    rows = load()["test"].to_list()
+    for row in rows:
+        row |= {"answer": 0, "drawn": f"{random.random()} {np.random.rand()}"}
+    return {"test": Dataset.from_list(rows)}
+
+def odd(**_):
+    rows = load()["test"].to_list()
+    for row, answer in zip(rows, ["one", "four", "three"]):
+        row |= {"answer": answer, "question_id": "the same"}
+    return {"test": Dataset.from_list(rows)}
 """
 OFFICIAL_OTHERS = """
 task: $name
@@ -852,8 +867,13 @@ def official(monkeypatch, tmp_path):
         "code": "doc_to_target: answer\noutput_type: generate_until\nunsafe_code: true\n",
         "seen": "doc_to_target: answer\noutput_type: generate_until\ndoc_to_image: [question]\n",
     }
+    of_choices = "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\noutput_type: "
+    kinds["odd"] = of_choices + "multiple_choice\n"
+    kinds["shuffled"] = of_choices + "multiple_choice\nfewshot_split: test\nnum_fewshot: 2\n"
     for name, lines in kinds.items():
         text = string.Template(OFFICIAL_OTHERS).substitute(name=name)
+        if name in ("odd", "shuffled"):
+            text = text.replace("rows.load", f"rows.{name}")
         (tmp_path / f"{name}.yaml").write_text(text + lines)
     brought = TaskManager(include_path=tmp_path, include_defaults=False)
     ours = benchmarks.task_manager(True)
@@ -903,6 +923,40 @@ def test_official_groups_are_listed_whole(toy, official):
     }
 
 
+def test_questions_without_a_right_answer_are_left_out_and_told(toy, official, caplog):
+    toy.loglikelihood_of = lambda prompt, answer: -float(len(answer))
+    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
+        found = evaluation.evaluate_tasks(StandIn(), None, ["odd"]).questions
+    # Numbers are those of rows, whatever a row of a hub calls its question.
+    assert found.question_id.tolist() == [0, 2] and found.correct.tolist() == [1, 0]
+    assert "1 questions of odd have no right answer among their choices" in caplog.text
+
+
+def test_tasks_that_draw_as_they_are_read_draw_alike_and_leave_the_callers_draws(official):
+    np.random.seed(3)
+    random.seed(3)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    drawn = [
+        [row["drawn"] for row in loaded["shuffled"]["tasks"]["shuffled"].eval_docs]
+        for loaded in (evaluation.load_tasks(["shuffled"]) for _ in range(2))
+    ]
+    assert drawn[0] == drawn[1] and len({*drawn[0]}) == 3
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    first = random.Random(0).random(), np.random.RandomState(1234).rand()
+    assert drawn[0][0] == " ".join(map(str, first)), "as lm-eval's own command"
+
+
+def test_fewer_shots_than_a_task_of_a_hub_says_are_told(official, caplog):
+    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
+        loaded = evaluation.load_tasks(["shuffled"])
+        evaluation.load_tasks(["shuffled"], num_fewshot=2)
+    (record,) = [record for record in caplog.records if record.name == benchmarks.__name__]
+    assert record.message == (
+        "num_fewshot is 0, but the own file of shuffled says 2: asked with 0 shots"
+    )
+    assert loaded["shuffled"]["tasks"]["shuffled"].config.num_fewshot == 0
+
+
 def test_a_task_that_judges_itself_has_no_questions_of_ours(toy, official):
     """Several of its answers may be right, so there is no one of them."""
     toy.loglikelihood_of = lambda prompt, answer: -float(len(answer))
@@ -918,7 +972,7 @@ def test_shots_that_a_task_of_a_hub_does_not_take_are_told(official, caplog):
     assert loaded["judged"]["tasks"]["judged"].config.num_fewshot == 2
     (record,) = [record for record in caplog.records if record.name == benchmarks.__name__]
     assert record.message == (
-        "num_fewshot 2 is not used for piqa, other: the task's own file says 0"
+        "num_fewshot is 2, but the own file of piqa, other says 0: asked with 0 shots"
     )
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="pruning_utils"):

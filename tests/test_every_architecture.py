@@ -282,6 +282,31 @@ def test_a_cut_model_that_was_saved_can_be_cut_again(name, tmp_path):
     torch.testing.assert_close(_logits(twice), _logits(once), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3", "smollm3", "cohere2"])
+def test_a_cut_that_was_loaded_again_can_be_cut_and_saved_once_more(name, tmp_path):
+    """Periods of layers come back as an architecture's own, which those of a cut are not."""
+    once = surgery.drop_layers(copy.deepcopy(_original(name)), [1, 3, 4])
+    surgery.save(surgery.drop_layers(copy.deepcopy(_original(name)), [1, 3]), None, tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+    surgery.drop_layers(loaded, [2])  # layer 4 before the first cut
+    surgery.save(loaded, None, tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+    assert getattr(again.config, "layer_types", None) == getattr(once.config, "layer_types", None)
+    torch.testing.assert_close(_logits(again), _logits(once), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3"])
+def test_a_cut_generates_alike_with_a_static_cache(name):
+    """Also where the cache was there before the cut."""
+    model = copy.deepcopy(_original(name))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    model.generate(TOKENS, cache_implementation="static", disable_compile=True, **options)
+    surgery.drop_layers(model, CUT)
+    expected = model.generate(TOKENS, use_cache=False, **options)
+    static = model.generate(TOKENS, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, expected)
+
+
 @pytest.mark.parametrize("n_tokens", [3, 8])
 def test_a_cut_after_a_forward_pass_generates_too(n_tokens):
     """BigBird exchanges its attention at the first short text, for one that bears its number."""

@@ -97,6 +97,13 @@ def test_tokens_that_end_a_text_are_no_part_of_an_answer(begins, ends):
     pd.testing.assert_frame_equal(scores(f"{begins}$A{ends}"), scores(f"{begins}$A"))
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [([], [5]), ([5], [])])
+def test_a_request_without_a_token_is_refused(prompt, answer):
+    scorer = prefixes.language_model(model(), tokenizer(bos_token="<s>", eos_token="</s>"), 2)
+    with pytest.raises(ValueError, match=r"one token each at least, .* of ' ' and 'x'"):
+        scorer._loglikelihood_tokens([((" ", "x"), prompt, answer)])
+
+
 def test_prompts_of_generated_answers_do_not_end_the_text():
     own = tokenizer(bos_token="<s>", eos_token="</s>")
     special = [("<s>", 1), ("</s>", 2)]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import every_architecture
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,7 +23,7 @@ from architectures import ARCHITECTURES
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pruning_utils import evaluation, healing, models
+from pruning_utils import evaluation, healing, models, surgery
 from pruning_utils.engine import passes, trainer, wrappers
 
 CHILDREN = Path(__file__).resolve().parent / "children"
@@ -481,14 +482,77 @@ def test_adapters_stand_at_the_named_modules_alone_and_learn(name, method):
     assert learned == set(healing.adapter_targets(model, "all"))
 
 
-def test_adapters_beside_experts_go_on_where_they_were_stopped(tmp_path):
-    model = ARCHITECTURES["deepseek_v3"]()
+@pytest.mark.parametrize("name", ["deepseek_v3", "laguna"])
+def test_adapters_beside_experts_go_on_where_they_were_stopped(name, tmp_path):
+    """PEFT would translate names of Laguna's that are right already, and pass its adapters over."""
+    model = ARCHITECTURES[name]()
     whole = heal(model, steps=4, output_dir=tmp_path / "run", merge=True)
     first, *later = sorted((tmp_path / "run").glob("checkpoint-*"), key=trainer.step_of)
     for checkpoint in later:
         shutil.rmtree(checkpoint)
     again = heal(model, steps=4, output_dir=tmp_path / "run", merge=True)
     assert trainer.is_whole(first) and same(bits(whole.model), bits(again.model))
+
+
+@pytest.mark.parametrize(
+    ("name", "router"),
+    [
+        ("afmoe", "mlp.router.gate"),
+        ("dbrx", "ffn.router.layer"),
+        ("hunyuan_v1_moe", "mlp.gate.wg"),
+        ("jetmoe", "router.layer"),
+    ],
+)
+def test_a_linear_layer_within_a_router_gets_no_adapter(name, router):
+    model = every_architecture.build(name)
+    assert any(found.endswith(router) for found, _ in model.named_modules())
+    targets = healing.adapter_targets(model, "all")
+    assert targets and not any(found.endswith(router) for found in targets)
+
+
+def test_feed_forward_layers_are_told_from_mixers_of_the_same_name():
+    """Nemotron-H calls each of its layers' single part a mixer, RecurrentGemma a temporal block."""
+    model = every_architecture.build("nemotron_h")
+    kinds = {
+        type(model.get_submodule(name.rpartition("mixer")[0] + "mixer")).__name__
+        for name in healing.adapter_targets(model, "mlp")
+    }
+    assert kinds <= {"NemotronHMLP", "NemotronHMoE"} and "NemotronHMLP" in kinds
+    model = ARCHITECTURES["recurrent_gemma"]()
+    targets = healing.adapter_targets(model, "mlp")
+    assert targets and all(".mlp_block." in name for name in targets)
+    assert any(".temporal_block." in name for name in healing.adapter_targets(model, "all"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_of_several_processes_is_told_to_use_the_sharded_function(count, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    if count == 1:
+        trainer.refuse_many_processes()
+        return
+    with pytest.raises(ValueError, match=r"one of several .* sharded\.heal trains one model"):
+        heal(llama())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.6, "top_p": 0.9},
+        {"do_sample": False, "temperature": 1e-6},
+        {"do_sample": False, "top_k": 1},
+    ],
+)
+def test_odd_settings_of_generation_do_not_stop_a_training_that_is_saved(settings, tmp_path):
+    """transformers saves such settings as long as none of them was changed since they were read."""
+    model = llama()
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.pad_token_id = 0
+    healed = heal(model, steps=4, method="full", output_dir=tmp_path / "run").model
+    surgery.save(healed, None, tmp_path / "saved")
+    kept = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert kept["pad_token_id"] == 0 and kept.items() >= settings.items()
 
 
 def test_targets_that_a_model_has_not_are_told():

@@ -109,7 +109,8 @@ def test_files_of_weights_and_tokenizer_count(folder, changed):
 
 def test_files_that_nothing_is_loaded_from_do_not_count(folder):
     name = models.identity(folder)
-    for other in ("generation_config.json", "README.md", "model.gguf", ".gitattributes", "LICENSE"):
+    names = ("generation_config.json", "README.md", "model.gguf", ".gitattributes", "LICENSE")
+    for other in (*names, "pruning_utils.json", "report.html"):
         (folder / other).write_text("other")
     (folder / "checkpoint-40").mkdir()
     (folder / "checkpoint-40" / "model.safetensors").write_text("other")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pruning_utils import efficiency, models, results, runtime, surgery
+from pruning_utils.engine import memory
 from pruning_utils.studies import costs, study
 
 RUN = {"revision": None, "dtype": "float32", "new_tokens": 2}
@@ -27,6 +28,27 @@ def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny):
         else surgery.drop_layers(network, map(int, layers.split()))
     )
     assert found["weights"] == efficiency.weight_bytes(network)
+
+
+def test_memory_is_that_of_the_device_that_is_asked(monkeypatch):
+    """Beside a GPU, a model on the processor takes none of the GPU's memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: device)
+    second = torch.device("cuda:1")
+    assert runtime.peak_memory_bytes() is None and runtime.peak_memory_bytes(second) is second
+    assert runtime.peak_memory_bytes(torch.device("cpu")) > 10**7
+
+
+@pytest.mark.parametrize(
+    ("text", "is_lack"),
+    [
+        ("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.", True),
+        ("DefaultCPUAllocator: can't allocate memory", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_lack_of_memory_is_told_by_each_system_in_its_own_words(text, is_lack):
+    assert memory.is_lack_of_memory(RuntimeError(text)) == is_lack
 
 
 def test_more_texts_take_more_memory(tiny):

@@ -4,8 +4,10 @@ import copy
 import hashlib
 import http.server
 import json
+import logging
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -538,7 +540,8 @@ def test_weights_that_the_configuration_leaves_out_are_refused(llama_copy):
     edit_config(llama_copy, num_hidden_layers=n_layers - 1)
     with pytest.raises(
         ValueError,
-        match=f"'{llama_copy}' cannot be loaded: .*hold 9 weights.*layers.{n_layers - 1}",
+        match=f"'{llama_copy}' cannot be loaded: .*hold 9 weights.*layers.{n_layers - 1}.*"
+        rf"num_hidden_layers = {n_layers - 1}\)",
     ):
         models.load_model(llama_copy)
 
@@ -594,12 +597,41 @@ def test_a_kernel_of_the_library_is_none_of_a_hub(llama_copy):
     models.load_model(llama_copy)
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors", "hqq", "quanto", "aqlm"])
+@pytest.mark.parametrize(
+    "kind",
+    ["gptq", "awq", "compressed-tensors", "hqq", "quanto", "aqlm", "torchao", "higgs", "spqr"],
+)
 def test_a_quantisation_whose_library_is_absent_names_the_model(llama_copy, kind):
     settings = {"quant_method": kind, "bits": 4, "group_size": 128, "weights": "int8"}
     edit_config(llama_copy, quantization_config=settings)
     with pytest.raises(ValueError, match=f"'{llama_copy}' cannot be loaded: ."):
         models.load_model(llama_copy)
+
+
+@pytest.mark.parametrize("where", [None, "text_config"])
+def test_an_unknown_quantisation_is_not_taken_for_plain_weights(llama_copy, where):
+    settings = {"quantization_config": {"quant_method": "modelopt"}}
+    edit_config(llama_copy, **(settings if where is None else {where: settings}))
+    with pytest.raises(
+        ValueError, match="quant_method = 'modelopt', which must be one of .*gptq.*16-bit files"
+    ):
+        models.load_model(llama_copy)
+
+
+def test_experts_that_stay_in_16_bits_are_told(caplog):
+    mixture = ARCHITECTURES["mixtral"]()
+    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
+        models.quantized_copy(ARCHITECTURES["llama"]())
+        assert not caplog.records
+        models.quantized_copy(mixture)
+    layers = models.decoder_layers(mixture)
+    experts = sum(
+        weight.numel() for name, weight in layers.named_parameters() if ".experts." in name
+    )
+    share = 100 * experts / models.n_parameters(layers)
+    (record,) = caplog.records
+    assert record.args[0] == pytest.approx(share, abs=1.5) and share > 20
+    assert "are not stored as nf4" in record.message
 
 
 # --- a hub ----------------------------------------------------------------------------------------
@@ -631,7 +663,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 X_Error_Code="GatedRepo",
                 X_Error_Message="Access to model owner/gated is restricted.",
             )
-        elif "owner/tiny" not in path and "owner/partial/resolve" not in path:
+        elif "owner/bare" in path and "safetensors" in path:
+            self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+        elif not re.search("owner/(tiny|bare)|owner/partial/resolve", path):
             self.answer(404, X_Error_Code="RepoNotFound")
         elif "nonesuch" in path:
             self.answer(404, X_Error_Code="RevisionNotFound")
@@ -696,12 +730,13 @@ def test_hub_models(llama, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        gated, absent, partial, revision, loaded = ask_hub(
+        gated, absent, partial, bare, revision, loaded = ask_hub(
             f"http://127.0.0.1:{server.server_port}",
             tmp_path,
             ("owner/gated", None),
             ("owner/absent", None),
             ("owner/partial", "v1"),
+            ("owner/bare", "v1"),
             ("owner/tiny", "nonesuch"),
             ("owner/tiny", "v1"),
         )
@@ -712,6 +747,11 @@ def test_hub_models(llama, tmp_path):
         "ValueError",
         "'owner/gated' cannot be loaded: it is gated: accept its licence on its hub page, "
         "then set HF_TOKEN to a token that may read it",
+    ]
+    assert bare == [
+        "ValueError",
+        "'owner/bare' cannot be loaded: its files on the hub hold no safetensors, and no others "
+        "are read: if its page offers a conversion, give its revision, such as refs/pr/1",
     ]
     for answer, name, asked in (
         (absent, "owner/absent", "main"),

@@ -59,6 +59,7 @@ ORDER = (
     "healing",
     "sharded",
     "engine.prefixes",
+    "engine.question_scores",
     "evaluation",
     "importance",
     "width",

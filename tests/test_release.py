@@ -1,11 +1,13 @@
 """What a released model carries, what it costs, and that others can load it."""
 
 import json
+import logging
 import re
 import stat
 import sys
 
 import architectures
+import every_architecture
 import pandas as pd
 import pytest
 import torch
@@ -273,6 +275,53 @@ def test_a_converter_that_fails_leaves_nothing(body, said, pruned, tmp_path, mon
     with pytest.raises(ValueError, match=f"convert_hf_to_gguf.py failed on small: {said}"):
         release.export_gguf(folder)
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "cut", "untied", "message"),
+    [
+        ("gemma3_text", {}, [], False, None),
+        ("gemma3_text", {}, [0], False, "GGUF cannot tell the layer_types of this gemma3_text"),
+        ("gemma3_text", {}, [], True, "GGUF cannot hold the head of this gemma3_text"),
+        ("gemma2", {"query_pre_attn_scalar": 5}, [], False, "query_pre_attn_scalar = 5 of this"),
+        ("llama", {}, [0], True, None),
+    ],
+)
+def test_what_gguf_cannot_tell_is_refused(
+    name, settings, cut, untied, message, tmp_path, monkeypatch
+):
+    """llama.cpp concludes from the number of layers what a cut model need not be."""
+    model = every_architecture.build(name)
+    if name != "llama":
+        usual = {"layer_types": None, "query_pre_attn_scalar": model.config.head_dim}
+        config = type(model.config)(**{**model.config.to_dict(), **usual, **settings})
+        model = type(model)(config)
+    if untied:
+        models.untie_head(model)
+    folder = surgery.save(surgery.drop_layers(model, cut), None, tmp_path / "small")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    converter(
+        tmp_path, "pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('GGUF')"
+    )
+    if message is None:
+        assert release.export_gguf(folder).is_file()
+        return
+    with pytest.raises(ValueError, match=message):
+        release.export_gguf(folder)
+    assert not list(folder.glob("*.gguf"))
+
+
+def test_a_release_stays_where_there_is_no_memory_to_compare_it(
+    pruned, tmp_path, monkeypatch, caplog
+):
+    def scarce(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(release, "logit_difference", scarce)
+    with caplog.at_level(logging.WARNING, logger="pruning_utils"):
+        folder = release.save_release(*pruned, tmp_path / "small", card="# A card\n")
+    assert (folder / "README.md").is_file()
+    assert "no memory for a second model, so no logits were compared" in caplog.text
 
 
 @pytest.mark.parametrize(

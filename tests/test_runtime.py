@@ -148,6 +148,13 @@ def test_the_processor_is_named(machine):
     assert runtime.processor() == "A CPU (AVX512, amx_bf16, avx512_bf16)"
 
 
+def test_the_clock_waits_for_the_device_that_is_measured(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    times = [runtime.clock(torch.device(name)) for name in ("cpu", "cuda:1", "mps")]
+    assert waited == [torch.device("cuda:1"), torch.device("mps")] and times == sorted(times)
+
+
 def test_peak_memory_is_0_where_the_system_keeps_no_mark(monkeypatch):
     """As on Windows, which has neither the kernel's file nor the module ``resource``."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -122,6 +122,37 @@ def test_a_training_goes_on_where_it_was_saved(loaded, team, tmp_path):
         healing.heal(*loaded, WINDOWS, eval_ids=WATCHED, **settings)
 
 
+def test_adapters_of_shared_weights_are_not_merged(loaded, team):
+    model, tokenizer = loaded
+    first, second = models.decoder_layers(model)[:2]
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    with pytest.raises(ValueError, match="merge must be False .* whose layers share weights"):
+        sharded.heal(model, tokenizer, WINDOWS, merge=True, **SETTINGS)
+
+
+@pytest.mark.parametrize(("method", "waits"), [("lora", True), ("full", False)])
+def test_gradients_of_all_weights_do_not_wait_whole_on_each_device(
+    method, waits, loaded, team, monkeypatch
+):
+    monkeypatch.setattr(trainer, "MICRO_BATCH_TOKENS", WINDOWS.shape[1])
+    asked = []
+    own = sharded.Training.one_step
+
+    def watched(self, step: int) -> float:
+        synchronise = self.model.set_requires_gradient_sync
+        self.model.set_requires_gradient_sync = lambda is_on: (
+            asked.append(is_on) or synchronise(is_on)
+        )
+        try:
+            return own(self, step)
+        finally:
+            del self.model.set_requires_gradient_sync
+
+    monkeypatch.setattr(sharded.Training, "one_step", watched)
+    sharded.heal(*loaded, WINDOWS, **SETTINGS | {"method": method, "steps": 1, "warmup_steps": 0})
+    assert asked == [not waits] * (len(asked) - 1) + [True] and len(asked) == 4
+
+
 def test_one_process_is_told_to_use_the_plain_function(loaded):
     with pytest.raises(ValueError, match=r"accelerate launch starts; in one process healing\.heal"):
         sharded.heal(*loaded, WINDOWS, **SETTINGS)

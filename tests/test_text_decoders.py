@@ -92,6 +92,8 @@ def test_a_text_decoder_is_scanned_and_scored(name):
         ("gemma3", "qlora"),
         ("gemma3", "dora"),
         ("gemma3", "full"),
+        ("gemma3", "lora"),
+        ("gemma3", "last_layers"),
         ("llama4", "lora"),
         ("qwen2_5_vl", "qlora"),
         ("llava", "last_layers"),
@@ -112,6 +114,9 @@ def test_a_text_decoder_is_cut_healed_saved_and_loaded(name, method, tmp_path, m
     surgery.save(healed, Tokenizer, tmp_path / "saved")
     back = type(model).from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert own_loss(back.eval()) == pytest.approx(own_loss(healed), abs=1e-6)
+    if name == "gemma3":  # as most people load it
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert own_loss(plain.float().eval()) == pytest.approx(own_loss(healed), abs=1e-6)
     monkeypatch.setattr(healing, "mean_loss", lambda *_: pytest.fail("trained again"))
     assert same(bits(healing.heal(model, Tokenizer, IDS, **settings).model), bits(healed))
 

@@ -16,7 +16,9 @@ def steady(monkeypatch):
     s."""
     times = iter([6.0, 2.0, 1.0] * 4)
     measure = whole_path._seconds
-    monkeypatch.setattr(whole_path, "_seconds", lambda run: measure(run) * 0 + next(times))
+    monkeypatch.setattr(
+        whole_path, "_seconds", lambda run, device: measure(run, device) * 0 + next(times)
+    )
 
 
 def foretold(model, **changed):

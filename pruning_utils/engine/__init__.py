@@ -6,6 +6,7 @@
 :mod:`~pruning_utils.engine.passes` runs layers and head apart and shares first layers,
 :mod:`~pruning_utils.engine.prefixes` runs once what prompts share,
 :mod:`~pruning_utils.engine.benchmarks` reads the papers' questions for lm-eval's own tasks,
+:mod:`~pruning_utils.engine.question_scores` turns what lm-eval asked into scores,
 :mod:`~pruning_utils.engine.trainer` runs and saves trainings,
 :mod:`~pruning_utils.engine.head_losses` computes their loss without a batch's logits,
 :mod:`~pruning_utils.engine.model_files` judges what a model's files hold,

@@ -50,6 +50,8 @@ OFFICIAL = "lm-eval:"
 # Names that tables of earlier code have, whose questions were of another package.
 FORMER = {"siqa": "social_iqa", "commonsenseqa": "commonsense_qa"}
 SHUFFLE_SEED = 0
+# By which lm-eval's own command draws shots.
+FEWSHOT_SEED = 1234
 N_SHOTS = 16  # questions that are set aside for shots, at most
 SUBJECT = 10_000  # question ids of MMLU: the subject's place times this, plus the row
 # Prompts from this number on have the same choices once more, without their question.
@@ -276,23 +278,25 @@ def load(name: str, num_fewshot: int, limit: int | None, shot_order: int) -> dic
     try:
         with hub.asked_or_cached():
             loaded = manager.load([own_name])
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(
             f"the data of lm-eval's task {own_name!r} could not be read from the hub: {error}"
         ) from error
-    without = []
+    others: dict[int, list[str]] = {}
     for label, task in loaded["tasks"].items():
-        # A task file that says 0 means it.
-        if task.get_config("num_fewshot") == 0:
-            without.append(label)
-        else:
+        own = task.get_config("num_fewshot")
+        if own != 0:  # a task file that says 0 means it
             task.set_config("num_fewshot", num_fewshot)
-        task.set_fewshot_seed(shot_order)
-    if without and num_fewshot:
+        if own not in (None, num_fewshot):
+            others.setdefault(own, []).append(label)
+        task.set_fewshot_seed(shot_order or FEWSHOT_SEED)
+    for own, labels in others.items():
         logger.warning(
-            "num_fewshot %d is not used for %s: the task's own file says 0",
+            "num_fewshot is %d, but the own file of %s says %d: asked with %d shots",
             num_fewshot,
-            ", ".join(without),
+            ", ".join(labels),
+            own,
+            num_fewshot if own else 0,
         )
     return loaded
 

@@ -77,7 +77,7 @@ def documents(
                 texts = _without_overlaps(texts, others)
             texts = JOINED_AFTERWARDS.get(source, iter)(texts)
             return tuple(itertools.islice(texts, limit))
-    except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"text {source!r} ({repository}) could not be read from the hub: {error}"
         ) from error

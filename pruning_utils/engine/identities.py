@@ -25,9 +25,25 @@ TEMPLATES = "additional_chat_templates"
 UNREAD_ENDINGS = (
     *(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz"),
     *(".py", ".pyc", ".sh", ".ipynb"),
-    *(".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".csv", ".log", ".lock"),
+    *(
+        ".md",
+        ".rst",
+        ".html",
+        ".pdf",
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".gif",
+        ".svg",
+        ".csv",
+        ".log",
+        ".lock",
+    ),
 )
-UNREAD = ("generation_config.json", "trainer_state.json", "license", "license.txt", "notice")
+UNREAD = (
+    *("generation_config.json", "trainer_state.json", "license", "license.txt", "notice"),
+    "pruning_utils.json",  # what surgery.save notes down
+)
 REMEMBERED = "digests.json"
 # Smaller files are read each time: nothing is gained by remembering them.
 REMEMBERED_FROM_BYTES = 2**20

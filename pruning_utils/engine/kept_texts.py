@@ -31,9 +31,12 @@ def found_once(
         bool array of shape ``(len(texts),)``.
     """
     known_by = hashlib.sha256("\0".join(texts).encode())
-    for distribution in map(importlib.metadata.distribution, distributions):
-        # RECORD holds a digest of each of its files.
-        known_by.update(f"{distribution.version} {distribution.read_text('RECORD')}".encode())
+    try:
+        for distribution in map(importlib.metadata.distribution, distributions):
+            # RECORD holds a digest of each of its files.
+            known_by.update(f"{distribution.version} {distribution.read_text('RECORD')}".encode())
+    except importlib.metadata.PackageNotFoundError:
+        return find()  # it says how to install what is missing
     path = runtime.cache_dir() / f"{name}-{known_by.hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError):
         kept = np.array(json.loads(path.read_text(encoding="utf-8")))

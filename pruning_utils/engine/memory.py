@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 # What allocators raise: those of PyTorch a RuntimeError, Python and NumPy a MemoryError.
 ERRORS = (RuntimeError, MemoryError)
 # On a CPU, and inside the libraries of a GPU, the error has no kind of its own.
-TEXTS = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+TEXTS = ("allocate memory", "out of memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
 logger = logging.getLogger(__name__)
 
 

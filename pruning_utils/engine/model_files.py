@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # importing it takes seconds
 KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 ADAPTER = "adapter_config.json"
 WEIGHTS = "model.safetensors"
+# Architectures whose layers llama.cpp tells apart by their numbers alone.
+KINDS_BY_NUMBER = ("gemma2", "gemma3_text", "smollm3", "llama4_text")
+LAYERS_OF_27B = (46, 62)  # of Gemma 2 and 3, whose scale of attention llama.cpp knows by these
 # Fields of a configuration that count parts which are built one by one, and more than any model has
 # of them: building them would not end.
 COUNTS = re.compile(r"(n|num)_(hidden_)?layers?|\w+_layers|depth|(n|num)_(\w+_)?experts")
@@ -91,6 +94,7 @@ def configuration(source: str, options: dict[str, Any]) -> PreTrainedConfig:
     refuse_kernels_of_hub(settings)
     refuse_countless(settings)
     refuse_seeing_ahead(settings)
+    refuse_unknown_quantisation(settings)
     config = AutoConfig.from_pretrained(source, **options)
     n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if n_layers is not None:
@@ -168,6 +172,27 @@ def refuse_seeing_ahead(settings: dict[str, Any]) -> None:
             )
 
 
+def refuse_unknown_quantisation(settings: dict[str, Any]) -> None:
+    """Refuse weights in a form that transformers does not know, and would take for plain ones.
+
+    Args:
+        settings: The configuration as it stands in the file.
+
+    Raises:
+        ValueError: If the form is unknown; what there is is said.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+
+    for part in (settings, settings.get("text_config") or {}):
+        form = part.get("quantization_config")
+        if isinstance(form, dict) and not AutoHfQuantizer.supports_quant_method(form):
+            known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+            raise ValueError(
+                f"its quantization_config says quant_method = {form.get('quant_method')!r}, which "
+                f"must be one of {known}; load the model's 16-bit files"
+            )
+
+
 def refuse_other_files(source: str, config: PreTrainedConfig, options: dict[str, Any]) -> None:
     """Refuse weights elsewhere, or of another kind than safetensors, whoever names them.
 
@@ -180,6 +205,7 @@ def refuse_other_files(source: str, config: PreTrainedConfig, options: dict[str,
         ValueError: If the index is damaged, or it or the configuration names such a file; it is
             named.
     """
+    from huggingface_hub import is_offline_mode
     from transformers.utils import cached_file
 
     absent: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
@@ -197,6 +223,13 @@ def refuse_other_files(source: str, config: PreTrainedConfig, options: dict[str,
         return
     index = cached_file(source, name, revision=revision, **absent)
     if index is None:
+        is_asked = asked_for is None and not os.path.isdir(source) and not is_offline_mode()
+        if is_asked and cached_file(source, WEIGHTS, revision=revision, **absent) is None:
+            # transformers would ask a service to convert them, in the name of who loads them.
+            raise ValueError(
+                "its files on the hub hold no safetensors, and no others are read: if its page "
+                "offers a conversion, give its revision, such as refs/pr/1"
+            )
         return
     with open(index, encoding="utf-8") as file:
         content = json.load(file)
@@ -211,7 +244,7 @@ def refuse_other_files(source: str, config: PreTrainedConfig, options: dict[str,
             )
 
 
-def refuse_other_weights(report: dict[str, Any]) -> None:
+def refuse_other_weights(report: dict[str, Any], config: PreTrainedConfig) -> None:
     """Refuse a model whose files hold other weights than its configuration describes.
 
     Weights that transformers never makes part of a model pass: layers that predict further tokens,
@@ -219,14 +252,21 @@ def refuse_other_weights(report: dict[str, Any]) -> None:
 
     Args:
         report: What transformers says about the loading.
+        config: What describes them.
 
     Raises:
         ValueError: If weights are missing, left out, or of another shape; one is named.
     """
-    wrong = sorted(report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]})
+    n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    shapes = {name: tuple(map(tuple, both)) for name, *both in report["mismatched_keys"]}
+    wrong = sorted(report["missing_keys"] | shapes.keys())
     if wrong:
+        told = f" (num_hidden_layers = {n_layers})"
+        if wrong[0] in shapes:
+            held, described = shapes[wrong[0]]
+            told = f": its files hold {held}, its configuration describes {described}"
         raise ValueError(
-            f"{len(wrong)} weights are missing or of another shape, {wrong[0]} for one"
+            f"{len(wrong)} weights are missing or of another shape, {wrong[0]} for one{told}"
         )
     others = report["unexpected_keys"]
     further = tuple({found[1] for found in map(OF_FURTHER_TOKENS.fullmatch, others) if found})
@@ -236,7 +276,8 @@ def refuse_other_weights(report: dict[str, Any]) -> None:
     if left_out:
         raise ValueError(
             f"its files hold {len(left_out)} weights that its configuration does not describe, "
-            f"{left_out[0]} for one: is the number of layers right, is it another kind of model?"
+            f"{left_out[0]} for one: is the number of layers right (num_hidden_layers = "
+            f"{n_layers}), is it another kind of model?"
         )
 
 
@@ -309,6 +350,44 @@ def refuse_picture_needed(model: PreTrainedModel, device: torch.device) -> None:
         )
 
 
+def refuse_what_gguf_cannot_tell(folder: str | os.PathLike) -> None:
+    """Refuse a model that llama.cpp would read from its GGUF file as another one.
+
+    For these architectures it knows neither the kind of each layer nor the scale of attention, but
+    concludes them from the number of layers, and it takes the embedding for the head of all Gemmas.
+
+    Args:
+        folder: Of a saved model.
+
+    Raises:
+        ValueError: If it is such a model; what the file would lack is named.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    if config.model_type not in KINDS_BY_NUMBER:
+        return
+    usual = type(config)(num_hidden_layers=config.num_hidden_layers)
+    for field in ("layer_types", "no_rope_layers"):
+        if getattr(config, field, None) != getattr(usual, field, None):
+            raise ValueError(
+                f"GGUF cannot tell the {field} of this {config.model_type}: llama.cpp takes layers "
+                "by their number, as in a model that was not cut"
+            )
+    if not config.model_type.startswith("gemma"):
+        return
+    if not config.tie_word_embeddings:
+        raise ValueError(
+            f"GGUF cannot hold the head of this {config.model_type}, which is not its embedding"
+        )
+    scale = config.query_pre_attn_scalar
+    if scale != config.head_dim and config.num_hidden_layers not in LAYERS_OF_27B:
+        raise ValueError(
+            f"GGUF cannot tell query_pre_attn_scalar = {scale} of this {config.model_type}: "
+            f"llama.cpp takes it from the number of layers, and head_dim, {config.head_dim}, here"
+        )
+
+
 @contextlib.contextmanager
 def named_errors(source: str, revision: str | None) -> Iterator[None]:
     """Turn what libraries raise about a model into one ValueError that names it and says why.
@@ -350,4 +429,6 @@ def _fault(error: Exception, source: str, revision: str | None) -> str:
         )
     if isinstance(error, (ValueError, OSError)) and str(error):
         return str(error)
+    if isinstance(error, ImportError):
+        return f"it needs what is not installed ({type(error).__name__}: {error})"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

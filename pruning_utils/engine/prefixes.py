@@ -169,8 +169,15 @@ def _n_appended(tokenizer: PreTrainedTokenizerBase) -> int:
 def _refuse_what_does_not_fit(model: nn.Module, requests: list, context: int) -> None:
     """ValueError for requests (texts, prompt, answer) that the model cannot score.
 
-    Its embedding lacks an id, or its context has no room for an answer.
+    Its embedding lacks an id, its context has no room for an answer, or a prompt or an answer has
+    no token.
     """
+    for texts, *parts in requests:
+        if not all(parts):
+            raise ValueError(
+                "a prompt and its answer must have one token each at least, but this tokenizer "
+                f"makes {len(parts[0])} and {len(parts[1])} of {texts[0][-40:]!r} and {texts[1]!r}"
+            )
     longest = max((len(answer) for *_, answer in requests), default=0)
     if longest > context:
         raise ValueError(

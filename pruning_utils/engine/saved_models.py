@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from pruning_utils import __version__, runtime
 from pruning_utils.embedded import quiet_loading
 from pruning_utils.engine import passes
-from pruning_utils.engine.later import torch
+from pruning_utils.engine.later import nn, torch
 from pruning_utils.engine.memory import is_lack_of_memory
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -175,9 +175,25 @@ def _as_it_is_held(model: PreTrainedModel, is_plain: bool) -> Iterator[None]:
         undo.enter_context(passes.replaced(model, "config", config))
         if _were_unpacked(model):
             undo.enter_context(passes.replaced(model, "_weight_conversions", None))
+        undo.enter_context(generation_as_it_is(model))
         if is_plain:
             vars(config).pop("quantization_config", None)
             undo.enter_context(passes.replaced(model, "hf_quantizer", None))
+        yield
+
+
+@contextlib.contextmanager
+def generation_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Let transformers save the settings of generation, whatever it thinks of them.
+
+    Those of Llama 2, which sample without saying so, it saves only as long as nobody has changed
+    any of them, such as the token for padding.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    with passes.replaced(own, "_original_object_hash", hash(own)):
         yield
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import re
 import shutil
@@ -36,7 +37,7 @@ from transformers import (
 )
 
 from pruning_utils import models, runtime
-from pruning_utils.engine import memory, passes
+from pruning_utils.engine import memory, passes, saved_models
 from pruning_utils.engine.bars import tqdm
 from pruning_utils.engine.checks import file_path, whole_number
 
@@ -233,10 +234,45 @@ def train(
             callbacks=[Schedule(evaluate_at, save_at, bar)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+        with _names_as_they_were_saved():
+            trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     _refuse_weights_not_finite(model)
     model.activation_checkpointing_disable()
     return _history(trainer.state.log_history, batch_size * run.train_ids.shape[1])
+
+
+@contextlib.contextmanager
+def _names_as_they_were_saved() -> Iterator[None]:
+    """Let PEFT load adapters under the names that a save gave them.
+
+    They are those of the model. PEFT would translate them as if they came from a hub, and pass over
+    what the model does not have then.
+    """
+    from peft.utils import transformers_weight_conversion
+
+    with passes.replaced(
+        transformers_weight_conversion,
+        "convert_peft_adapter_state_dict_for_transformers",
+        lambda *, adapter_state_dict, **_: adapter_state_dict,
+    ):
+        yield
+
+
+def refuse_many_processes() -> None:
+    """Refuse one of several processes that were started together.
+
+    Trainer would give each of them windows of its own, so that a step takes many times as many.
+
+    Raises:
+        ValueError: If it is one of several.
+    """
+    is_one_of = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
+    team = torch.distributed
+    if is_one_of or (team.is_available() and team.is_initialized() and team.get_world_size() > 1):
+        raise ValueError(
+            "healing.heal trains in one process, but this is one of several that were launched "
+            "together: sharded.heal trains one model in all of them"
+        )
 
 
 def holds(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -381,7 +417,10 @@ class HealingTrainer(Trainer):
         """
         own = functools.partial(self.model.save_pretrained, save_original_format=False)
         save = self.model.save_pretrained if hasattr(self.model, "peft_config") else own
-        with passes.replaced(self.model, "save_pretrained", save):
+        with (
+            passes.replaced(self.model, "save_pretrained", save),
+            saved_models.generation_as_it_is(self.model),
+        ):
             super()._save(*given, **named)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from typing import TypeVar
 
 from pruning_utils.engine.later import nn
 
+logger = logging.getLogger(__name__)
 Model = TypeVar("Model")
 
 # Parts of the names of attention and other token mixers.
-NOT_FEED_FORWARD = ("attn", "attention", "mixer", "conv", "ssm", "mamba")
+NOT_FEED_FORWARD = ("attn", "attention", "mixer", "temporal", "conv", "ssm", "mamba")
+# Of classes: what is called a mixer too where each layer has a single part.
+FEED_FORWARD = re.compile("MLP|MoE")
+# Of classes that choose experts for a token, whatever is inside them.
+ROUTER = re.compile(r"Router|TopKGating|MoE\w*Gate$")
 
 
 def refuse_wrapped(model: Model, *, with_head: bool = False) -> Model:
@@ -187,6 +194,30 @@ def is_read_past(model: nn.Module, name: str) -> bool:
     return is_of_mixer and last in ("out_proj", "dt_proj", "x_proj")
 
 
+def warn_of_unquantised(layers: nn.ModuleList, quantize: str) -> None:
+    """Say how much of decoder layers stays in 16 or 32 bits, where it is a tenth or more.
+
+    Args:
+        layers: Decoder layers, quantised.
+        quantize: In which form.
+    """
+    stored = plain = 0
+    for module in layers.modules():
+        is_stored = "bitsandbytes" in type(module).__module__
+        for weight in module.parameters(recurse=False):
+            # 4-bit weights hold two parameters a byte, whatever holds the bytes.
+            n_stored = 2 * weight.nbytes if quantize == "nf4" else weight.nbytes
+            stored += n_stored if is_stored and weight.ndim > 1 else 0
+            plain += 0 if is_stored else weight.numel()
+    if plain >= 0.1 * (stored + plain):
+        logger.warning(
+            "%.0f %% of the parameters of the decoder layers are not stored as %s: only those of "
+            "linear modules are, and experts that one weight holds together are none",
+            100 * plain / (stored + plain),
+            quantize,
+        )
+
+
 def refuse_shared(model: nn.Module, names: list[str]) -> None:
     """ValueError if modules share a weight: the adapters of all would be added into the one."""
     weights = {id(model.get_submodule(name).weight) for name in names}
@@ -214,6 +245,28 @@ def merged_into_copy(trained: nn.Module, model: nn.Module) -> nn.Module:
     return merged
 
 
-def is_feed_forward(name: str) -> bool:
-    """Whether a module is outside the attention and other token mixers, by its name."""
-    return not any(part in name for part in NOT_FEED_FORWARD)
+def is_feed_forward(layer: nn.Module, name: str) -> bool:
+    """Whether a module is outside the attention and other token mixers.
+
+    Args:
+        layer: A decoder layer.
+        name: Of the module inside it.
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts, start=1):
+        if any(kind in part for kind in NOT_FEED_FORWARD):
+            owner = layer.get_submodule(".".join(parts[:place]))
+            return part == "mixer" and bool(FEED_FORWARD.search(type(owner).__name__))
+    return True
+
+
+def is_of_router(layer: nn.Module, name: str) -> bool:
+    """Whether a module chooses experts, or is part of what does.
+
+    Args:
+        layer: A decoder layer.
+        name: Of the module inside it.
+    """
+    parts = name.split(".")
+    owners = (layer.get_submodule(".".join(parts[:n])) for n in range(1, len(parts) + 1))
+    return any(ROUTER.search(type(owner).__name__) for owner in owners)

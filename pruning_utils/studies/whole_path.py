@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -224,19 +223,20 @@ def _token_seconds(model: nn.Module, window: torch.Tensor) -> tuple[float, float
 
     try:
         with passes.frozen_weights(model):
-            training_seconds = _seconds(training)
+            training_seconds = _seconds(training, ids.device)
     finally:
         hook.remove()
-    forward_seconds = _seconds(lambda: evaluation.token_losses(model, ids))
-    return forward_seconds / ids.numel(), training_seconds / ids.numel(), _seconds(generating)
+    forward_seconds = _seconds(lambda: evaluation.token_losses(model, ids), ids.device)
+    generating_seconds = _seconds(generating, ids.device)
+    return forward_seconds / ids.numel(), training_seconds / ids.numel(), generating_seconds
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """The second of two runs: the first prepares kernels."""
     run()
-    started = time.perf_counter()
+    started = runtime.clock(device)
     run()
-    return time.perf_counter() - started
+    return runtime.clock(device) - started
 
 
 def question_tokens(tokenizer: PreTrainedTokenizerBase, task: str, limit: int | None) -> int:
