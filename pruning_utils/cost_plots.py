@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pruning_utils.depth_plots import look_of, with_ends
-from pruning_utils.engine.reader_names import LEVEL_LINES
-from pruning_utils.plots import NAMES, WIDE, colour_of, need_columns, new_figure
+from pruning_utils.depth_plots import with_ends
+from pruning_utils.engine.reader_names import LEVEL_LINES, style_of
+from pruning_utils.plots import NAMES, WIDE, colour_of, look_of, need_columns, new_figure
 
 # --- levels beside differences, times, and sizes --------------------------------------------------
 
@@ -42,9 +42,8 @@ def _thin_lines(axis: Axes, panel: str, baselines: pd.DataFrame | None, handles:
     """The thin lines of a panel, those of one name alike, added to the legend's handles."""
     if baselines is None:
         return
-    styles = dict(zip(dict.fromkeys(baselines["name"]), ("-", ":", "--", "-."), strict=False))
     for row in baselines[baselines["panel"] == panel].itertuples():
-        handles[row.name] = axis.axhline(row.value, linestyle=styles[row.name], **THIN)
+        handles[row.name] = axis.axhline(row.value, linestyle=style_of(row.name), **THIN)
 
 
 def token_times(table: pd.DataFrame, *, baselines: pd.DataFrame | None = None) -> Figure:
@@ -112,10 +111,13 @@ def times_and_causes(
             drawn = with_ends(axis, rows, rows["x"], series)
             if size == hollow:
                 drawn.lines[0].set_markerfacecolor("white")
+                handles.setdefault(SERIES.get(series, series), drawn)
             else:
                 handles[SERIES.get(series, series)] = drawn
         for (name, rows), style in zip(
-            lines[lines["panel"] == panel].groupby("name", sort=False), ("--", ":"), strict=False
+            lines[lines["panel"] == panel].groupby("name", sort=False),
+            itertools.cycle(("--", ":", "-.")),
+            strict=False,
         ):
             axis.plot(rows["x"], rows["value"], linestyle=style, **THIN)
             middle = rows.iloc[len(rows) // 2]
@@ -243,16 +245,16 @@ def grouped_differences(
     """
     need_columns(table, "panel", "group", "row", "difference", "low", "high", "low_90", "high_90")
     panels = list(table["panel"].unique())
-    keys = table[["group", "row"]].drop_duplicates().itertuples(index=False)
+    keys = table[["group", "row"]].drop_duplicates()
     places: dict[tuple[str, str], float] = {}
     headings: dict[str, float] = {}
     place = 0.0
-    for group, row in keys:
-        if group not in headings:
-            place -= gap if headings else 0
-            headings[group] = place
+    for group, rows in keys.groupby("group", sort=False)["row"]:
+        place -= gap if headings else 0
+        headings[group] = place
+        for row in rows:
             place -= 1
-        places[group, row] = place
+            places[group, row] = place
         place -= 1
     figure, axes = new_figure(WIDE, 0.7 + 0.17 * -place, len(panels), sharey=True, sharex=True)
     for axis, panel in zip(axes, panels, strict=True):

@@ -17,19 +17,14 @@ from matplotlib.lines import Line2D
 from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.reader_names import LEVEL_LINES, style_of
 from pruning_utils.plots import (
-    ENTITIES,
     NAMES,
     WIDE,
     colour_of,
+    look_of,
     looks_of,
     need_columns,
     new_figure,
 )
-
-
-def look_of(entity: str) -> tuple[str, str]:
-    """Colour and marker of an entity; the same for all that have none of their own."""
-    return ENTITIES.get(entity, ("#56B4E9", "v"))
 
 
 def with_ends(
@@ -64,11 +59,14 @@ def _panels(n_panels: int, columns: int, height: float, margin: float) -> tuple[
 
     Rows are ``height`` inches high, beside a ``margin`` for the legend.
     """
+    columns = min(columns, n_panels)
     rows = math.ceil(n_panels / columns)
     figure = Figure(figsize=(WIDE, margin + height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
     for axis in axes[n_panels:]:
         axis.set_visible(False)
+    for axis in axes[max(n_panels - columns, 0) : n_panels]:
+        axis.tick_params(labelbottom=True)  # also above a hidden one
     return figure, axes
 
 
@@ -405,7 +403,8 @@ def levels_and_differences(
         The figure: filled markers are first sides, hollow ones second sides. Thin bars have 95 %,
         thick ones 90 %, and grey is the margin of equality of each row.
     """
-    need_columns(table, "group", "pair", "first", "second", "difference", "low", "high", "margin")
+    need_columns(table, "group", "pair", "first", "second", "difference", "margin")
+    need_columns(table, "low", "high", "low_90", "high_90")
     new_group = table["group"].ne(table["group"].shift())
     places = -(np.arange(len(table)) + new_group.cumsum().to_numpy(float))
     figure, (levels, differences) = new_figure(
@@ -423,7 +422,9 @@ def levels_and_differences(
     differences.axvline(0, color="0.35", linewidth=0.7)
     differences.hlines(places, table["low"], table["high"], color="0", linewidth=0.8)
     differences.hlines(places, table["low_90"], table["high_90"], color="0", linewidth=2.4)
-    differences.plot(table["difference"], places, markerfacecolor="white", **look)
+    differences.plot(
+        table["difference"], places, markerfacecolor="white", **{**look, "marker": "d"}
+    )
     headings = places[new_group] + 1
     levels.set(
         xlabel=level,
@@ -498,7 +499,7 @@ def relative_starts(chosen: pd.DataFrame, published: pd.DataFrame) -> Figure:
         axis.plot(
             rows["block_size"] / rows["n_layers"],
             rows["start"] / rows["n_layers"],
-            marker=ENTITIES.get(model, ("", "o"))[1],
+            marker=look_of(model)[1],
             markersize=3,
             label=NAMES.get(model, model),
             color=colour_of(model),
@@ -565,7 +566,7 @@ def removed_by_criterion(table: pd.DataFrame, *, own: int = 1, missing: str = ""
             width = 1 / row.n_layers
             axis.barh(place, 1, 0.7, color="none", edgecolor="0.75", linewidth=0.5)
             shade = colour_of(criterion) if row.model in names[-own:] else "0.45"
-            for layer in map(int, row.blocks.split()):
+            for layer in map(int, str(row.blocks).split()):
                 axis.barh(
                     place,
                     width,

@@ -10,9 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pruning_utils.depth_plots import look_of
 from pruning_utils.engine.reader_names import style_of
-from pruning_utils.plots import WIDE, need_columns, new_figure
+from pruning_utils.plots import WIDE, look_of, need_columns, new_figure
 
 # --- levels beside differences, ranks, rates, trainings -------------------------------------------
 
@@ -158,7 +157,7 @@ def _mark_beyond(
     low, high = limits
     axis.set_xlim(low, high)
     for value, height in zip(values, heights, strict=True):
-        if low <= value <= high:
+        if low <= value <= high or np.isnan(value):
             continue
         is_right = value > high
         axis.annotate(
@@ -187,7 +186,7 @@ def removed_at_depths(table: pd.DataFrame, *, n_layers: int) -> Figure:
     for axis, (n_dropped, rows) in zip(axes, panels, strict=True):
         gone = np.zeros((len(rules), n_layers))
         for row in rows.itertuples():
-            gone[rules.index(row.rule), [int(layer) for layer in row.layers.split()]] = 1
+            gone[rules.index(row.rule), [int(layer) for layer in str(row.layers).split()]] = 1
         axis.pcolormesh(
             gone, cmap="Greys", vmin=0, vmax=1.4, edgecolors="0.75", linewidth=0.3, clip_on=False
         )
@@ -271,15 +270,18 @@ def rate_panels(table: pd.DataFrame) -> Figure:
     handles: dict = {}
     for axis, panel in zip(axes, panels, strict=False):
         shown = table[table["panel"] == panel].sort_values("rate")
-        lowest = shown["loss"].min()
-        reach = 2.5 * (shown["loss"].median() - lowest) or 1.0
+        finite = shown.loc[np.isfinite(shown["loss"]), "loss"]
+        lowest = finite.min()
+        reach = 2.5 * (finite.median() - lowest) or 1.0
         top = lowest + 1.06 * reach  # room for a mark at the end
         for series, line in shown.groupby("series", sort=False):
             colour, marker = look_of(series)
             look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 0.9}
             (handles[series],) = axis.plot(line["rate"], line["loss"], fillstyle="none", **look)
             axis.plot(*line.iloc[line["loss"].argmin()][["rate", "loss"]], **look)
-        beyond = shown[shown["loss"] > lowest + reach]
+        beyond = shown[
+            ~(shown["loss"] <= lowest + reach)
+        ]  # of a run that failed there is no number
         for rate, losses in beyond.groupby("rate")["loss"]:
             ends = dict.fromkeys(f"{loss:.1f}" for loss in (losses.min(), losses.max()))
             axis.annotate(

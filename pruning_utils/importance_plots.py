@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
-from pruning_utils.depth_plots import look_of
 from pruning_utils.engine.reader_names import LEVEL_LINES, style_of
-from pruning_utils.plots import WIDE, need_columns, new_figure
+from pruning_utils.plots import WIDE, look_of, need_columns, new_figure
 
 # --- levels beside differences --------------------------------------------------------------------
 
@@ -107,16 +108,14 @@ def _draw_levels(
     if baselines is None:
         baselines = pd.DataFrame(columns=["panel", "name", "value"])
     handles: dict = {}
-    tops: list[float] = []
     measures: list[str] = []
     groups = levels.groupby("panel", sort=False)
+    tops = _upper_edges(list(groups), baselines)
     for place, (axis, (panel, rows)) in enumerate(zip(axes, groups, strict=True)):
         measure = rows["measure"].iloc[0]
         factor, unit, _ = MEASURES[measure]
         here = baselines[baselines["panel"] == panel]
-        guess = here.loc[here["name"] == "ln V", "value"]
-        tops.append(factor * _upper_edge(rows["value"], guess))
-        _draw_series(axis, rows, factor, tops[-1], handles)
+        _draw_series(axis, rows, factor, tops[place], handles)
         for name, value in zip(here["name"], factor * here["value"], strict=True):
             handles[name] = axis.axhline(
                 value, color="0.35", linestyle=style_of(name), linewidth=0.7, zorder=0
@@ -132,6 +131,26 @@ def _draw_levels(
         if math.isfinite(top):
             axis.set_ylim(top=top)
     return {name: handles[name] for name in sorted(handles, key=lambda name: name in LEVEL_LINES)}
+
+
+def _upper_edges(
+    panels: Sequence[tuple[str, pd.DataFrame]], baselines: pd.DataFrame
+) -> list[float]:
+    """Where each panel ends, infinity if no level lies far out; neighbours of a measure alike."""
+    tops: list[float] = []
+    for measure, alike in itertools.groupby(panels, key=lambda one: one[1]["measure"].iloc[0]):
+        factor = MEASURES[measure][0]
+        found, largest = [], []
+        for panel, rows in alike:
+            here = baselines[(baselines["panel"] == panel) & (baselines["name"] == "ln V")]
+            found.append(factor * _upper_edge(rows["value"], here["value"]))
+            largest.append(factor * rows["value"].max())
+        if any(map(math.isfinite, found)):
+            # One axis holds all of them: it must not cut what another panel does not mark.
+            ends = zip(found, largest, strict=True)
+            found = [max(end if math.isfinite(end) else most for end, most in ends)] * len(found)
+        tops += found
+    return tops
 
 
 def _upper_edge(values: pd.Series, guess: pd.Series) -> float:
@@ -239,7 +258,7 @@ def score_profiles(scores: pd.DataFrame, *, own: str) -> Figure:
     for axis, criterion in zip(axes, criteria, strict=True):
         shown = scores[scores["criterion"] == criterion]
         mine = shown[shown["model"] == own]
-        edge = 2 * mine["ratio"].max()
+        edge = 2 * mine.loc[np.isfinite(mine["ratio"]), "ratio"].max()
         is_beyond = shown["ratio"] > edge
         for _, rows in shown[~is_beyond & (shown["model"] != own)].groupby("model"):
             axis.plot(rows["depth"], rows["ratio"], color="0.7", linewidth=0.6)
@@ -262,7 +281,7 @@ def score_profiles(scores: pd.DataFrame, *, own: str) -> Figure:
             )
         axis.axhline(1, color="0.35", linewidth=0.5, zorder=0)
         axis.set(title=CRITERIA.get(criterion, criterion), xlabel="depth $l / L$")
-        if mine["ratio"].max() > 10:
+        if edge > 20:
             axis.set(yscale="log", ylim=(0.5, edge))
     axes[0].set_ylabel("score / median of the layers")
     return figure

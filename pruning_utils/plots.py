@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,17 +81,33 @@ FREE = (
 matplotlib.style.use(["default", STYLE])
 
 
+# The looks of other names, as this process has met them.
+MET: dict[str, tuple[str, str]] = {}
+
+
+def look_of(entity: str) -> tuple[str, str]:
+    """Colour and marker of an entity; of other names free ones, in the order of their first use."""
+    if entity in ENTITIES:
+        return ENTITIES[entity]
+    return MET.setdefault(entity, FREE[len(MET) % len(FREE)])
+
+
 def colour_of(entity: str) -> str:
-    """Colour of an entity; one colour for all that have none of their own."""
-    return ENTITIES[entity][0] if entity in ENTITIES else "#56B4E9"
+    """Colour of an entity, as of :func:`look_of`."""
+    return look_of(entity)[0]
 
 
 def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker by name, for one figure: an entity's own, and free ones for other names."""
-    free = itertools.cycle(FREE)
-    return {
-        name: ENTITIES[name] if name in ENTITIES else next(free) for name in dict.fromkeys(names)
-    }
+    """Colour and marker by name, for one figure: an entity's own, and free ones for other names.
+
+    Of two entities with the same look, which seldom meet, the later one has a free one.
+    """
+    looks: dict[str, tuple[str, str]] = {}
+    for name in dict.fromkeys(names):
+        own = [ENTITIES[name]] if name in ENTITIES else []
+        untaken = [look for look in (*own, *FREE) if look not in looks.values()]
+        looks[name] = untaken[0] if untaken else FREE[len(looks) % len(FREE)]
+    return looks
 
 
 def new_figure(
@@ -346,7 +361,7 @@ def stages(distances: pd.DataFrame, losses: pd.DataFrame, history: pd.DataFrame)
     )
     for place, (stage, rows) in enumerate(losses.groupby("stage", sort=False)):
         mean, low, high = evidence.mean_interval(rows["loss"])
-        colour, marker = ENTITIES[stage]
+        colour, marker = look_of(stage)
         left.errorbar(place, mean, [[mean - low], [high - mean]], fmt=marker, color=colour)
         left.annotate(
             f"{np.exp(mean):,.0f}",

@@ -200,7 +200,9 @@ def sweep(
     points, folder = saved_points.checked_points(points), path.with_suffix(".points")
     seeds: list[dict] = []
     before = saved_points.seen(path)
-    if not anew and not saved_points.unfinished(folder) and path.exists():
+    # Where nothing may be computed, a run that was stopped midway hides no finished table.
+    goes_on = saved_points.unfinished(folder) and not os.environ.get(NO_COMPUTE)
+    if not anew and not goes_on and path.exists():
         record = records.checked_record(path, asked)
         if [entry["point"] for entry in record.get("points", [])] == points:
             if os.environ.get(PROVE):

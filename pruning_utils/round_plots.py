@@ -13,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pruning_utils.depth_plots import look_of
 from pruning_utils.engine.reader_names import style_of
-from pruning_utils.plots import WIDE, colour_of, need_columns, new_figure
+from pruning_utils.plots import WIDE, colour_of, look_of, need_columns, new_figure
 
 # --- levels and differences, names down the side --------------------------------------------------
 
@@ -52,7 +51,7 @@ def interval_grid(
     """
     filled = [_with_all_columns(table) for table in tables]
     lines = pd.DataFrame(columns=["panel", "name", "value"]) if references is None else references
-    has_series = any(table["series"].ne("").any() for table in filled)
+    every_series = list(dict.fromkeys(name for table in filled for name in table["series"]))
     heights = [len(_rows_of(table)) + 2.2 for table in filled]
     columns = max(table["panel"].nunique() for table in filled)
     figure = Figure(figsize=(WIDE, 0.3 + 0.165 * sum(heights)), layout="constrained")
@@ -65,7 +64,7 @@ def interval_grid(
             here = lines[lines["panel"] == panel]
             _draw_references(axis, here, (margins or {}).get(panel), handles)
             _set_limits(axis, shown, here)
-            _draw_rows(axis, shown, _rows_of(table), handles, has_series=has_series)
+            _draw_rows(axis, shown, _rows_of(table), handles, every_series)
             axis.set_title(panel, fontsize=7)
         _name_rows(row[0], _rows_of(table))
         for axis in row[len(panels) :]:
@@ -83,7 +82,8 @@ def _with_all_columns(table: pd.DataFrame) -> pd.DataFrame:
     usual = {"group": "", "series": "", "runs": None, "is_void": False}
     ends = dict.fromkeys(("low", "high", "low_90", "high_90"), np.nan)
     lacking = {name: value for name, value in {**usual, **ends}.items() if name not in table}
-    return table.assign(**lacking)
+    # Of tables that were joined, one may lack them.
+    return table.assign(**lacking).fillna({"group": "", "series": "", "is_void": False})
 
 
 def _rows_of(table: pd.DataFrame) -> list[tuple[str, str]]:
@@ -109,8 +109,10 @@ def _draw_references(axis: Axes, lines: pd.DataFrame, margin: float | None, hand
 def _set_limits(axis: Axes, shown: pd.DataFrame, lines: pd.DataFrame) -> None:
     """Limits around all rows with content and all lines, with a little room."""
     full = shown[~shown["is_void"].astype(bool)]
-    ends = (full if len(full) else shown)[["value", "low", "high"]].to_numpy(dtype=float)
-    around = np.concatenate([ends.ravel(), lines["value"].to_numpy(dtype=float)])
+    drawn = full if len(full) else shown
+    ends = drawn[["value", "low", "high"]].to_numpy(dtype=float)
+    ticks = [tick for runs in drawn["runs"] if isinstance(runs, list) for tick in runs]
+    around = np.concatenate([ends.ravel(), lines["value"].to_numpy(dtype=float), ticks])
     low, high = np.nanmin(around), np.nanmax(around)
     room = 0.07 * (high - low) or 0.5
     axis.set_xlim(low - room, high + room)
@@ -121,17 +123,17 @@ def _draw_rows(
     shown: pd.DataFrame,
     rows: list[tuple[str, str]],
     handles: dict,
-    *,
-    has_series: bool,
+    every_series: list[str],
 ) -> None:
-    """Marks, bars and ticks of one panel, in a figure that has series or none."""
+    """Marks, bars and ticks of one panel, in a figure that has these series, or "" alone."""
+    marked = [name for name in every_series if name]
     series = list(shown["series"].unique())
     shifts = dict(zip(series, np.linspace(0.17, -0.17, len(series)), strict=True))
     places = {row: len(rows) - place for place, row in enumerate(rows)}
     for row in shown.itertuples():
         shift = shifts[row.series] if len(series) > 1 else 0.0
-        number = series.index(row.series)
-        is_other = has_series and not row.series
+        number = marked.index(row.series) if row.series else 0
+        is_other = bool(marked) and not row.series
         marker = OTHER_MARK if is_other else SERIES_MARKS[number % len(SERIES_MARKS)]
         mark = _draw_interval(
             axis,
@@ -140,7 +142,7 @@ def _draw_rows(
             marker,
             is_filled=is_other or number > 0,
         )
-        if row.series and not row.is_void:
+        if row.series and (row.series not in handles or not row.is_void):
             handles[row.series] = mark
     axis.tick_params(labelsize=7)
     axis.tick_params(axis="y", length=0)

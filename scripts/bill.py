@@ -513,7 +513,12 @@ def machine_named(name: str) -> Machine:
 
 
 def show(
-    chosen: Iterable[Job], project: Path, *, machine: str, memory: float, price: float | None
+    chosen: Iterable[Job],
+    project: Path,
+    *,
+    machine: str,
+    memory: float | None,
+    price: float | None,
 ) -> None:
     """Print the bill of some notebooks.
 
@@ -521,7 +526,7 @@ def show(
         chosen: The notebooks with their values.
         project: The checkout.
         machine: ``a100``, or ``here`` for a probe of this one.
-        memory: GB that a process may take.
+        memory: GB that a process may take; None: what the machine has.
         price: Dollars an hour; None: they are left out.
 
     Raises:
@@ -554,6 +559,6 @@ def show(
     rates = {str(dtype)[6:]: rate / 1e12 for dtype, rate in bill.machine.flops.items()}
     stated = ", ".join(f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
     print(f"{bill.machine.name}: {bill.machine.share:.0%} of {stated}")
-    faults = refusals(lines, memory * GB)
+    faults = refusals(lines, bill.machine.memory if memory is None else memory * GB)
     if faults:
         raise Refused("\n".join(faults))

@@ -148,12 +148,12 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         "--memory",
         type=positive,
         metavar="GB",
-        help="with --plan: 1e9 bytes that a process may take (default: 80)",
+        help="with --plan: 1e9 bytes that a process may take (default: what the machine has)",
     )
     parser.add_argument(
         "--machine",
         choices=("a100", "here"),
-        help="with --plan: the rates stated for an A100 80 GB (default), or probed here",
+        help="with --plan: rates and memory stated for an A100 80 GB (default), or found here",
     )
     parser.add_argument(
         "--record",
@@ -628,7 +628,7 @@ def carried_out(
             chosen,
             project,
             machine=options.machine or "a100",
-            memory=options.memory or 80.0,
+            memory=options.memory,
             price=options.price,
         )
         return True

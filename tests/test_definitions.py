@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import pruning_utils
 from pruning_utils import efficiency, importance, selection
 from pruning_utils.engine import definitions
 from pruning_utils.engine.definitions import INSTALLED, Package
@@ -310,6 +311,7 @@ def test_roots_of_compute_functions():
     )
     assert roots([loaded]) == [("studies.study", "loaded")], "cached functions too"
     assert roots([lambda: [importance.magnitude(None), selection]]) == [magnitude]
+    assert roots([lambda: pruning_utils.importance.magnitude(None)]) == [magnitude]
     inner = importance.magnitude
     assert roots([lambda: lambda: inner]) == [magnitude], (
         "what a function from elsewhere encloses counts"

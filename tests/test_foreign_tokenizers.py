@@ -1,11 +1,13 @@
 """Questions with tokenizers that lack special tokens, or belong to another model."""
 
 import functools
+import json
 import logging
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import sentencepiece
 import torch
 from architectures import ARCHITECTURES
 from lm_eval.api.instance import Instance
@@ -138,6 +140,29 @@ def test_prompts_that_generation_cuts_are_told(caplog):
     assert record.message == (
         "2 prompts of own are cut in front: the context is 12 tokens, answers included"
     )
+
+
+def test_a_tokenizer_in_the_file_of_sentencepiece_alone_is_read(tmp_path):
+    """Vicuna and many others of its time have no tokenizer.json."""
+    words = ["the quick brown fox", "jumps over the lazy dog", "and runs away"]
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=60,
+        minloglevel=2,
+    )
+    network = ARCHITECTURES["llama"]()
+    network.save_pretrained(tmp_path / "model")
+    (tmp_path / "tokenizer.model").rename(tmp_path / "model" / "tokenizer.model")
+    named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(named))
+    _, known = models.load_model(tmp_path / "model", dtype="float32")
+    plain = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "model" / "tokenizer.model")
+    )
+    assert known(words[0], add_special_tokens=False)["input_ids"] == plain.encode(words[0])
 
 
 def test_no_token_at_all_is_one_clear_error():

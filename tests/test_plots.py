@@ -8,13 +8,16 @@ import pytest
 from PIL import Image
 
 from pruning_utils import (
+    cost_plots,
     depth_plots,
     evidence,
     healing_plots,
     importance_plots,
     plots,
     results,
+    round_plots,
 )
+from pruning_utils.engine import reader_names
 
 N_LAYERS = 6
 
@@ -254,7 +257,7 @@ def test_depth_curves_show_every_mean_at_its_fraction(curves):
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["pruned", "healed", "chance"]
     axes = depth_plots.depth_curves(curves, n_layers=4, columns=3).axes
-    assert [axis.get_visible() for axis in axes] == [True, True, False]
+    assert [axis.get_visible() for axis in axes] == [True, True]
 
 
 def test_a_dashed_curve_looks_like_its_twin(curves):
@@ -681,6 +684,47 @@ def test_names_of_ones_own_have_looks_of_their_own():
     looks = plots.looks_of(["mine", "taylor", "yours", "mine"])
     assert looks["taylor"] == plots.ENTITIES["taylor"]
     assert len(set(looks.values())) == 3 and list(looks) == ["mine", "taylor", "yours"]
+
+
+def test_names_that_figures_draw_one_by_one_have_looks_of_their_own():
+    mine, yours = (plots.look_of(name) for name in ("rank 4 of mine", "rank 16 of mine"))
+    assert mine != yours and plots.look_of("rank 4 of mine") == mine
+    assert plots.colour_of("rank 16 of mine") == yours[0]
+    # Two entities of one look, in one figure.
+    assert plots.ENTITIES["healed"] == plots.ENTITIES["LoRA"]
+    looks = plots.looks_of(["healed", "LoRA"])
+    assert looks["healed"] == plots.ENTITIES["healed"] != looks["LoRA"]
+
+
+def test_a_group_is_drawn_together_wherever_its_rows_stand():
+    ends = {"difference": 0.1, "low": 0.0, "high": 0.2, "low_90": 0.05, "high_90": 0.15}
+    rows = [("A", "r1"), ("B", "r1"), ("A", "r2")]
+    table = pd.DataFrame(
+        [{"panel": "text", "group": group, "row": row, **ends} for group, row in rows]
+    )
+    (axis,) = cost_plots.grouped_differences(table, margin=0.1, label="nats").axes
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    order = [name for _, name in sorted(zip(-axis.get_yticks(), names, strict=True))]
+    assert order == ["A", "r1", "r2", "B", "r1"]
+
+
+def test_ticks_lie_within_a_panel_and_what_is_missing_draws_no_other_mark():
+    rows = [
+        {"panel": "p", "name": "a", "value": 1.0, "low": 0.9, "high": 1.1, "runs": [0.5, 1.6]},
+        {"panel": "p", "name": "b", "value": 1.2, "low": 1.1, "high": 1.3, "series": "first"},
+    ]
+    table = pd.concat([pd.DataFrame([row]) for row in rows])
+    figure = round_plots.interval_grid([table])
+    low, high = figure.axes[0].get_xlim()
+    assert low < 0.5 and high > 1.6
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first"]
+
+
+def test_names_on_a_hub_and_paths_are_not_translated():
+    for name in ("me/full", "results/full/table.csv", "/data/deepest", "~/deepest"):
+        assert reader_names.in_words(name) == name
+    assert reader_names.in_words("full - unpruned") == "all weights minus unpruned"
+    assert reader_names.in_words("seconds / full") == "seconds / all weights"
 
 
 def test_legends_name_what_any_panel_shows():

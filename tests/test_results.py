@@ -30,6 +30,10 @@ def never() -> pd.DataFrame:
     raise AssertionError("computed, though it must be read or refused")
 
 
+def fails(point: dict) -> dict:
+    raise ArithmeticError("not today")
+
+
 def frame() -> pd.DataFrame:
     """A table with every kind of column, a gap, texts that look like something else, and times."""
     return pd.DataFrame(
@@ -250,6 +254,7 @@ def test_a_name_that_no_file_gives_back_is_refused(tmp_path):
         ([{"n": 2**60}, {"n": None}], r"point 0\['n'\] must be .* below 2\*\*53 .* got 1152"),
         ([{"n": 2**60}, {"n": 0.5}], r"point 0\['n'\] must be .* below 2\*\*53 .* got 1152"),
         ([{"n": 1}, {"n": "x"}], "column 'n' must hold numbers or texts"),
+        ([{"n": 0.1}, {"n": 1 / 7}], r"point 1\['n'\] must have at most six digits, .* 0.14285714"),
         ([{1: 1}], "point 0 must have texts as keys, got 1"),
     ],
 )
@@ -505,6 +510,19 @@ def test_no_compute_refuses_what_is_missing(tmp_path, monkeypatch):
         results.load_or_compute(tmp_path / "t.csv", never, parameters=SEED, recompute=True)
     with pytest.raises(FileNotFoundError, match="s.csv"):
         results.sweep([{"n": 1}], never, path=tmp_path / "s.csv", parameters=SEED)
+
+
+def test_a_run_that_was_stopped_hides_no_finished_table(tmp_path, monkeypatch):
+    """Where nothing may be computed: figures are drawn from what is there."""
+    path, points = tmp_path / "s.csv", [{"n": 1}, {"n": 2}]
+    whole = results.sweep(points, lambda point: {"m": point["n"]}, path=path, parameters=SEED)
+    with pytest.raises(RuntimeError, match="point {'n': 3} failed"):
+        results.sweep([*points, {"n": 3}], fails, path=path, parameters=SEED)
+    assert (tmp_path / "s.points").is_dir()
+    monkeypatch.setenv("PRUNING_UTILS_NO_COMPUTE", "1")
+    assert results.sweep(points, never, path=path, parameters=SEED).equals(whole)
+    with pytest.raises(FileNotFoundError, match="s.csv has no finished table"):
+        results.sweep([*points, {"n": 3}], never, path=path, parameters=SEED)
 
 
 # --- package code ---------------------------------------------------------------------------------

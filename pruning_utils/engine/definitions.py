@@ -597,14 +597,30 @@ def _used_by(function: types.FunctionType, package: str) -> list[object]:
     used = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     for name in names:
         value = function.__globals__.get(name)
-        if isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == package:
-            members = [getattr(value, one, None) for one in names]
-            used += [member for member in members if _named_in(member, package)]
+        if _is_module_of(value, package):
+            used += _members_named(value, names, package)
         elif isinstance(value, (types.FunctionType, type, functools.partial)):
             used.append(value)
         elif _named_in(value, package):
             used.append(value)
     return used
+
+
+def _is_module_of(value: object, package: str) -> bool:
+    return isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == package
+
+
+def _members_named(module: Any, names: list[str], package: str) -> list[object]:
+    """What a module of the package, or a module within it, has of these names."""
+    found: list[object] = []
+    modules = [module]
+    for one in modules:
+        members = [getattr(one, name, None) for name in names]
+        found += [member for member in members if _named_in(member, package)]
+        modules += [
+            member for member in members if _is_module_of(member, package) and member not in modules
+        ]
+    return found
 
 
 def _names_in(code: types.CodeType) -> list[str]:

@@ -72,12 +72,13 @@ READER_NAMES = {
     "verdict": "outcome",
 }
 # A word of a text, or a name of several words that begins as one of code does.
+PATH = re.compile(r"/\w")  # also the name of a model on a hub
 NAME = re.compile(r"deepest but last|[A-Za-z][\w+-]*")
 
 
 def in_words(label: object) -> object:
     """A text with each name of code in it replaced; a path or anything else as it is."""
-    if not isinstance(label, str) or label.startswith(("/", "~", "./", "../")):
+    if not isinstance(label, str) or label.startswith("~") or PATH.search(label):
         return label
     told = NAME.sub(lambda found: READER_NAMES.get(found[0], found[0]), label)
     return told.replace(" - ", " minus ")

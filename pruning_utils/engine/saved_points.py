@@ -17,7 +17,14 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +48,8 @@ def checked_points(points: Sequence[Mapping]) -> list[dict]:
 
     Raises:
         ValueError: If they are no list or none, or if one is empty, repeated, not plain, holds NaN,
-            or has other keys than the first; or if a table's file would not give them back.
+            or has other keys than the first; or if a table's file would not give them back, as
+            with fractions of more than six digits.
     """
     if isinstance(points, Mapping | str) or not isinstance(points, Iterable):
         raise ValueError(f"points must be a list of dicts, got {points!r}")
@@ -83,10 +91,23 @@ def _checked_point(point: Mapping, name: str) -> dict:
 
 
 def _refuse_lost_digits(points: list[dict]) -> None:
-    """Raise for integers beside gaps or fractions that are no floats, as their column is then."""
+    """Raise for numbers that a table's file would give back with other digits.
+
+    These are fractions of more than six digits, and integers beside gaps or fractions that are no
+    floats, as their column is then.
+    """
     kinds = records.column_kinds(pd.DataFrame(points))
     for number, point in enumerate(points):
         for key, value in point.items():
+            if (
+                isinstance(value, float)
+                and not value.is_integer()
+                and float(f"{value:.6g}") != value
+            ):
+                raise ValueError(
+                    f"point {number}[{key!r}] must have at most six digits, as tables keep them, "
+                    f"got {value!r}"
+                )
             if isinstance(value, int) and kinds[key] == "float" and abs(value) >= 2**53:
                 raise ValueError(
                     f"point {number}[{key!r}] must be an integer below 2**53 beside points "
@@ -348,15 +369,18 @@ def _spread(
     waiting = {executor.submit(outcome_of, compute_point, point): point for point in points}
     try:
         for future in as_completed(list(waiting)):
-            if future.exception():
+            if _error_of(future):
                 break
             del waiting[future]
             yield future.result()
         running = [future for future in waiting if not future.cancel()]
         wait(running)
-        yield from (future.result() for future in running if not future.exception())
+        yield from (future.result() for future in running if not _error_of(future))
         for future in running:
-            error = future.exception()
+            error = _error_of(future)
+            if isinstance(error, BrokenExecutor):
+                lost = [waiting[future] for future in running if _error_of(future)]
+                raise _failure(lost[0], _loss(error, len(lost))) from error
             if error:
                 raise _failure(waiting[future], error) from error
     finally:
@@ -473,6 +497,21 @@ def _in_turn(turns: threading.Lock, compute_point: Callable, point: dict) -> dic
     """The outcome of a point, while no other thread of its sweep computes one."""
     with turns:
         return _outcome(compute_point, point)
+
+
+def _error_of(future: Future) -> BaseException | None:
+    """What a future failed with, if it did."""
+    if future.cancelled():  # by a cluster: here none is cancelled that is asked
+        return RuntimeError("it was cancelled: is the connection to the scheduler lost?")
+    return future.exception()
+
+
+def _loss(error: BrokenExecutor, n_lost: int) -> BrokenExecutor:
+    """The same error in other words: a process that is lost takes the others' points along."""
+    return type(error)(
+        f"a process was lost, perhaps for want of memory, and with it {n_lost} points that ran or "
+        "waited then. Those that had ended are saved: ask again, with fewer workers"
+    )
 
 
 def _failure(point: dict, error: BaseException) -> RuntimeError:

@@ -108,6 +108,10 @@ class Cluster(Executor):
         """The future of ``outcome(compute_point, point)``."""
         return self._pool.submit(_outcome, *_sent(outcome, compute_point, point))
 
+    def is_joined(self) -> bool:
+        """Whether the connection to the scheduler is there."""
+        return self._client.status == "running"
+
     def close(self) -> None:
         """Leave the cluster, which stays."""
         self._client.close()
@@ -128,6 +132,9 @@ def asked_for() -> Executor | None:
     """
     text = os.environ.get(VARIABLE, "1")
     if "://" in text:
+        if not _joined(text).is_joined():
+            _joined(text).close()
+            _joined.cache_clear()
         return _joined(text)
     if not (text.isdecimal() and 1 <= int(text) <= MOST):
         raise ValueError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -26,6 +29,8 @@ class Machine(NamedTuple):
         flops: Floating-point operations of matrix products in a second, by type.
         bytes_read: Bytes of memory that are read in a second.
         share: Of ``flops`` that whole passes reach, in (0, 1].
+        memory: Bytes that it has.
+        is_native: Whether it multiplies bfloat16 natively.
     """
 
     name: str
@@ -33,11 +38,12 @@ class Machine(NamedTuple):
     flops: Mapping[torch.dtype, float]
     bytes_read: float
     share: float
+    memory: float
+    is_native: bool = True
 
     def auto(self) -> torch.dtype:
         """The type that ``dtype="auto"`` takes there."""
-        is_native = torch.bfloat16 in self.flops
-        return torch.bfloat16 if is_native else torch.float32
+        return torch.bfloat16 if self.is_native else torch.float32
 
     def seconds(self, flops: float, dtype: torch.dtype, *, n_read: float = 0) -> float:
         """Seconds of work, whichever bounds it: arithmetic, or reading memory once.
@@ -58,15 +64,38 @@ A100 = Machine(
     {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 19.5e12},
     2.0e12,
     SHARE,
+    80e9,
 )
 
 
 def here() -> Machine:
-    """This machine, by a probe of about a second for each type that it multiplies natively."""
+    """This machine, by a probe of about a second for each type that it multiplies natively.
+
+    Others, which notebooks may ask for by name, are probed on smaller matrices.
+    """
     device = runtime.choose_device()
-    kinds = {torch.float32, runtime.resolve_dtype(runtime.AUTO, device)}
-    limits = {kind: efficiency.machine_limits(dtype=runtime.dtype_name(kind)) for kind in kinds}
+    native = {torch.float32, runtime.resolve_dtype(runtime.AUTO, device)}
+    with warnings.catch_warnings(action="ignore"):  # that a type is slow here is what is measured
+        limits = {
+            kind: efficiency.machine_limits(
+                dtype=runtime.dtype_name(kind), size=2048 if kind in native else 256, repeats=2
+            )
+            for kind in (torch.float32, torch.bfloat16, torch.float16)
+        }
     flops = {kind: float(found["flops_per_second"]) for kind, found in limits.items()}
     read = max(float(found["bytes_per_second"]) for found in limits.values())
     share = SHARE if device.type == "cuda" else SHARE_HERE
-    return Machine(runtime.device_name(), device.type, flops, read, share)
+    is_native = torch.bfloat16 in native
+    return Machine(
+        runtime.device_name(), device.type, flops, read, share, memory_of(device), is_native
+    )
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of memory of a GPU, or of this machine; infinity where its system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # Windows has none
+        return math.inf

@@ -355,6 +355,9 @@ class Study:
             raise ValueError(f"recipe {text!r} has {total} steps, but there is text for {most}")
         if point.cut.per_round:
             check_rounds(point, total)
+            rounds = point.cut.n_dropped // point.cut.per_round
+            if rounds > 1:
+                check_training(network, self._settings_of_rounds(point, rounds, network), left)
 
     # --- windows ----------------------------------------------------------------------------------
 
@@ -444,6 +447,7 @@ class Study:
         made = self._made(pruned) | {"layers": layer_text(layers)}
         if point.cut.width:
             made["width"] = layer_text(point.cut.width)
+            made["calibration"] = [self.calibration_source, self.seed, CALIBRATION]
         stages: list[dict] = []
         histories = []
         steps_before = 0
@@ -478,8 +482,7 @@ class Study:
             chosen = self._chosen(self.network, point.cut)
             found = self._in_stages(without_layers(self.network, chosen), _at_once(point, chosen))
             return found._replace(removed=tuple((layer, 1) for layer in chosen))
-        settings = self._settings(point.recipe.stages[0], point.seed)
-        settings |= {name: settings[name] // rounds for name in ("steps", "warmup_steps")}
+        settings = self._settings_of_rounds(point, rounds, self.network)
         windows = self._training_windows(self.tokenizer, point.seed)
         size = settings["steps"] * settings["batch_size"]
         folder = self._rounds_folder(point)
@@ -506,10 +509,16 @@ class Study:
                 temporary.write_text(json.dumps(removed))
         return Trained(current, pd.concat(histories), tuple(removed))
 
+    def _settings_of_rounds(self, point: Point, rounds: int, network: nn.Module) -> dict:
+        """Settings of each round: of steps and of their warm-up it has its share."""
+        settings = self._settings(point.recipe.stages[0], point.seed)
+        whole = healing.check_settings(network, settings)
+        return settings | {name: whole[name] // rounds for name in ("steps", "warmup_steps")}
+
     def _rounds_folder(self, point: Point) -> Path:
         """Of the trainings of a point in rounds, and of what was removed in them."""
         made = self._made(self.network) | {
-            "calibration": [self.calibration_source, self.seed],
+            "calibration": [self.calibration_source, self.seed, CALIBRATION],
             "cut": [point.cut.rule, point.cut.n_dropped, point.cut.per_round],
             "settings": self._settings(point.recipe.stages[0], point.seed),
         }
@@ -525,7 +534,7 @@ class Study:
             shutil.rmtree(ended, ignore_errors=True)
             if trained.is_dir():
                 trained.rename(ended)
-                shutil.rmtree(ended)
+                shutil.rmtree(ended, ignore_errors=True)
 
     def _chosen(self, model: nn.Module, cut: Cut) -> tuple[int, ...]:
         """The layers of one round, 0-based in the model as it is now; scores are in float32."""
@@ -804,7 +813,8 @@ def study_table(
         settings: All others of the study.
     """
     study, kept = _study(points, profile, notebook, model, revision, table, settings)
-    return results.sweep(points, study, recompute=recompute, **kept), kept["path"]
+    kept["recompute"] = can_recompute(model, recompute)
+    return results.sweep(points, study, **kept), kept["path"]
 
 
 def removed_table(
@@ -823,7 +833,8 @@ def removed_table(
     Arguments as for :func:`study_table`, of which this table says what its models lack.
     """
     study, kept = _study(points, profile, notebook, model, revision, table, settings)
-    return results.sweep(points, study.removed_at, recompute=recompute, **kept), kept["path"]
+    kept["recompute"] = can_recompute(model, recompute)
+    return results.sweep(points, study.removed_at, **kept), kept["path"]
 
 
 def _study(
@@ -912,9 +923,25 @@ def point_table(
             path=path,
             parameters={**identities, **settings, **(recorded or {})},
             executor=undo.enter_context(FreshProcesses()) if own_process else None,
-            recompute=recompute,
+            recompute=can_recompute(model, recompute),
         )
     return found, path
+
+
+def can_recompute(model: str, recompute: bool) -> bool:
+    """Whether a table is computed anew: if so asked, and its embedded model is installed.
+
+    That of a second model that is not is read as it is, and a warning says so: half of a notebook
+    would be computed before it is missed.
+
+    Args:
+        model: As for :func:`study_table`.
+        recompute: Whether it is asked for.
+    """
+    if not recompute or embedded.is_installed(model):
+        return recompute
+    logger.warning("%s is not installed: its tables are read, not computed anew", model)
+    return False
 
 
 def table_path(profile: str, notebook: str, model: str, table: str = "") -> Path:
