@@ -179,6 +179,9 @@ class Costs:
                 if rounds > 1:
                     cost = cost._replace(kept=0.0, saved=cost.saved + before)
                     before += kept
+                if turn > 1:  # what the round before left has weights of its own
+                    loaded = self.weight_bytes(self.dtype(table.dtype), self.n_layers)
+                    cost = cost._replace(need=cost.need.beside(stages.WHOLE, loaded))
                 yield cost, (*seen, number, turn)
 
     def steps(

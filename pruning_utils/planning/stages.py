@@ -32,7 +32,9 @@ from pruning_utils.studies.study import without_layers
 
 WEIGHTS, COPY, TRAINED, ADAPTERS = "weights", "weights of the copy", "trained weights", "adapters"
 OPTIMISER, CACHE, MERGED, SHARED = "optimiser", "KV cache", "merged weights", "shared layers"
+WHOLE = "weights of the loaded model"
 PARTS = (
+    WHOLE,
     WEIGHTS,
     COPY,
     MERGED,
