@@ -101,7 +101,7 @@ def heal(
         batch_size: Windows in a step.
         learning_rate: Peak rate, above 0.
         warmup_steps: Steps in which the rate rises linearly, from 0 at the first; from 0 to
-            ``steps``, where these are more than one. None: 4, or all where there are fewer.
+            ``steps``. None: 4, or all where there are fewer, and none of a single step.
         rank: Rank of the adapters, at least 1.
         alpha: Scale of the adapters is alpha / rank; None takes alpha = rank.
         dropout: Dropout before the adapters, in [0, 1).
@@ -175,10 +175,9 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
     if unknown:
         raise ValueError(f"healing has no settings {sorted(unknown)}; it has {', '.join(defaults)}")
     settings = defaults | settings
-    steps = whole_number("steps", settings["steps"], 1, LARGEST)
-    longest_warmup = steps if steps > 1 else 0  # the rate of a first step of warm-up is 0
     if settings["warmup_steps"] is None:
-        settings["warmup_steps"] = min(4, longest_warmup)
+        steps = whole_number("steps", settings["steps"], 1, LARGEST)
+        settings["warmup_steps"] = min(4, steps) if steps > 1 else 0
     targets, alpha = settings["targets"], settings["alpha"]
     # A list is what comes back from JSON.
     settings["targets"] = list(targets) if isinstance(targets, tuple) else targets
@@ -195,7 +194,7 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
     whole_numbers = {
         "steps": (1, LARGEST),
         "batch_size": (1, LARGEST),
-        "warmup_steps": (0, longest_warmup),
+        "warmup_steps": (0, settings["steps"]),
         "rank": (1, LARGEST),
         "last_k": (0, n_layers if settings["method"] == "last_layers" else LARGEST),
         "seed": (0, LARGEST),
