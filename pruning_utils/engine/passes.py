@@ -191,12 +191,15 @@ def head_logits(
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes token ids: where its embedding lies, or is brought in to run."""
+    """Where a model takes token ids: where its embedding lies, or is brought in to run.
+
+    Of a model that has shapes but no values it is the device of such.
+    """
     embedding = model.get_input_embeddings()
     if embedding.weight.device.type != "meta":
         return embedding.weight.device
     hooks = [hook for module in model.modules() for hook in _loading_hooks(module)]
-    return torch.device(hooks[0].execution_device)
+    return torch.device(hooks[0].execution_device) if hooks else embedding.weight.device
 
 
 def refuse_other_gpu(model: nn.Module) -> None:
