@@ -223,7 +223,7 @@ def evaluate_tasks(
             stands for lm-eval's own.
         answers_only: Score the answers without their questions. What accuracy remains is the floor:
             it asks for no knowledge of the question. Not for ``winogrande``, whose choices are part
-            of the question.
+            of the question, nor for tasks of a hub that give no answers.
 
     Raises:
         ValueError: If an argument is out of range, the model is none of transformers or inside
@@ -338,10 +338,10 @@ def _score(
         n_left_out = len(results["samples"][label]) - len(questions[label])
         if questions[label] and n_left_out:
             logger.warning(
-                "%d questions of %s have no right answer among their choices: they are not in the "
+                "no choice of a question of %s is said to be right: %d of them are not in the "
                 "table of questions",
-                n_left_out,
                 label,
+                n_left_out,
             )
         n_cut = sum(row["is_cut"] for row in questions[label])
         if n_cut:
@@ -365,16 +365,16 @@ def _score(
 
 
 def _summary_rows(name: str, means: dict[str, tuple], n: int) -> list[dict]:
-    """Rows of the summary: mean and standard error by metric, over n questions."""
+    """Rows of the summary: mean and standard error by metric, over n questions or fewer."""
     return [
         {
             "task": name,
             "metric": metric,
             "value": value,
             "stderr": error if isinstance(error, float) else np.nan,
-            "n": n,
+            "n": number[0] if number else n,
         }
-        for metric, (value, error) in means.items()
+        for metric, (value, error, *number) in means.items()
     ]
 
 
@@ -402,12 +402,12 @@ def _means(found: dict, questions: pd.DataFrame) -> dict[str, tuple]:
     lm-eval's keys are ``acc,none`` and ``acc_stderr,none``: behind the comma stands the name of a
     filter. An error that it cannot give is a text, or missing.
     """
-    means = {
+    means: dict[str, tuple] = {
         key.removesuffix(",none"): (value, found.get(key.replace(",", "_stderr,", 1)))
         for key, value in found.items()
         if "," in key and "_stderr," not in key
     }
     if len(questions):
         for score in ("p_right", "nll"):
-            means[score] = (questions[score].mean(), questions[score].sem())
+            means[score] = (questions[score].mean(), questions[score].sem(), len(questions))
     return means

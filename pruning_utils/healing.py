@@ -117,8 +117,9 @@ def heal(
 
     Raises:
         ValueError: If an argument is out of range, the model is quantised, has adapters or is on
-            another GPU than the first, ``output_dir`` holds anything but a run with these settings
-            (the differing ones are named), or a loss, gradient or trained weight is not finite.
+            another GPU than the first, or this is one of several processes that were launched
+            together. If ``output_dir`` holds anything but a run with these settings (the differing
+            ones are named). If a loss, gradient or trained weight is not finite.
     """
     given = locals()
     merge = true_or_false("merge", merge)
@@ -127,6 +128,7 @@ def heal(
         wrappers.refuse_shared(model, adapter_targets(model, settings["targets"]))
     from pruning_utils.engine import trainer  # importing it takes seconds
 
+    passes.refuse_other_gpu(model)
     trainer.refuse_many_processes()
     run = trainer.Run(output_dir, settings, model, tokenizer, train_ids, eval_ids)
     # The caller may be in a mode without gradients.
@@ -189,7 +191,6 @@ def check_settings(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]
             "the model must be a 16- or 32-bit one without adapters: load it with quantize=None, "
             "merge adapters first; 'qlora' quantises a copy itself"
         )
-    passes.refuse_other_gpu(model)
     n_layers = len(models.decoder_layers(model))
     whole_numbers = {
         "steps": (1, LARGEST),
@@ -302,8 +303,8 @@ def _with_adapters(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
 def adapter_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """Full names of the linear modules inside the decoder layers that get adapters, at least one.
 
-    Left out are routers of experts, experts that an architecture holds together in one weight, and
-    those of state-space mixers whose weights the mixer reads itself, past any adapter.
+    Left out are routers of experts, and experts that an architecture holds together in one weight.
+    So are those of state-space mixers whose weights the mixer reads itself, past any adapter.
 
     Args:
         model: A causal language model.

@@ -278,10 +278,9 @@ def rate_panels(table: pd.DataFrame) -> Figure:
             colour, marker = look_of(series)
             look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 0.9}
             (handles[series],) = axis.plot(line["rate"], line["loss"], fillstyle="none", **look)
-            axis.plot(*line.iloc[line["loss"].argmin()][["rate", "loss"]], **look)
-        beyond = shown[
-            ~(shown["loss"] <= lowest + reach)
-        ]  # of a run that failed there is no number
+            best = line[line["loss"] == line["loss"].min()]
+            axis.plot(best["rate"][:1], best["loss"][:1], **look)
+        beyond = shown[shown["loss"] > lowest + reach]
         for rate, losses in beyond.groupby("rate")["loss"]:
             ends = dict.fromkeys(f"{loss:.1f}" for loss in (losses.min(), losses.max()))
             axis.annotate(
@@ -294,7 +293,9 @@ def rate_panels(table: pd.DataFrame) -> Figure:
                 color="0.3",
             )
         axis.margins(x=0.1)
-        axis.set(title=panel, xscale="log", ylim=(lowest - 0.08 * reach, top))
+        axis.set(title=panel, xscale="log")
+        if len(finite):
+            axis.set_ylim(lowest - 0.08 * reach, top)
     for place, axis in enumerate(axes):
         axis.set_visible(place < len(panels))
     figure.supxlabel("peak learning rate", fontsize=8)

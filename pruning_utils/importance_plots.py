@@ -144,7 +144,7 @@ def _upper_edges(
         for panel, rows in alike:
             here = baselines[(baselines["panel"] == panel) & (baselines["name"] == "ln V")]
             found.append(factor * _upper_edge(rows["value"], here["value"]))
-            largest.append(factor * rows["value"].max())
+            largest.append(1.02 * factor * rows[["value", "high"]].max().max())
         if any(map(math.isfinite, found)):
             # One axis holds all of them: it must not cut what another panel does not mark.
             ends = zip(found, largest, strict=True)

@@ -54,9 +54,9 @@ def load_model(
             Training and evaluation follow it.
         quantize: None, ``"nf4"`` (4-bit NormalFloat with double quantisation) or ``"int8"``.
             Experts that an architecture holds together in one weight (Mixtral, Qwen 3 MoE) stay as
-            they are, with a notice. On a
-            processor with AVX512, bitsandbytes 0.50 misreads NF4 rows of 16 times something that
-            are no multiple of 64 numbers, as some models that were narrowed have.
+            they are, with a notice. On a processor with AVX512, bitsandbytes 0.50 misreads NF4
+            rows of 16 times something that are no multiple of 64 numbers, as some models that were
+            narrowed have.
         device: A torch device; None takes the first CUDA GPU, or the CPU.
 
     Returns:

@@ -123,6 +123,11 @@ def _checked_settings(
     model: nn.Module, settings: dict[str, Any], team: PartialState
 ) -> dict[str, Any]:
     """The settings of :func:`healing.heal`, complete, that these processes can train with."""
+    if model.device.type != "cpu":
+        raise ValueError(
+            f"the model must be on the CPU, from which each process takes its share, got "
+            f"{model.device}: load it with device='cpu'"
+        )
     settings = healing.check_settings(model, {"method": "lora", **settings})
     if settings["method"] not in METHODS:
         raise ValueError(

@@ -528,12 +528,12 @@ def _is_held_plainly(model: PreTrainedModel) -> bool:
 
 def _replace_directory(path: Path, new: Path, old: Path) -> None:
     """Rename ``new`` to ``path``; what was there becomes ``old``, or stays if that fails."""
-    if path.exists():
-        os.replace(path, old)
     try:
+        if path.exists():
+            os.replace(path, old)
         os.replace(new, path)
     except BaseException:  # also where someone stops it
-        if old.exists():
+        if old.exists() and not path.exists():
             os.replace(old, path)
         raise
 
@@ -544,9 +544,9 @@ def mergekit_plan(
     """The same cut as a mergekit configuration, for ``mergekit-yaml plan.yml out/``.
 
     It is the same where all layers are of one kind (Llama, Mistral, GPT-NeoX). mergekit changes the
-    number of layers alone: where the configuration lists the kind of each (``layer_types`` of
-    Gemma 3 or Qwen 3, ``no_rope_layers`` of SmolLM3), take the ``config.json`` that :func:`save`
-    writes.
+    number of layers alone. Some configurations list the kind of each layer, in ``layer_types``
+    (Gemma 3, Qwen 3) or ``no_rope_layers`` (SmolLM3). Take the ``config.json`` of :func:`save`
+    there.
 
     Args:
         model_name: Name on a hub, or directory, of the model to cut.

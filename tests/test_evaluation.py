@@ -926,10 +926,14 @@ def test_official_groups_are_listed_whole(toy, official):
 def test_questions_without_a_right_answer_are_left_out_and_told(toy, official, caplog):
     toy.loglikelihood_of = lambda prompt, answer: -float(len(answer))
     with caplog.at_level(logging.WARNING, logger="pruning_utils"):
-        found = evaluation.evaluate_tasks(StandIn(), None, ["odd"]).questions
+        found, summary = (
+            evaluation.evaluate_tasks(StandIn(), None, ["odd"])._asdict()[name]
+            for name in ("questions", "summary")
+        )
+    assert summary.set_index("metric")["n"].to_dict() == {"acc": 3, "p_right": 2, "nll": 2}
     # Numbers are those of rows, whatever a row of a hub calls its question.
     assert found.question_id.tolist() == [0, 2] and found.correct.tolist() == [1, 0]
-    assert "1 questions of odd have no right answer among their choices" in caplog.text
+    assert "no choice of a question of odd is said to be right: 1 of them" in caplog.text
 
 
 def test_tasks_that_draw_as_they_are_read_draw_alike_and_leave_the_callers_draws(official):

@@ -138,7 +138,7 @@ def test_prompts_that_generation_cuts_are_told(caplog):
     assert len(answers) == 4
     (record,) = [record for record in caplog.records if record.name == prefixes.__name__]
     assert record.message == (
-        "2 prompts of own are cut in front: the context is 12 tokens, answers included"
+        "prompts of own are cut in front, 2 of them: the context is 12 tokens, answers included"
     )
 
 

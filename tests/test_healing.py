@@ -1187,7 +1187,7 @@ def test_a_model_on_another_gpu_than_the_first_is_not_trained(monkeypatch):
             if is_refused
             else contextlib.nullcontext()
         ):
-            healing.check_settings(model, {})
+            heal(model, steps=1, method="full")
 
 
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path):

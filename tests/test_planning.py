@@ -341,6 +341,9 @@ def test_rounds_take_room_until_the_last_one(counted):
     assert (
         rounds[-1].seconds == pytest.approx(watched.seconds) and watched.seconds > at_four.seconds
     )
+    # From the second round on what is trained is no part of the loaded model.
+    held = [stages.WHOLE in cost.need.parts for cost in (once, *rounds)]
+    assert held == [False, False, True, True, True]
     assert once.kept > 0 and once.saved == 1.5 * once.kept
     assert [cost.kept for cost in rounds] == [0] * 4
     assert [cost.saved - once.saved for cost in rounds] == [turn * once.kept for turn in range(4)]

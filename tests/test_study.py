@@ -15,6 +15,7 @@ from tiny_model import make_study as study
 
 from pruning_utils import (
     data,
+    embedded,
     evaluation,
     healing,
     importance,
@@ -24,7 +25,15 @@ from pruning_utils import (
     surgery,
 )
 from pruning_utils.studies import scores, sets
-from pruning_utils.studies.study import FreshProcesses
+from pruning_utils.studies.study import FreshProcesses, can_recompute
+
+
+def test_a_second_model_that_is_not_installed_is_not_computed_anew(monkeypatch, caplog):
+    for is_installed in (True, False):
+        monkeypatch.setattr(embedded, "is_installed", lambda _, found=is_installed: found)
+        assert can_recompute("gemma-3-270m", True) == is_installed
+        assert not can_recompute("gemma-3-270m", False)
+    assert "gemma-3-270m is not installed: its tables are read" in caplog.text
 
 
 def point(layers: str, recipe: str = "", **more) -> dict:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import distributed
 import pytest
@@ -58,6 +58,22 @@ def test_a_sweep_on_two_processes_has_the_same_table(tmp_path, monkeypatch):
     reads = [name.split()[0] for name in os.listdir(compute.folder)]
     assert 1 <= len(reads) == len({*reads}) <= 2, "each process reads once, in both sweeps"
     assert str(os.getpid()) not in reads
+
+
+def test_futures_that_a_cluster_cancels_are_told(tmp_path):
+    """As where the connection to its scheduler is lost."""
+
+    class Lost(Executor):
+        def submit(self, *_):
+            future = Future()
+            future.cancel()
+            future.set_running_or_notify_cancel()
+            return future
+
+    with pytest.raises(RuntimeError, match="is the connection to the scheduler lost"):
+        results.sweep(
+            [{"n": 1}, {"n": 2}], dict, path=tmp_path / "t.csv", parameters={}, executor=Lost()
+        )
 
 
 def test_a_process_that_is_lost_costs_its_points_alone(tmp_path, monkeypatch):

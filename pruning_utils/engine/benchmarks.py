@@ -278,7 +278,7 @@ def load(name: str, num_fewshot: int, limit: int | None, shot_order: int) -> dic
     try:
         with hub.asked_or_cached():
             loaded = manager.load([own_name])
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"the data of lm-eval's task {own_name!r} could not be read from the hub: {error}"
         ) from error
@@ -384,8 +384,8 @@ def refuse_unaskable(scorer: Any, loaded: Mapping[str, dict]) -> None:
 
     Raises:
         ValueError: If a task has too few examples for its shots, runs code that the model writes,
-            shows images or sounds, generates more text than the context holds, or generates text
-            although the tokenizer has no token that ends one.
+            or shows images or sounds. Of tasks that generate text, if it is more than the context
+            holds, or the tokenizer has no token that ends one.
     """
     for asked, found in loaded.items():
         for name, task in found["tasks"].items():

@@ -42,7 +42,7 @@ UNREAD_ENDINGS = (
 )
 UNREAD = (
     *("generation_config.json", "trainer_state.json", "license", "license.txt", "notice"),
-    "pruning_utils.json",  # what surgery.save notes down
+    "pruning_utils.json",  # in which surgery.save notes what it wrote
 )
 REMEMBERED = "digests.json"
 # Smaller files are read each time: nothing is gained by remembering them.

@@ -183,9 +183,13 @@ def refuse_unknown_quantisation(settings: dict[str, Any]) -> None:
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
-    for part in (settings, settings.get("text_config") or {}):
-        form = part.get("quantization_config")
-        if isinstance(form, dict) and not AutoHfQuantizer.supports_quant_method(form):
+    for part in (settings, settings.get("text_config")):
+        form = part.get("quantization_config") if isinstance(part, dict) else None
+        if not isinstance(form, dict):
+            continue
+        # Older files of bitsandbytes say it in another way.
+        is_named = form.get("quant_method") or form.get("load_in_8bit") or form.get("load_in_4bit")
+        if not is_named or not AutoHfQuantizer.supports_quant_method(form):
             known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
             raise ValueError(
                 f"its quantization_config says quant_method = {form.get('quant_method')!r}, which "
@@ -353,8 +357,8 @@ def refuse_picture_needed(model: PreTrainedModel, device: torch.device) -> None:
 def refuse_what_gguf_cannot_tell(folder: str | os.PathLike) -> None:
     """Refuse a model that llama.cpp would read from its GGUF file as another one.
 
-    For these architectures it knows neither the kind of each layer nor the scale of attention, but
-    concludes them from the number of layers, and it takes the embedding for the head of all Gemmas.
+    For these architectures it concludes the kind of each layer and the scale of attention from the
+    number of layers. Of all Gemmas it takes the embedding for the head.
 
     Args:
         folder: Of a saved model.

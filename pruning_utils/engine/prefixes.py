@@ -204,9 +204,10 @@ def _warn_of_cut_prompts(scorer: Any, requests: list) -> None:
             cut[request.task_name] += 1
     for name, n_cut in cut.items():
         logger.warning(
-            "%d prompts of %s are cut in front: the context is %d tokens, answers included",
-            n_cut,
+            "prompts of %s are cut in front, %d of them: the context is %d tokens, answers "
+            "included",
             name,
+            n_cut,
             scorer.max_length,
         )
 

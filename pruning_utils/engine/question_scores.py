@@ -16,8 +16,8 @@ def scores(scorer: Any, task: Any, sample: dict) -> dict | None:
         sample: What lm-eval keeps of a question of it.
 
     Returns:
-        The scores by name. None for a task of another kind than multiple choice or one answer, for
-        one that judges by code of its own, as several of its answers may be right, and for a
+        The scores by name. None for a task of another kind than multiple choice or one answer. None
+        for one that judges by code of its own: several of its answers may be right. None for a
         question none of whose choices is said to be right.
 
     Raises:

@@ -71,8 +71,8 @@ READER_NAMES = {
     "dataset": "data",
     "verdict": "outcome",
 }
-# A word of a text, or a name of several words that begins as one of code does.
 PATH = re.compile(r"/\w")  # also the name of a model on a hub
+# A word of a text, or a name of several words that begins as one of code does.
 NAME = re.compile(r"deepest but last|[A-Za-z][\w+-]*")
 
 

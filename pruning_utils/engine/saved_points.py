@@ -373,7 +373,8 @@ def _spread(
                 break
             del waiting[future]
             yield future.result()
-        running = [future for future in waiting if not future.cancel()]
+        # A cluster cancels what it has lost.
+        running = [future for future in waiting if future.cancelled() or not future.cancel()]
         wait(running)
         yield from (future.result() for future in running if not _error_of(future))
         for future in running:
@@ -509,8 +510,8 @@ def _error_of(future: Future) -> BaseException | None:
 def _loss(error: BrokenExecutor, n_lost: int) -> BrokenExecutor:
     """The same error in other words: a process that is lost takes the others' points along."""
     return type(error)(
-        f"a process was lost, perhaps for want of memory, and with it {n_lost} points that ran or "
-        "waited then. Those that had ended are saved: ask again, with fewer workers"
+        "a process was lost, perhaps for want of memory, and with it all points that ran or waited "
+        f"then ({n_lost}). Those that had ended are saved: ask again, with fewer workers"
     )
 
 

@@ -211,8 +211,8 @@ def warn_of_unquantised(layers: nn.ModuleList, quantize: str) -> None:
             plain += 0 if is_stored else weight.numel()
     if plain >= 0.1 * (stored + plain):
         logger.warning(
-            "%.0f %% of the parameters of the decoder layers are not stored as %s: only those of "
-            "linear modules are, and experts that one weight holds together are none",
+            "%.0f %% of the parameters of the decoder layers are not stored as %s: only linear "
+            "modules are, not experts that share one weight",
             100 * plain / (stored + plain),
             quantize,
         )
@@ -245,17 +245,17 @@ def merged_into_copy(trained: nn.Module, model: nn.Module) -> nn.Module:
     return merged
 
 
-def is_feed_forward(layer: nn.Module, name: str) -> bool:
+def is_feed_forward(layers: nn.Module, name: str) -> bool:
     """Whether a module is outside the attention and other token mixers.
 
     Args:
-        layer: A decoder layer.
-        name: Of the module inside it.
+        layers: Decoder layers.
+        name: Of the module inside them.
     """
     parts = name.split(".")
     for place, part in enumerate(parts, start=1):
         if any(kind in part for kind in NOT_FEED_FORWARD):
-            owner = layer.get_submodule(".".join(parts[:place]))
+            owner = layers.get_submodule(".".join(parts[:place]))
             return part == "mixer" and bool(FEED_FORWARD.search(type(owner).__name__))
     return True
 

@@ -74,16 +74,17 @@ def here() -> Machine:
     Others, which notebooks may ask for by name, are probed on smaller matrices.
     """
     device = runtime.choose_device()
-    native = {torch.float32, runtime.resolve_dtype(runtime.AUTO, device)}
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    native = {kind for kind in kinds if runtime.multiplies_natively(kind, device)}
     with warnings.catch_warnings(action="ignore"):  # that a type is slow here is what is measured
         limits = {
             kind: efficiency.machine_limits(
                 dtype=runtime.dtype_name(kind), size=2048 if kind in native else 256, repeats=2
             )
-            for kind in (torch.float32, torch.bfloat16, torch.float16)
+            for kind in kinds
         }
     flops = {kind: float(found["flops_per_second"]) for kind, found in limits.items()}
-    read = max(float(found["bytes_per_second"]) for found in limits.values())
+    read = max(float(limits[kind]["bytes_per_second"]) for kind in native)
     share = SHARE if device.type == "cuda" else SHARE_HERE
     is_native = torch.bfloat16 in native
     return Machine(

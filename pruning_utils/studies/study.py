@@ -512,8 +512,11 @@ class Study:
     def _settings_of_rounds(self, point: Point, rounds: int, network: nn.Module) -> dict:
         """Settings of each round: of steps and of their warm-up it has its share."""
         settings = self._settings(point.recipe.stages[0], point.seed)
-        whole = healing.check_settings(network, settings)
-        return settings | {name: whole[name] // rounds for name in ("steps", "warmup_steps")}
+        steps, warmup_steps = settings["steps"] // rounds, settings.get("warmup_steps")
+        if warmup_steps is None:
+            whole = healing.check_settings(network, settings)
+            warmup_steps = whole["warmup_steps"] if steps > 1 else 0
+        return settings | {"steps": steps, "warmup_steps": warmup_steps // rounds}
 
     def _rounds_folder(self, point: Point) -> Path:
         """Of the trainings of a point in rounds, and of what was removed in them."""
@@ -931,8 +934,8 @@ def point_table(
 def can_recompute(model: str, recompute: bool) -> bool:
     """Whether a table is computed anew: if so asked, and its embedded model is installed.
 
-    That of a second model that is not is read as it is, and a warning says so: half of a notebook
-    would be computed before it is missed.
+    The table of a model that is not installed is read as it is, and a warning says so. Half of a
+    notebook would be computed before the model is missed.
 
     Args:
         model: As for :func:`study_table`.
