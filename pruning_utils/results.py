@@ -201,8 +201,8 @@ def sweep(
     seeds: list[dict] = []
     before = saved_points.seen(path)
     # Where nothing may be computed, a run that was stopped midway hides no finished table.
-    goes_on = saved_points.unfinished(folder) and not os.environ.get(NO_COMPUTE)
-    if not anew and not goes_on and path.exists():
+    computes = anew or (not os.environ.get(NO_COMPUTE) and saved_points.unfinished(folder))
+    if not computes and path.exists():
         record = records.checked_record(path, asked)
         if [entry["point"] for entry in record.get("points", [])] == points:
             if os.environ.get(PROVE):

@@ -11,7 +11,7 @@ import torch
 from tiny_model import embedded_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pruning_utils import efficiency, evaluation, healing, models, surgery
+from pruning_utils import efficiency, evaluation, healing, models, runtime, surgery
 from pruning_utils.planning import machines, rehearsal, stages
 from pruning_utils.studies import recipes, study
 
@@ -375,6 +375,9 @@ def test_a_plan_for_this_machine_says_its_hours_and_rates(counted, capsys):
     here = machines.here()
     assert (" GPU hours" in head) == (here.kind == "cuda") and " hours" in head
     assert rates.startswith(f"{here.name}: {here.share:.0%} of ") and "in float32" in rates
+    assert set(here.flops) == {torch.float32, torch.bfloat16, torch.float16}
+    assert here.auto() == runtime.resolve_dtype()
+    assert machines.memory_of(torch.device("cpu")) > 1e9
 
 
 def test_options_of_the_plan_need_it(capsys):

@@ -462,6 +462,18 @@ def test_differences_stand_below_levels_in_their_own_units(levels):
 ENDS_95, ENDS_90 = ("low", "high"), ("low_90", "high_90")
 
 
+def test_neighbours_of_a_measure_end_where_neither_is_cut():
+    def rows(panel: str, *values: float) -> pd.DataFrame:
+        ends = {"value": values, "high": [value + 0.5 for value in values]}
+        return pd.DataFrame({"panel": panel, "measure": "loss", **ends})
+
+    panels = [("far", rows("far", 1.0, 1.1, 1.2, 1.3, 90.0)), ("near", rows("near", 5.0, 5.5))]
+    none = pd.DataFrame(columns=["panel", "name", "value"])
+    far, near = importance_plots._upper_edges(panels, none)
+    assert far == near and 6.0 < near < 90.0
+    assert importance_plots._upper_edges(panels[1:], none) == [np.inf]
+
+
 def test_profiles_are_over_the_median_and_end_at_twice_our_largest():
     ours = pd.DataFrame({"model": "ours", "layer": [1, 0, 2], "score": [2.0, 100, 2]})
     theirs = pd.DataFrame({"model": "theirs", "layer": [0, 1, 2], "score": [np.inf, 3, 6]})
@@ -610,6 +622,11 @@ def test_rate_panels_name_what_lies_above_them():
     assert [(text.get_text(), text.xy) for text in axis.texts] == [("12.0 \u2192", (3e-2, top))]
     (same,) = healing_plots.rate_panels(alike_labels(table)).axes
     assert same.lines[1].get_xydata().tolist() == [[3e-3, 4]]
+    # A run that failed draws no mark, and moves none.
+    failed = table[-1:].assign(series="DoRA", loss=np.nan)
+    (beside,) = healing_plots.rate_panels(pd.concat([table, failed])).axes
+    assert beside.get_ylim() == axis.get_ylim() and not len(beside.lines[3].get_xdata())
+    assert [text.get_text() for text in beside.texts] == ["12.0 \u2192"]
     further = pd.concat([table, table[-1:].assign(series="QLoRA", loss=20.04)])
     (axis,) = healing_plots.rate_panels(further).axes
     assert [text.get_text() for text in axis.texts] == ["12.0 to 20.0 \u2192"]

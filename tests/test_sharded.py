@@ -153,6 +153,13 @@ def test_gradients_of_all_weights_do_not_wait_whole_on_each_device(
     assert asked == [not waits] * (len(asked) - 1) + [True] and len(asked) == 4
 
 
+def test_a_model_on_a_device_is_refused(loaded, team, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(type(model), "device", torch.device("cuda:1"))
+    with pytest.raises(ValueError, match="must be on the CPU, .* got cuda:1: load it with device"):
+        sharded.heal(model, tokenizer, WINDOWS, **SETTINGS)
+
+
 def test_one_process_is_told_to_use_the_plain_function(loaded):
     with pytest.raises(ValueError, match=r"accelerate launch starts; in one process healing\.heal"):
         sharded.heal(*loaded, WINDOWS, **SETTINGS)

@@ -124,6 +124,15 @@ def test_a_lost_worker_of_a_cluster_costs_its_point_alone(cluster, tmp_path, mon
         assert len(processes) <= 1 + (processes[0] == lost) and processes.count(lost) <= 1
 
 
+def test_a_connection_that_was_lost_is_made_anew(cluster, monkeypatch):
+    monkeypatch.setenv(workers.VARIABLE, cluster.scheduler_address)
+    first = workers.asked_for()
+    assert first.is_joined() and workers.asked_for() is first
+    first.close()
+    again = workers.asked_for()
+    assert again is not first and again.is_joined()
+
+
 def test_a_cluster_computes_anew_what_it_computed_before(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv(workers.VARIABLE, cluster.scheduler_address)
     compute = Counted(tmp_path / "reads")
