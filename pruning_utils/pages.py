@@ -33,8 +33,8 @@ DIFFERENCES = (
     "higher."
 )
 RATIOS = (
-    "A ratio of times divides that of what a part names first by that of what it is compared with, "
-    "else by that of the unpruned model: below 1, it is faster."
+    "A ratio divides the time of what a part names first by that of what it is compared with, else "
+    "of the unpruned model. Below 1 it is faster."
 )
 LATER = (
     f"{verdict_rows.MARK} Not named beforehand: the part was added later, or its models were "

@@ -40,8 +40,8 @@ def interval_grid(
         tables: A row of panels each. Columns ``panel`` (its title), ``name`` and ``value``, and
             where they are needed ``group`` (a heading over its names), ``series`` (what the mark
             stands for; without one it is another mark), ``low`` and ``high`` (thin bars),
-            ``low_90`` and ``high_90`` (thick bars), ``runs`` (a list of values, drawn as ticks) and
-            ``is_void``. NaN draws no bar.
+            ``low_90`` and ``high_90`` (thick bars), ``runs`` (a list of values, drawn as ticks, but
+            beside an arrow at the edge) and ``is_void``. NaN draws no bar.
         references: Columns ``panel``, ``name`` (of ``LEVEL_LINES``) and ``value``: thin
             lines, named in the legend.
         margins: By panel, half the width of a grey band around 0, where a thin line stands too.
@@ -162,9 +162,9 @@ def _draw_interval(axis: Axes, row: Any, place: float, marker: str, *, is_filled
     low, high = axis.get_xlim()
     axis.hlines(place, row.low, row.high, color=colour, linewidth=0.8)
     axis.hlines(place, row.low_90, row.high_90, color=colour, linewidth=2.4)
-    if isinstance(row.runs, list):
-        axis.plot(row.runs, np.full(len(row.runs), place), "|", color=colour, markersize=4)
     is_beyond = not low <= row.value <= high
+    if isinstance(row.runs, list) and not is_beyond:  # an arrow would hide some of its ticks
+        axis.plot(row.runs, np.full(len(row.runs), place), "|", color=colour, markersize=4)
     if is_beyond:
         marker = ">" if row.value > high else "<"
         axis.annotate(

@@ -136,7 +136,7 @@ def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
         counts = verdict_rows.listed(
             [f"{number} of {claim}" for claim, number in untestable.items()]
         )
-        legend.insert(0, f"Parts that are not testable here: {counts}. The notebooks say why.\n")
+        legend.insert(0, f"Not testable here: {counts}. The notebooks say why.\n")
     table = lines if len(lines) > 2 else []
     return "\n".join([*table, "", *legend]).strip("\n")
 

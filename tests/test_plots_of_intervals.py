@@ -15,7 +15,7 @@ ROWS = pd.DataFrame(
         "value": [4.0, 5.0, 4.5, 1.0, 40.0],
         "low": [np.nan, np.nan, np.nan, 0.5, -9.0],
         "high": [np.nan, np.nan, np.nan, 1.5, 90.0],
-        "runs": [[3.9, 4.1], None, None, None, None],
+        "runs": [[3.9, 4.1], None, None, None, [1.5, 80.0]],
         "is_void": [False, False, False, False, True],
     }
 )
@@ -52,6 +52,7 @@ def test_marks_stand_at_their_values_and_a_void_one_beyond_is_an_arrow_at_the_ed
     low, high = right.get_xlim()
     assert (low, high) == (pytest.approx(0.43), pytest.approx(1.57)), "without the void row"
     assert points(right) == [(1.0, 3, "d"), (high, 1, ">")], "neither of the series"
+    assert not [line for line in right.lines if line.get_marker() == "|"], "none under the arrow"
     (beyond,) = right.texts
     assert beyond.get_text() == "40" and beyond.xy == (high, 1)
     assert beyond.xyann[1] == 0 and beyond.get_va() == "center", "on the row of its arrow"

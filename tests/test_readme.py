@@ -115,7 +115,7 @@ def test_parts_that_no_model_can_test_are_counted():
     rows.append(verdict("smollm2-135m", "A6", "ranks", "not testable here", 1.0))
     text = claims.section(pd.DataFrame(rows), CLAIMS)
     assert text.count(",\u00a0[04]") == 1 and "| unhealed<br>" in text
-    assert "\n\nParts that are not testable here: 2 of A5 and 1 of A6. The notebooks say" in text
+    assert "\n\nNot testable here: 2 of A5 and 1 of A6. The notebooks say" in text
     rows[0]["reason"] = "a level is not surely above the floor"
     text = claims.section(pd.DataFrame(rows), CLAIMS)
     told = "In 2 healing was too short. In 1 a level is not surely above its floor."
