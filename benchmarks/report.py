@@ -61,7 +61,7 @@ STAGES = {
 }
 # Sizes for --quick, and otherwise.
 SIZES = {
-    True: {"windows": 2, "seq_len": 16, "questions": 2, "new_tokens": 3, "rounds": 2},
+    True: {"windows": 2, "seq_len": 16, "questions": 2, "new_tokens": 3, "rounds": 1},
     False: {"windows": 8, "seq_len": 256, "questions": 12, "new_tokens": 32, "rounds": 5},
 }
 # MMLU is 57 tasks, which take seconds to make.
@@ -194,7 +194,7 @@ class Bench:
         self.quick, self.sizes, self.rounds = quick, SIZES[quick], SIZES[quick]["rounds"]
         self.model, self.tokenizer = models.load_model(name, dtype=DTYPE)
         self.config = self.model.config
-        self.limits = efficiency.machine_limits(dtype=DTYPE)
+        self.limits = efficiency.machine_limits(dtype=DTYPE, **({"size": 256} if quick else {}))
         self.n_layers = len(models.decoder_layers(self.model))
         self.rows: list[dict] = []
         self.growth: list[dict] = []
@@ -338,7 +338,7 @@ class Bench:
         found = {}
         for size, ways in ways_of.items():
             with torch.set_grad_enabled(is_training):
-                found[size] = timed(ways, 2).min()
+                found[size] = timed(ways, 1 if self.quick else 2).min()
         row = {"stage": stage, "along": along, "sizes": " ".join(map(str, found))}
         for way in (OURS, NAIVE):
             row[f"{way}_slope"] = slope(found, [seconds[way] for seconds in found.values()])

@@ -233,12 +233,7 @@ def short_texts(chosen: list[Job], reference: Path) -> list[str]:
         chosen: Jobs as the profile has them, not divided.
         reference: Folder of the models' configurations.
     """
-    known = AutoTokenizer.from_pretrained(models.resolve(models.EMBEDDED, None))
-    lengths = {}
-    for source in {source for source, split in data.EMBEDDED_SPLITS if split == "evaluation"}:
-        texts = data.documents(source, "evaluation")
-        ids = known(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        lengths[source] = [len(some) for some in ids]
+    lengths = _embedded_lengths()
     faults = []
     for job in chosen:
         for source, least, count in documents_of(job, reference):
@@ -249,6 +244,18 @@ def short_texts(chosen: list[Job], reference: Path) -> list[str]:
                     f"there are {there}"
                 )
     return list(dict.fromkeys(faults))
+
+
+@functools.cache
+def _embedded_lengths() -> dict[str, list[int]]:
+    """Tokens of each document of the embedded evaluation texts."""
+    known = AutoTokenizer.from_pretrained(models.resolve(models.EMBEDDED, None))
+    lengths = {}
+    for source in {source for source, split in data.EMBEDDED_SPLITS if split == "evaluation"}:
+        texts = data.documents(source, "evaluation")
+        ids = known(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        lengths[source] = [len(some) for some in ids]
+    return lengths
 
 
 def documents_of(job: Job, reference: Path) -> Iterator[tuple[str, int, int]]:

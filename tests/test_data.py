@@ -24,11 +24,6 @@ KEPT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def few_documents_at_once() -> None:
-    """Here as many are turned into tokens as for a user, unlike in other tests."""
-
-
 def raw_rows(name: str) -> list[dict]:
     return [
         json.loads(line)
@@ -578,7 +573,12 @@ def test_windows_refuse_texts_of_another_purpose():
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """Add a corpus that lies in a local directory, as the hub serves it: one file a split."""
+    """Add a corpus that lies in a local directory, as the hub serves it: one file a split.
+
+    Of what is evaluated on, twenty documents are compared with it.
+    """
+    few = data.documents("xsum", "evaluation")[:20]
+    monkeypatch.setattr(data, "evaluation_texts", lambda: few)
     data._hub_documents.cache_clear()
 
     def add(form: str, rows: list[dict]):

@@ -222,6 +222,8 @@ def test_two_definitions_of_one_name_are_not_taken_for_each_other(tmp_path):
         ),
         ("from pkg.tools import *\ndef f():\n    return double(1)\n", r"imports \* from tools"),
         ("def f(n):\n    return globals()[n]\n", "uses globals in line 2"),
+        ("def f(n):\n    exec(n)\n", "uses exec in line 2"),
+        ("def f(n):\n    return __import__(n)\n", "uses __import__ in line 2"),
         ("def f(n):\n    return eval(n)\n", "uses eval"),
         (
             "import importlib\ndef f(n):\n    return importlib.import_module(n)\n",

@@ -854,11 +854,6 @@ def test_the_notebooks_mappings_are_settings_or_have_keys_that_the_user_chooses(
     }
 
 
-@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "profiles").iterdir()))
-def test_committed_profiles_fit_the_notebooks(profile):
-    assert len(jobs.plan(ROOT, profile, [], {}, False)) == len(jobs.notebook_paths(ROOT))
-
-
 # --- executed copies ------------------------------------------------------------------------------
 
 
@@ -1612,18 +1607,6 @@ def stop_when(condition, number: signal.Signals, *command) -> tuple[int, str, st
             signal.SIGTERM,
             "the same command without --recompute goes on where it was",
         ),
-        (
-            "--profile smoke --recompute --output OUT",
-            signal.SIGINT,
-            "finished tables and points are kept under OUT/results, the same command without "
-            "--recompute goes on where it was; tables that were not begun keep their old numbers",
-        ),
-        (
-            "--profile smoke --output OUT",
-            signal.SIGTERM,
-            "finished tables and points are kept under OUT/results, "
-            "the same command goes on where it was",
-        ),
         ("--figures", signal.SIGINT, "figures drawn so far stay, the same command redraws all"),
     ],
 )
@@ -1631,8 +1614,7 @@ def test_a_signal_stops_the_kernels_and_says_how_to_go_on(
     project, tmp_path, monkeypatch, capfd, words, number, says
 ):
     write_notebook(project / "notebooks" / "01_second.ipynb", WAITS)
-    pids, out = tmp_path / "pids", tmp_path / "out"
-    words = words.replace("OUT", str(out)).split()
+    pids, words = tmp_path / "pids", words.split()
     monkeypatch.setenv("PIDS", str(pids))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
 
@@ -1644,7 +1626,7 @@ def test_a_signal_stops_the_kernels_and_says_how_to_go_on(
     )
     assert (code, error.replace("progress\n", "")) == (
         130,
-        f"\nstopped in 01_second; {says}\n".replace("OUT", str(out)),
+        f"\nstopped in 01_second; {says}\n",
     )
     assert "Traceback" not in said
     for pid in pids.read_text().split():
@@ -1655,6 +1637,31 @@ def test_a_signal_stops_the_kernels_and_says_how_to_go_on(
         assert drive(project, *words) == 0
         assert "[1/2] 00_first ... finished before\n[2/2] 01_second ... " in capfd.readouterr().out
         assert not (project / "regressed").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--plan", "a plan keeps nothing, the same command begins anew"),
+        (
+            "--profile smoke",
+            "finished tables and points are kept under kept/results, the same command begins anew",
+        ),
+        (
+            "--profile smoke --output kept",
+            "finished tables and points are kept under kept/results, "
+            "the same command goes on where it was",
+        ),
+        (
+            "--profile cpu --recompute",
+            "finished tables and points are kept under kept/results, the same command without "
+            "--recompute goes on where it was; tables that were not begun keep their old numbers",
+        ),
+    ],
+)
+def test_a_stop_says_what_is_left(words, says):
+    options = run_notebooks.parsed(words.split())
+    assert run_notebooks.after_stop(options, Path("kept")) == says
 
 
 def test_a_signal_while_the_driver_is_imported_ends_it_at_once():

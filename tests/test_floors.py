@@ -23,7 +23,7 @@ def test_names_of_tasks_agree():
     assert set(evaluation.GUESSES) < set(evaluation.TASKS)
 
 
-def test_tasks_with_a_score_by_character_are_those_of_lm_eval():
+def test_scores_by_character_are_lm_evals_and_a_guess_is_one_over_the_number_of_choices():
     loaded = evaluation.load_tasks(list(evaluation.GUESSES), limit=57)
     by_character = {
         name
@@ -31,10 +31,6 @@ def test_tasks_with_a_score_by_character_are_those_of_lm_eval():
         if all("acc_norm" in task.aggregation() for task in found["tasks"].values())
     }
     assert by_character == set(evaluation.BY_CHARACTER) & set(evaluation.GUESSES)
-
-
-def test_a_guess_is_one_over_the_number_of_choices():
-    loaded = evaluation.load_tasks(list(evaluation.GUESSES), limit=57)
     for name, guess in evaluation.GUESSES.items():
         choices = [
             len(task.doc_to_choice(question))

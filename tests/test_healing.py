@@ -875,6 +875,9 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(finished, damage, monke
         (last / "complete.json").unlink()
     else:
         (last / "complete.json").write_text((last / "complete.json").read_text()[:40])
+    assert not trainer.is_whole(last)
+    if damage not in ("other bytes", "no seal"):
+        return  # what is not whole is all alike from here on
     steps, again = steps_again(monkeypatch, settings)
     assert steps == 2, "from checkpoint-6 on"
     assert same(bits(again.model), bits(expected.model)) and again.history.equals(expected.history)

@@ -37,9 +37,23 @@ def test_a_hub_that_listens_is_left_to_the_libraries(silent, monkeypatch):
             assert not is_offline_mode()
 
 
-def test_behind_a_proxy_nothing_is_tried(silent, monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
+@pytest.mark.parametrize("name", hub.PROXIES)
+def test_behind_a_proxy_nothing_is_tried(name, silent, monkeypatch):
+    monkeypatch.setenv(name, "http://proxy.invalid:3128")
     assert hub.answers(silent)
+
+
+@pytest.mark.parametrize(("address", "port"), [("https://hub.invalid", 443), ("http://h:8", 8)])
+def test_a_hub_is_asked_at_its_port_for_a_few_seconds(address, port, silent, monkeypatch):
+    asked = []
+
+    def refused(place, timeout):
+        asked.append((place[1], timeout))
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", refused)
+    assert not hub.answers(address)
+    assert asked == [(port, hub.SECONDS)]
 
 
 def test_models_tasks_and_texts_are_refused_without_retries(silent, monkeypatch):

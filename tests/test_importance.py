@@ -89,7 +89,7 @@ def test_taylor_equals_the_plain_way_whatever_the_batch(model):
     assert len(set(expected)) == N_LAYERS
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     grads = [weight.requires_grad for weight in model.parameters()]
-    for batch_size in (None, 1, 2, 5, 64):
+    for batch_size in (None, 1, 3):  # of four windows
         assert importance.taylor(model, ids, batch_size=batch_size) == pytest.approx(
             expected, rel=1e-3
         ), batch_size
@@ -199,7 +199,7 @@ def test_one_sweep_equals_removal_layer_by_layer(model):
         assert found == pytest.approx(expected, rel=1e-4), batch_size
 
 
-@pytest.mark.parametrize("block_size", [2, 3, N_LAYERS - 1])
+@pytest.mark.parametrize("block_size", [3, N_LAYERS - 1])
 def test_blocks_are_skipped_in_one_sweep(block_size):
     for name in ("llama", "bloom"):
         model, ids = ARCHITECTURES[name](), windows()

@@ -47,14 +47,6 @@ def test_what_stands_for_a_module_has_what_the_module_has(name, attribute):
         _ = found.no_such
 
 
-def test_intervals_and_figures_wait_for_what_few_of_them_need():
-    said = child(
-        "import sys; from pruning_utils import evidence, plots;"
-        "print([name for name in ('scipy.stats', 'seaborn', 'torch') if name in sys.modules])"
-    )
-    assert said.strip() == "[]"
-
-
 def test_what_is_replaced_is_replaced_for_all(monkeypatch):
     own = the_torch.is_storage
     monkeypatch.setattr(later.torch, "is_storage", "another")
@@ -76,30 +68,18 @@ def test_a_tensor_is_one_of_torchs():
     assert checks.real_numbers("x", the_torch.ones(2)).tolist() == [1, 1]
 
 
-def test_modules_that_need_torch_at_their_top_wait():
+def test_nothing_that_takes_seconds_is_imported_before_it_is_used():
+    """Intervals and figures, a notebook's beginning, and modules that need torch at their top."""
     assert child(
+        "from pruning_utils import evidence, plots",
+        "print([name for name in ('scipy.stats', 'seaborn', 'torch') if name in sys.modules])",
+        "from pruning_utils import healing, importance, pages, runtime",
         "from pruning_utils.engine import head_losses, precisions",
-        "from pruning_utils import healing, importance, runtime",
-        "names = {'torch', 'pruning_utils.engine.precisions', 'pruning_utils.engine.head_losses'}",
-        "print(sorted(names & {*sys.modules}))",
-        "runtime.resolve_dtype('float32')",
-        "print(sorted(names & {*sys.modules}))",
-        "print(head_losses.TOKENS_AT_ONCE)",
-        "head_losses.TOKENS_AT_ONCE = 7",
-        "from pruning_utils.engine import head_losses as now",
-        "print(now is sys.modules['pruning_utils.engine.head_losses'], now.TOKENS_AT_ONCE)",
-    ).splitlines() == ["[]", "['pruning_utils.engine.precisions', 'torch']", "128", "True 7"]
-    with pytest.raises(AttributeError, match="no attribute 'no_such'"):
-        _ = engine.no_such
-
-
-def test_what_a_notebook_asks_of_torch_is_done_when_torch_is_first_used():
-    assert child(
-        "from pruning_utils import pages, runtime",
         "from pruning_utils.engine.later import nn",
         "pages.begin(5)",
         "pages.begin(3)",
-        "print('torch' in sys.modules, 'transformers' in sys.modules)",
+        "names = {'torch', 'pruning_utils.engine.precisions', 'pruning_utils.engine.head_losses'}",
+        "print(sorted(names & {*sys.modules}), 'transformers' in sys.modules)",
         "weight = nn.Linear(2, 2).weight",
         "import torch",
         "print(torch.initial_seed(), torch.are_deterministic_algorithms_enabled())",
@@ -107,7 +87,24 @@ def test_what_a_notebook_asks_of_torch_is_done_when_torch_is_first_used():
         "print(torch.equal(weight, torch.nn.Linear(2, 2).weight))",
         "pages.begin(4)",
         "print(torch.initial_seed())",
-    ).splitlines() == ["False False", "3 True", "True", "4"]
+        "runtime.resolve_dtype('float32')",
+        "print(sorted(names & {*sys.modules}))",
+        "print(head_losses.TOKENS_AT_ONCE)",
+        "head_losses.TOKENS_AT_ONCE = 7",
+        "from pruning_utils.engine import head_losses as now",
+        "print(now is sys.modules['pruning_utils.engine.head_losses'], now.TOKENS_AT_ONCE)",
+    ).splitlines() == [
+        "[]",
+        "[] False",
+        "3 True",
+        "True",
+        "4",
+        "['pruning_utils.engine.precisions', 'torch']",
+        "128",
+        "True 7",
+    ]
+    with pytest.raises(AttributeError, match="no attribute 'no_such'"):
+        _ = engine.no_such
 
 
 def test_what_waits_is_done_once(monkeypatch):

@@ -1,5 +1,6 @@
 """Peak memory of a model in use: of its own shape and of its own process alone."""
 
+import concurrent.futures
 import functools
 
 import pytest
@@ -19,8 +20,16 @@ def point(layers: str = "", width: str = "", **given) -> dict:
 @pytest.mark.parametrize(
     "layers, width, own_process", [("", "", False), ("1 3", "", True), ("", "15 1", False)]
 )
-def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny):
+def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny, monkeypatch):
+    started = []
+
+    def one_thread():
+        started.append(True)
+        return concurrent.futures.ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(costs, "FreshProcesses", one_thread)
     found = costs.measure_memory(point(layers, width), model=tiny, own_process=own_process, **RUN)
+    assert started == [True] * own_process
     network, _ = models.load_model(tiny, dtype="float32")
     network = (
         study.narrowed(network, map(int, width.split()))

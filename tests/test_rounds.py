@@ -119,25 +119,26 @@ def test_removed_layers_have_a_table_of_their_own(tiny, tmp_path, monkeypatch):
 
 
 def test_a_killed_point_goes_on_with_the_rounds_that_are_trained(tiny, tmp_path, monkeypatch):
-    first = study(tiny, tmp_path / "whole", [point()])(point())
-    killed = study(tiny, tmp_path / "killed", [point()])
+    asked = point("block influence")
+    first = study(tiny, tmp_path / "whole", [asked])(asked)
+    killed = study(tiny, tmp_path / "killed", [asked])
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(evaluation, "token_losses", Mock(side_effect=KeyboardInterrupt))
-        killed(point())
+        killed(asked)
     (last,) = tmp_path.glob("killed/rounds-*/trained/round-2")
     shutil.rmtree(last)
     steps, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(
         torch.optim.AdamW, "step", lambda *given, **named: (steps.append(0), step(*given, **named))
     )
-    again = study(tiny, tmp_path / "killed", [point()])(point())
+    again = study(tiny, tmp_path / "killed", [asked])(asked)
     pd.testing.assert_frame_equal(pd.DataFrame(first), pd.DataFrame(again))
     assert len(steps) == 2, "the steps of one round of two"
 
 
 @pytest.mark.parametrize("recipe", ["lora 0.01 4", "last_layers 0.01 4 last_k=1"])
 def test_models_of_rounds_go_once_they_are_measured(recipe, tiny, tmp_path, monkeypatch):
-    asked = point(recipe=recipe)
+    asked = point("block influence", recipe=recipe)
     killed = tmp_path.joinpath("ended", "round-1")
     monkeypatch.setattr(Study, "_rounds_folder", lambda *_: tmp_path)
     killed.mkdir(parents=True)  # as a process leaves it that was killed while it deleted

@@ -45,6 +45,8 @@ def test_a_narrowed_model_equals_the_steps_one_by_one(recipe, tiny, tmp_path):
 
 def test_a_width_is_scored_once_for_points_in_a_row(tiny, tmp_path, monkeypatch):
     calls, own = [], importance.taylor
+    few = {"n_samples": 2, "seq_len": 16}  # of eight scorings
+    monkeypatch.setattr("pruning_utils.studies.study.CALIBRATION", few)
     monkeypatch.setattr(
         importance, "taylor", lambda *given, **named: calls.append(1) or own(*given, **named)
     )

@@ -422,7 +422,7 @@ def test_healing_the_head_keeps_to_the_goal(tiny, tmp_path, here):
 
 
 @pytest.mark.slow
-def test_a_model_is_made_that_plain_transformers_loads(tiny, tmp_path, monkeypatch):
+def test_a_model_is_made_that_plain_transformers_loads(tiny, tmp_path, here, monkeypatch):
     monkeypatch.setattr(whole, "MOST_STEPS", 4)
     out = tmp_path / "small"
     made = whole.shrink(order(tiny, minutes=2.0), out)
@@ -435,6 +435,7 @@ def test_a_model_is_made_that_plain_transformers_loads(tiny, tmp_path, monkeypat
     assert plan["parameters"][1] == sum(weight.numel() for weight in model.parameters())
     card, page = (out / "README.md").read_text(), (out / "report.html").read_text()
     assert f"# tiny-llama without 2 of its {N_LAYERS} layers" in card and "nan" not in card
+    assert "Trained: lora, 4 steps of " in card and "BoolQ and QuAC passages" in card
     assert tiny not in card + page, "no path of this machine"
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
     record = json.loads((out / "shrink.json").read_text())
@@ -669,7 +670,7 @@ def test_the_layers_that_are_left_are_trained(tiny, tmp_path, here):
 def test_a_text_that_is_not_there_is_told_before_the_scan(tiny, monkeypatch):
     monkeypatch.setattr(plans, "choose", lambda *given: pytest.fail("scanned"))
     monkeypatch.setattr(whole, "BATCH_SIZE", 10_000)
-    for asked in ({"healing_text": "typo"}, {"steps": 900}):
+    for asked in ({"healing_text": "typo"}, {"healing_text": "quac", "steps": 900}):
         with pytest.raises(ValueError, match="typo|windows of text; ask for fewer"):
             whole.planned(order(tiny, **asked))
 
@@ -760,7 +761,7 @@ def test_text_that_does_not_suffice_is_refused_with_the_plan(tiny, tmp_path, her
             whole.shrink(order(tiny, steps=1), tmp_path / "small")
     monkeypatch.setattr(whole, "_steps", lambda *given: (10**5, 1.0))
     with pytest.raises(ValueError, match="100000 steps of healing need 400000 windows .*--steps"):
-        whole.shrink(order(tiny), tmp_path / "small")
+        whole.shrink(order(tiny, healing_text="quac"), tmp_path / "small")
     assert here == 3 * ["plan"] and not list(tmp_path.iterdir()), "all can be asked again"
 
 
@@ -832,6 +833,7 @@ def test_numbers_of_the_command_line():
 def test_a_plan_is_printed_and_nothing_is_made(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["shrink", tiny, "--keep", "60%", "--recipe", "none", "--plan", "--dtype", "float32"]
+    words += ["--documents", "4", "--questions", "5", "--tasks", "openbookqa", "piqa"]
     assert command.main([*words, "--rule", "reverse order"]) == 0
     printed = capsys.readouterr().out
     assert "2 of 5 layers go" in printed and "layers 3-4, by the rule 'reverse order'" in printed
@@ -839,7 +841,7 @@ def test_a_plan_is_printed_and_nothing_is_made(tiny, tmp_path, capsys, monkeypat
     assert "repetition at most 0.2 higher" in printed
     assert re.search(r"measuring both models: about [\d.]+ minutes here\n", printed)
     assert re.search(r"weights [\d,]+ MB -> [\d,]+ MB in float32, as they are saved", printed)
-    assert "48 documents of xsum, and 100 questions each of arc_easy, hellaswag" in printed
+    assert "4 documents of xsum, and 5 questions each of openbookqa, piqa" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -987,6 +989,8 @@ def test_every_option_reaches_the_order(tiny):
         device="cpu",
         seed=6,
     )
+    plain = command.parser().parse_args(["shrink", tiny, "--out", "a", "--keep", "60%"])
+    assert command.order_of(plain).measured == Measured()
 
 
 def test_the_page_shows_text_as_text():

@@ -31,6 +31,13 @@ from pruning_utils.models import decoder_layers
 
 # Not contiguous; the first layer, the last layer; and one layer, so that every other one moves or
 # stays.
+# Nothing in their configurations is of a layer: test_every_architecture cuts and saves them too,
+# and llama, gpt2 and mamba stand for them here.
+PLAIN = {
+    *("arcee", "bloom", "codegen", "cohere", "falcon", "falcon_mamba", "gemma", "glm4"),
+    *("gpt_bigcode", "gpt_neox", "gptj", "granite", "mistral", "mpt", "nemotron", "olmo2"),
+    *("olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "stablelm", "starcoder2", "xglm"),
+}
 DROPS = {name: [(0, 3, 4), (2, 5, 7)] for name in ARCHITECTURES} | {
     "gemma4_text": [(0, 3, 4), (2, 5)],  # its last layer is of full attention by rule
     "jamba": [(0, 1, 2, 3), (6, 7)],  # its kinds of layers come in periods
@@ -112,7 +119,7 @@ def _n_parameters(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - PLAIN))
 def test_a_cut_model_computes_what_skipping_computes(name):
     original = _original(name)
     untouched = _logits(original)
@@ -138,7 +145,7 @@ def test_a_cut_model_computes_what_skipping_computes(name):
             assert set(indices.values()) <= {number}, indices
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - PLAIN))
 def test_a_saved_cut_loads_plainly_and_is_the_same(name, tmp_path):
     model = _dropped(name, DROPS[name][1])
     path = surgery.save(model, None, tmp_path / "model")
