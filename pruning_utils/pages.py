@@ -158,7 +158,9 @@ def _verdict_lines(rows: pd.DataFrame) -> list[str]:
         f"| --- | --- | --- |{' --- |' * len(models)}",
     ]
     parts = ["claim", "part", "measure", "data"]
-    for (claim, part, measure, data), found in rows.groupby(parts, sort=False):
+    # A part that a model was asked twice, at two depths say, has a row for each time.
+    turn = rows.groupby([*parts, "model"]).cumcount()
+    for (claim, part, measure, data, _), found in rows.groupby([*parts, turn], sort=False):
         said = {row.model: _said(row) for row in found.itertuples()}
         cells = [said.get(model, "not asked") for model in models]
         lines.append(f"| {claim} | {part} | {measure}, {data} | {' | '.join(cells)} |")

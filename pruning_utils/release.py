@@ -137,13 +137,14 @@ def model_card(
         tags=["layer-pruning", "depth-pruning"],
     )
     left = n_layers - len(layers)
+    stay = f"{left} {'is' if left == 1 else 'are'}"
     return f"""---
 {header.to_yaml()}
 ---
 
 # {_shown(base)} without {len(layers)} of its {n_layers} layers
 
-* Removed: layers {_shown(", ".join(map(str, layers)))}, counted from 0; {left} are left, \
+* Removed: layers {_shown(", ".join(map(str, layers)))}, counted from 0; {stay} left, \
 {parameters:,} parameters in all.
 * Trained: {_shown(recipe)}.
 * On: {_shown(text)}.

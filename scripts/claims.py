@@ -122,7 +122,10 @@ def _table(rows: pd.DataFrame, claims: pd.DataFrame) -> str:
     ]
     untestable: dict[str, int] = {}
     keys = ["claim", "notebook", "part", "measure", "data", "recipe"]
-    for (claim, notebook, part, measure, data, _), found in rows.groupby(keys, sort=False):
+    turn = rows.groupby([*keys, "model"]).cumcount()  # a part may be asked at two depths
+    for (claim, notebook, part, measure, data, *_), found in rows.groupby(
+        [*keys, turn], sort=False
+    ):
         if (found["verdict"] == verdict_rows.UNTESTABLE).all():
             untestable[claim] = untestable.get(claim, 0) + 1
             continue

@@ -105,8 +105,9 @@ def test_strata_count_alike_whatever_their_size():
 @pytest.mark.parametrize(
     "values, strata, message",
     [
-        ([1.0], None, r"at least 2 observations without NaN, got shape \(1,\)"),
-        ([[1.0, np.nan], [1, 2]], None, r"at least 2 observations .* \(2, 2\)"),
+        ([1.0], None, r"at least 2 finite observations, got shape \(1,\)"),
+        ([[1.0, np.nan], [1, 2]], None, r"at least 2 finite observations, got shape \(2, 2\)"),
+        ([1.0, np.inf, 2.0], None, r"at least 2 finite observations, got shape \(3,\)"),
         (np.zeros((2, 2, 2)), None, r"got shape \(2, 2, 2\)"),
         ([1.0, 2, 3], ["a", "a"], r"3 items need a stratum each, got shape \(2,\)"),
         ([1.0, 2, 3], ["a", "a", "b"], "stratum .*b.* has 1 item"),
@@ -286,7 +287,7 @@ def test_a_statistic_that_some_resamples_lack_has_no_ends():
 @pytest.mark.parametrize("observations", [[], [1.0], 3.0, [1.0, np.nan]])
 def test_too_little_to_say(observations):
     for interval in (mean_interval, lambda values: statistic_interval(values, lambda m: m)):
-        with pytest.raises(ValueError, match="at least 2 observations"):
+        with pytest.raises(ValueError, match="at least 2 finite observations"):
             interval(observations)
 
 
@@ -340,7 +341,7 @@ def test_groups_have_the_intervals_of_their_means():
     for row, size in zip(found.itertuples(), (300, 200), strict=True):
         alone = mean_interval(table[table["task"] == row.task]["score"])
         assert (row.value, row.low, row.high, row.n) == (*alone, size)
-    with pytest.raises(ValueError, match="'a'.*: .*at least 2 observations without NaN, got"):
+    with pytest.raises(ValueError, match="'a'.*: .*at least 2 finite observations, got"):
         evidence.group_intervals(
             pd.DataFrame({"task": ["a", "a"], "score": [1, np.nan]}), ["task"], "score"
         )
@@ -649,7 +650,7 @@ def test_detectable_is_found_in_80_percent_of_cases(pairs):
         ({"a": [1.0, 2]}, {"margin": 0}, "margin must be above 0, got 0"),
         ({"a": [1.0, 2]}, {}, "margin or effect must be given"),
         ({"a": [1.0]}, {"margin": 1}, r"a: .*at least 2 .* got shape \(1,\)"),
-        ({"a": [1.0, np.nan]}, {"margin": 1}, "a: .*at least 2 observations without NaN"),
+        ({"a": [1.0, np.nan]}, {"margin": 1}, "a: .*at least 2 finite observations"),
         ({"a": [1.0, 2]}, {"margin": 1, "runs_needed": 2}, "a: 2 runs are needed, got 1"),
         ({"a": [1.0, 2]}, {"margin": 0.02, "effect": -0.0216}, r"margin 0\.02, effect -0\.0216"),
         ({"a": [1.0, 2]}, {"effect": 0.0}, "a: margin must be above 0"),

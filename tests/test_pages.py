@@ -146,6 +146,28 @@ def test_findings_are_the_saved_verdicts(tmp_path, monkeypatch):
     )
 
 
+def test_a_part_that_was_asked_at_two_depths_has_a_row_for_each(tmp_path):
+    said = {"measure": "loss", "data": "XSum", "recipe": "unhealed", "notebook": "02_x"}
+    said |= {"cell": "Claims", "kind": "t over items", "n": 100, "runs": 1, "model": "large"}
+    rows = [
+        evidence.judge(
+            "A1",
+            "flat",
+            evidence.Interval(value, value - 0.1, value + 0.1),
+            claimed="above 0",
+            depth=f"{gone} of 30 layers",
+            **said,
+        )
+        for gone, value in ((3, 0.5), (8, -0.5))
+    ]
+    judged = evidence.save_verdicts(rows, tmp_path / "verdicts.csv")
+    lines = pages.verdicts(judged).markdown.split("\n")
+    assert lines[0] == "large: of 2 parts of claims, 1 holds and 1 does not hold."
+    (first, second) = (line for line in lines if line.startswith("| A1"))
+    assert "**holds**" in first and "3 of 30 layers" in first
+    assert "**does not hold**" in second and "8 of 30 layers" in second
+
+
 def test_a_verdict_without_an_interval_is_shown(tmp_path, monkeypatch):
     """A resample without any fall has no share of it, and the file has an empty cell."""
     monkeypatch.setattr(results, "table_path", lambda *_: tmp_path / "verdicts.csv")

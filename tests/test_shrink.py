@@ -244,6 +244,7 @@ def test_a_smaller_model_is_judged_by_its_whole_interval():
     assert repetition["unpruned"] == 0.25 and repetition["judgement"] == "fit"
     strict = judgements.judged(before, smaller, Limits(loss=0.01, accuracy=0.1, ms_per_token=5.5))
     assert strict["judgement"].tolist() == ["cannot be told", "fit", "fit", "cannot be told"]
+    assert strict["limit"].tolist() == pytest.approx([0.01, -0.1, 0.2, 5.5 - 10]), "of the change"
     before = found([3.0, 4.0, 5.0], {"a": [1, 1, 1, 1], "b": [1, 0]})
     answers = {"a": [0, 0, 0, 0], "b": [1, 0]}
     worse = found([9.0, 10.0, 11.1], answers, repeated=(0.9, 0.9, 0.9))
@@ -803,6 +804,12 @@ def test_minutes_are_steps_and_looks_at_the_validation_text():
 
 
 def test_too_few_minutes_are_refused_with_the_fewest(tiny, monkeypatch):
+    assert [whole._rounded_up(value) for value in (1.25, 1.2, 0.01234, 61.0)] == [
+        1.3,
+        1.2,
+        0.013,
+        61.0,
+    ]
     with pytest.raises(ValueError, match="minutes must be at least .* for one step of healing"):
         whole.planned(order(tiny, minutes=1e-7))
 

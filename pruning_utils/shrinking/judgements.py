@@ -281,8 +281,9 @@ def judged(whole: dict, smaller: dict, limits: Limits) -> pd.DataFrame:
         limits: Named beforehand.
 
     Returns:
-        Columns ``measure``, ``unpruned``, ``smaller``, ``change``, ``low``, ``high``, ``limit`` and
-        ``judgement``; of a measure without a limit it is "".
+        Columns ``measure``, ``unpruned``, ``smaller``, ``change``, its ``low`` and ``high``, the
+        ``limit`` of the change (below 0 for an accuracy, which may fall) and ``judgement``; of a
+        measure without a limit it is "".
     """
     before, after = (
         dict(list(pd.DataFrame(found["rows"]).groupby("measure"))) for found in (whole, smaller)
@@ -312,8 +313,8 @@ def judged(whole: dict, smaller: dict, limits: Limits) -> pd.DataFrame:
         limit, word = np.nan, ""
         low, high = stats.ttest_ind(fast, slow, equal_var=False).confidence_interval(0.95)
     else:
-        limit, word = limits.ms_per_token, _word(time.low, time.high, limits.ms_per_token)
-        low, high = time.low - slow.mean(), time.high - slow.mean()
+        word = _word(time.low, time.high, limits.ms_per_token)
+        limit, low, high = (end - slow.mean() for end in (limits.ms_per_token, time.low, time.high))
     rows.append(
         {"measure": TIME, "unpruned": slow.mean(), "smaller": time.value, "change": change}
         | {"low": low, "high": high, "limit": limit, "judgement": word}
@@ -324,6 +325,8 @@ def judged(whole: dict, smaller: dict, limits: Limits) -> pd.DataFrame:
 def shares(judgement: pd.DataFrame) -> pd.DataFrame:
     """What is lost of each measure that has a limit, as a share of the limit.
 
+    Of a time it is the time itself, as a share of the longest that is fit.
+
     Args:
         judgement: Of :func:`judged`.
 
@@ -331,9 +334,8 @@ def shares(judgement: pd.DataFrame) -> pd.DataFrame:
         Columns ``measure``, ``judgement``, ``value``, ``low`` and ``high``: 1 is the limit.
     """
     shown = judgement[judgement["judgement"] != ""].reset_index(drop=True)
-    # A time has a limit for itself, the others for their change.
     added = shown["unpruned"].where(shown["measure"] == TIME, 0)
-    ends = shown[["change", "low", "high"]].add(added, axis=0).div(shown["limit"], axis=0)
+    ends = shown[["change", "low", "high"]].add(added, axis=0).div(shown["limit"] + added, axis=0)
     # Of a limit below 0 the ends change places.
     sorted_ends = np.sort(ends[["low", "high"]].to_numpy(), axis=1)
     return shown[["measure", "judgement"]].assign(

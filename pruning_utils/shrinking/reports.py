@@ -50,12 +50,14 @@ def report(
     figures = [
         (
             cost_plots.shares_of_limits(judgements.shares(judgement)),
-            "What the smaller model loses, as a share of its limit, with 95 % intervals. A measure "
-            "is fit where its whole interval lies left of 1.",
+            "What the smaller model loses, as a share of its limit, with 95 % intervals; a time "
+            "counts whole. A measure is fit where its whole interval lies left of 1.",
         ),
         (
             depth_plots.removed_layers(sets, n_layers=plan["n_layers"]),
-            "The removed layers, and those that were next.",
+            "The removed layers, and those that were next."
+            if plan["runner_up"]
+            else "The removed layers.",
         ),
     ]
     watched = history[history["split"] == "eval"]

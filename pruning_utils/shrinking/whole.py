@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -550,10 +551,16 @@ def _steps(
     steps = order.steps or min(steps_within(60 * order.minutes, seconds, watch), MOST_STEPS)
     if steps < 1:
         raise ValueError(
-            f"minutes must be at least {(2 * watch + seconds) / 60:.2g} for one step of healing "
-            f"here, got {order.minutes:g}"
+            f"minutes must be at least {_rounded_up((2 * watch + seconds) / 60):g} for one step of "
+            f"healing here, got {order.minutes:g}"
         )
     return steps, (1 + min(steps, healing.EVALUATIONS)) * watch + steps * seconds
+
+
+def _rounded_up(value: float) -> float:
+    """To two digits, so that what is named is enough."""
+    digits = 1 - math.floor(math.log10(value))
+    return math.ceil(value * 10**digits) / 10**digits
 
 
 def steps_within(budget: float, step: float, watch: float) -> int:
@@ -607,6 +614,10 @@ def _validation_windows(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tor
     return data.document_windows(tokenizer, N_VALIDATION, seq_len, split="validation")
 
 
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
 def plan_text(order: Order, plan: dict) -> str:
     """The plan as lines for a terminal."""
     before, after = plan["parameters"]
@@ -632,7 +643,7 @@ def plan_text(order: Order, plan: dict) -> str:
     if plan["steps"]:
         most = " (no more are taken)" if plan["steps"] == MOST_STEPS and not order.steps else ""
         lines.append(
-            f"  healing: {order.method}, {plan['steps']:,} steps{most} of "
+            f"  healing: {order.method}, {_counted(plan['steps'], 'step')}{most} of "
             f"{BATCH_SIZE * plan['seq_len']:,} tokens, about {plan['healing_seconds'] / 60:.1f} "
             "minutes here"
         )
@@ -717,7 +728,10 @@ def _publish(
 ) -> None:
     """Write card, report, table and record into the folder of the model."""
     _write_record(order, plan, made, results, judgement, folder)
-    healed = f"{order.method}, {plan['steps']} steps of {BATCH_SIZE * plan['seq_len']:,} tokens"
+    healed = (
+        f"{order.method}, {_counted(plan['steps'], 'step')} of "
+        f"{BATCH_SIZE * plan['seq_len']:,} tokens"
+    )
     card = release.model_card(
         base=name_of(order.model),
         layers=plan["layers"],
@@ -732,7 +746,7 @@ def _publish(
         record={"order": record_of(order), "plan": plan},
     )
     page = reports.report(
-        title=f"{name_of(order.model)} without {len(plan['layers'])} layers",
+        title=f"{name_of(order.model)} without {_counted(len(plan['layers']), 'layer')}",
         plan_lines=plan_text(order, plan).splitlines(),
         plan=plan,
         history=pd.DataFrame(made["history"], columns=["tokens", "split", "loss"]),
