@@ -87,9 +87,10 @@ def _rows(name: str) -> list[dict]:
 
 
 def documents(source: str, split: str) -> list[str]:
-    """The different documents of one corpus that serve one purpose, in file order.
+    """The documents of one corpus that serve one purpose, in file order; embedded ones once each.
 
-    Splits other than ``evaluation`` are filtered by the 13-word rule of this module.
+    Splits other than ``evaluation`` are filtered by the 13-word rule of this module. Of
+    ``wikitext2`` the rule leaves out paragraphs, of the others documents.
 
     Args:
         source: ``xsum``, ``quac`` or ``boolq`` (embedded), or ``c4``, ``wikitext2`` or
@@ -138,7 +139,7 @@ def _hub_documents(source: str, split: str) -> tuple[str, ...]:
 
 
 def evaluation_texts() -> list[str]:
-    """Every text that is evaluated on: the evaluation splits, and all benchmarks' questions.
+    """Every embedded text that is evaluated on: the evaluation splits, and all questions.
 
     The options of a question are texts of their own.
     """

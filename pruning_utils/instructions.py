@@ -51,7 +51,9 @@ def is_source(source: str | None) -> bool:
 
 
 def identity(source: str) -> str:
-    """What tells a source from any other: its name, and for a file the sha256 of its content.
+    """What tells a source from any other: its name, and for a file the sha256 of its text.
+
+    Of that the first 16 digits, without a mark of the byte order and with plain ends of lines.
 
     Raises:
         ValueError: If a file cannot be read.
@@ -63,9 +65,11 @@ def identity(source: str) -> str:
 
 
 def instruction_texts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
-    """The different pairs of a source as chats of two turns, without contaminated ones.
+    """The different pairs of a source as chats of a question and an answer, without contaminated
+    ones.
 
-    They stand in the order of the source.
+    They stand in the order of the source. A template may put turns of its own before them, such as
+    a system prompt.
 
     Args:
         tokenizer: The model's tokenizer, whose chat template is used.
@@ -74,9 +78,10 @@ def instruction_texts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[s
             with ``instruction``, ``input`` (may be empty) and ``output``.
 
     Returns:
-        Texts of a question and its answer, without the tokenizer's beginning and ``eos_token``
-        around them, which windows have anyway; pairs of which one is empty are left out. For
-        templates that write the day, it is always the same one.
+        Texts of a question and its answer, without the tokenizer's beginning and a final
+        ``eos_token``, which windows have anyway. A template that ends a turn with this token and a
+        new line keeps both. Pairs of which one is empty are left out. For templates that write the
+        day, it is always the same one.
 
     Raises:
         ModuleNotFoundError: If the package of the embedded ones is missing.

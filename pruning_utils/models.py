@@ -50,8 +50,8 @@ def load_model(
         revision: Branch, tag or commit of a hub id.
         dtype: ``"auto"`` (bfloat16 where the device multiplies it natively, float32 elsewhere, see
             :func:`runtime.resolve_dtype`), ``"bfloat16"``, ``"float16"`` or ``"float32"``; the
-            dtype of weights that are not quantised, and the compute dtype of those that are.
-            Training and evaluation follow it.
+            dtype of weights that are not quantised, and the compute dtype of those that are (of
+            int8 ones inputs are float16 whatever it is). Training and evaluation follow it.
         quantize: None, ``"nf4"`` (4-bit NormalFloat with double quantisation) or ``"int8"``.
             Experts that an architecture holds together in one weight (Mixtral, Qwen 3 MoE) stay as
             they are, with a notice. On a processor with AVX512, bitsandbytes 0.50 misreads NF4
@@ -61,7 +61,8 @@ def load_model(
 
     Returns:
         ``(model, tokenizer)``. The tokenizer has a padding token, where it has one or a token that
-        ends a text, and its ``model_max_length`` is the context length.
+        ends a text. Its ``model_max_length`` is the context length, or what the tokenizer's own
+        files say where that is less.
 
     Raises:
         ValueError: If an argument is not among those, or the name is no decoder-only language
@@ -309,7 +310,11 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 
 def n_parameters(module: nn.Module) -> int:
-    """Number of the parameters of a model or of a part of one, tied ones once."""
+    """Number of the parameters of a model or of a part of one, tied ones once.
+
+    Of weights in four bits two count as one, as they are stored;
+    :func:`efficiency.stored_parameters` refuses them.
+    """
     return sum(weight.numel() for weight in module.parameters())
 
 
@@ -345,8 +350,8 @@ def quantized_copy(model: nn.Module) -> nn.Module:
     Args:
         model: A 16- or 32-bit causal language model.
 
-    The input is left as it is. The copy is placed on the first CUDA GPU where there is one, weight
-    by weight, so that a model too large for the GPU may wait on the CPU.
+    The input is left as it is. The copy of a model on the CPU is placed on the first CUDA GPU where
+    there is one, weight by weight, so that a model too large for the GPU may wait on the CPU.
 
     Raises:
         ValueError: If the model is quantised already, or its decoder layers hold no ``nn.Linear``.

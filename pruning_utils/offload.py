@@ -31,8 +31,8 @@ def load_model(
 
     Layers that do not fit stay in the model's own files. Each forward pass reads them from there,
     one after the other, by accelerate's hooks. So micro-batches should be as large as they can be.
-    Similarity, losses, answers and ``importance.perplexity_without_layer`` take such a model; what
-    needs the weights themselves, as healing and saving do, refuses it.
+    Similarity, losses, answers and ``importance.perplexity_without_layer`` take such a model. It
+    can be cut and saved; what needs the weights themselves, as healing does, refuses it.
 
     Weights that transformers builds from several of a file, such as stacked experts, are written
     to the folder for temporary files, which needs room for them. They go with the model.

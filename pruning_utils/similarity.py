@@ -67,8 +67,10 @@ def measure_similarity(
     Per token, the L+1 states are scaled to unit length and multiplied with each other; angles and
     cosines go into running sums, so that the states of only one micro-batch are alive at a time.
     Each layer runs once per micro-batch and the language-model head never. Rows are moved to right
-    padding first: a causal model's states at real tokens then do not depend on the padding.
-    Products are taken in float32, sums in float64.
+    padding first: a causal model's states at real tokens then do not depend on the padding. Only
+    where the rotation of positions follows the longest row of a micro-batch (``longrope``,
+    ``dynamic``) do they depend on what stands beside them. Products are taken in float32, those of
+    the last token and all sums in float64.
 
     Args:
         model: A causal language model, quantised if need be; it is left as it was, and can be
