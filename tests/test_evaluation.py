@@ -967,6 +967,21 @@ def test_fewer_shots_than_a_task_of_a_hub_says_are_told(official, caplog):
     assert loaded["shuffled"]["tasks"]["shuffled"].config.num_fewshot == 0
 
 
+def test_shots_of_a_hub_are_drawn_alike_in_each_run(official):
+    def prompts(shot_order: int, seed: int | None = None) -> tuple[str, ...]:
+        loaded = evaluation.load_tasks(["shuffled"], num_fewshot=2, shot_order=shot_order)
+        task = loaded["shuffled"]["tasks"]["shuffled"]
+        if seed is not None:
+            task.set_fewshot_seed(seed)
+        task.build_all_requests()
+        return tuple(instance.args[0] for instance in task.instances)
+
+    by_order = [prompts(order) for order in range(6)]
+    assert by_order == [prompts(order) for order in range(6)] and len({*by_order}) > 1
+    assert by_order[0] == prompts(0, seed=1234), "as lm-eval's own command"
+    assert by_order[1] == prompts(0, seed=1)
+
+
 def test_a_task_that_judges_itself_has_no_questions_of_ours(toy, official):
     """Several of its answers may be right, so there is no one of them."""
     toy.loglikelihood_of = lambda prompt, answer: -float(len(answer))

@@ -325,6 +325,14 @@ def test_room_on_the_disk_is_what_saves_take(method, tiny, tmp_path):
 STAGE = recipes.Recipe.parse("lora 0.01 8").stages[0].settings
 
 
+def test_seconds_are_those_of_the_operations_of_all_batches(counted):
+    """Each batch has 1e12 of them here."""
+    costs, _ = bill.Bill(ROOT / "reference", machines.A100).of_model("smollm2-135m")
+    n_tokens = 3 * bill.BATCH * 128
+    found = costs.forward(n_tokens, 128, torch.float32, costs.n_layers)
+    assert found == pytest.approx(machines.A100.seconds(3e12, torch.float32))
+
+
 def test_rounds_take_room_until_the_last_one(counted):
     made = bill.Bill(ROOT / "reference", machines.A100)
     costs, _ = made.of_model("smollm2-135m")

@@ -852,6 +852,23 @@ def test_a_plan_is_printed_and_nothing_is_made(tiny, tmp_path, capsys, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_prints_the_judgement_or_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
+    table = pd.DataFrame({"measure": ["loss"], "judgement": ["fit"]})
+    monkeypatch.setattr(whole, "shrink", lambda *_: {"judgement": table})
+    words = ["shrink", tiny, "--out", str(tmp_path / "small"), "--keep", "60%"]
+    assert command.main(words) == 0
+    assert capsys.readouterr().out.split() == ["measure", "judgement", "loss", "fit"]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whole, "shrink", stopped)
+    for says in ("begins anew", "goes on from here"):
+        assert command.main(words) == 130
+        assert capsys.readouterr().err == f"pruning-utils: stopped; the same command {says}\n"
+        (tmp_path / "small.work").mkdir(exist_ok=True)
+
+
 def test_a_disk_that_is_full_is_one_sentence(tiny, tmp_path, capsys, monkeypatch):
     """Python lists a tuple for each file of a folder that cannot be copied."""
     (tmp_path / "from").mkdir()
