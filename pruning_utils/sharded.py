@@ -26,6 +26,7 @@ import pandas as pd
 from pruning_utils import data, healing, models, runtime, surgery
 from pruning_utils.engine import head_losses, wrappers
 from pruning_utils.engine.bars import tqdm
+from pruning_utils.engine.checks import true_or_false
 from pruning_utils.engine.later import nn, torch
 from pruning_utils.healing import HealedModel
 
@@ -62,8 +63,8 @@ def heal(
             process.
         tokenizer: Its tokenizer, saved in ``output_dir``.
         train_ids: Windows to train on, ``(n_windows, seq_len)``.
-        eval_ids: Windows whose loss is measured before training and eight times on the way; None:
-            none.
+        eval_ids: Windows whose loss is measured before training and up to eight times on the way;
+            None: none.
         output_dir: Where training is saved, one folder that all processes see; None: nowhere.
         merge: Whether adapters are added into a copy of the weights.
         **settings: Further arguments of :func:`healing.heal`. The method is ``lora``, where none is
@@ -79,6 +80,7 @@ def heal(
     from pruning_utils.engine import trainer  # importing it takes seconds
 
     team = _team()
+    merge = true_or_false("merge", merge)
     settings = _checked_settings(model, settings, team)
     if merge and settings["method"] in healing.ADAPTERS:
         wrappers.refuse_shared(model, healing.adapter_targets(model, settings["targets"]))
@@ -276,7 +278,10 @@ class Training:
                 total += self.summed_loss(windows) * bool(len(rows))
         self.model.train()
         torch.distributed.all_reduce(total)
-        return float(total) / ids[:, 1:].numel()
+        loss = float(total) / ids[:, 1:].numel()
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of eval_ids is {loss}; learning_rate too high?")
+        return loss
 
     # --- saves ------------------------------------------------------------------------------------
 

@@ -171,12 +171,24 @@ def test_one_process_is_told_to_use_the_plain_function(loaded):
         ({"method": "qlora"}, "method must be one of lora, dora, last_layers, full, got 'qlora'"),
         ({"method": "lora2"}, "method must be one of"),
         ({"steps": 0}, "steps must be a whole number"),
+        ({"merge": "no"}, "merge must be True or False, got 'no'"),
         ({"learning_rate": 1e30}, "the (loss|gradients' norm) is (nan|inf) at step [23] of 6"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(loaded, team, changed, message):
     with pytest.raises(ValueError, match=message):
         sharded.heal(*loaded, WINDOWS, **(SETTINGS | changed))
+
+
+def test_a_loss_of_watched_text_that_is_not_finite_is_refused(loaded, team, monkeypatch):
+    own = sharded.Training.summed_loss
+
+    def broken(self, ids):
+        return own(self, ids) * (1 if torch.is_grad_enabled() else float("nan"))
+
+    monkeypatch.setattr(sharded.Training, "summed_loss", broken)
+    with pytest.raises(ValueError, match="the loss of eval_ids is nan; learning_rate too high"):
+        sharded.heal(*loaded, WINDOWS, **SETTINGS | {"eval_ids": WINDOWS[:2]})
 
 
 def test_a_bfloat16_model_is_trained_in_its_precision(tiny, team):
