@@ -504,7 +504,7 @@ def paired_verdicts(
     interval of :func:`two_factor_interval` has a p-value of at most 5 % after Holm (1979, Scand.
     J. Statist. 6, 65-70). It is "equal" if the two one-sided tests of Schuirmann (1987, J.
     Pharmacokin. Biopharm. 15, 657-680) against both ends of the margin have, also after Holm. It
-    "differs, within the margin" if both hold, and else it "cannot be told".
+    "differs, within the margin" if both hold, and "cannot be told" if neither does.
     All intervals have one level, 95 %, without correction: an interval may exclude 0 where, among
     so many pairs, the difference cannot be told. Nor can that of few items, fewer than
     :data:`FEW`, whose differences are all alike: without spread there is no test.

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import pickle
 
 import pytest
 import torch
@@ -23,11 +24,18 @@ def point(layers: str = "", width: str = "", **given) -> dict:
 def test_what_is_used_is_the_shape_asked(layers, width, own_process, tiny, monkeypatch):
     started = []
 
-    def one_thread():
-        started.append(True)
-        return concurrent.futures.ThreadPoolExecutor(1)
+    class Alike(concurrent.futures.ThreadPoolExecutor):
+        """Takes only what a process of its own can be given; such processes have tests below."""
 
-    monkeypatch.setattr(costs, "FreshProcesses", one_thread)
+        def __init__(self):
+            started.append(True)
+            super().__init__(1)
+
+        def submit(self, *given, **named):
+            work, *values = pickle.loads(pickle.dumps(given))
+            return super().submit(work, *values, **pickle.loads(pickle.dumps(named)))
+
+    monkeypatch.setattr(costs, "FreshProcesses", Alike)
     found = costs.measure_memory(point(layers, width), model=tiny, own_process=own_process, **RUN)
     assert started == [True] * own_process
     network, _ = models.load_model(tiny, dtype="float32")

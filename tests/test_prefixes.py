@@ -99,7 +99,7 @@ def test_loglikelihoods_equal_those_of_whole_sequences(name, shape):
 def test_the_embedded_model_gets_the_loglikelihoods_of_the_stock_backend(embedded, monkeypatch):
     """Through thirty layers in float32 rounding adds up if anywhere.
 
-    The questions are the shortest of each data set. The shots are cached: more prompts share them
+    The questions are the shortest of a subject. The shots are cached: more prompts share them
     than fit a batch.
     """
     model, tokenizer = embedded

@@ -804,12 +804,7 @@ def test_minutes_are_steps_and_looks_at_the_validation_text():
 
 
 def test_too_few_minutes_are_refused_with_the_fewest(tiny, monkeypatch):
-    assert [whole._rounded_up(value) for value in (1.25, 1.2, 0.01234, 61.0)] == [
-        1.3,
-        1.2,
-        0.013,
-        61.0,
-    ]
+    assert [plans.rounded_up(value) for value in (1.25, 0.01234, 61.0)] == ["1.25", "0.013", "61"]
     with pytest.raises(ValueError, match="minutes must be at least .* for one step of healing"):
         whole.planned(order(tiny, minutes=1e-7))
 

@@ -203,12 +203,12 @@ def _fewest(name: str, limit: float, sizes: Sequence[float]) -> int:
         if size <= limit:
             return n_dropped
     raise ValueError(
-        f"{name} must be at least {_rounded_up(sizes[-1])}, which one layer of {len(sizes)} "
+        f"{name} must be at least {rounded_up(sizes[-1])}, which one layer of {len(sizes)} "
         f"leaves, got {limit:,}"
     )
 
 
-def _rounded_up(size: float) -> str:
+def rounded_up(size: float) -> str:
     """A size as a limit that it meets: whole numbers as they are, times to a thousandth above."""
     if isinstance(size, int):
         return f"{size:,}"

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -551,16 +550,10 @@ def _steps(
     steps = order.steps or min(steps_within(60 * order.minutes, seconds, watch), MOST_STEPS)
     if steps < 1:
         raise ValueError(
-            f"minutes must be at least {_rounded_up((2 * watch + seconds) / 60):g} for one step of "
-            f"healing here, got {order.minutes:g}"
+            f"minutes must be at least {plans.rounded_up((2 * watch + seconds) / 60)} for one step "
+            f"of healing here, got {order.minutes:g}"
         )
     return steps, (1 + min(steps, healing.EVALUATIONS)) * watch + steps * seconds
-
-
-def _rounded_up(value: float) -> float:
-    """To two digits, so that what is named is enough."""
-    digits = 1 - math.floor(math.log10(value))
-    return math.ceil(value * 10**digits) / 10**digits
 
 
 def steps_within(budget: float, step: float, watch: float) -> int:
