@@ -101,7 +101,8 @@ def documents(source: str, split: str) -> list[str]:
     Raises:
         ValueError: For an unknown source or split; the message lists what there is.
     """
-    if (source, split) in EMBEDDED_SPLITS:
+    # In a list, since what is no text may have no hash.
+    if (source, split) in list(EMBEDDED_SPLITS):
         return list(_embedded_documents(source, split))
     from_hub = [(name, kind) for name, corpus in HUB_CORPORA.items() for kind in corpus[3]]
     if (source, split) not in from_hub:
@@ -183,7 +184,7 @@ def pack(
 
     Args:
         tokenizer: A transformers tokenizer; its ``eos_token`` separates documents.
-        texts: Documents, in the order to be packed.
+        texts: Documents, in the order to be packed; a stream is read as far as ``limit`` needs.
         seq_len: Tokens in a window, those of its beginning included; at least 2 beside them.
         limit: Stop after this many windows; None packs everything.
 
@@ -195,19 +196,18 @@ def pack(
             transformers or has no ``eos_token``, or the texts are no texts or do not fill one
             window.
     """
-    texts = beginnings.checked_texts(tokenizer, texts)
+    beginnings.check_tokenizer(tokenizer)
     prefix = text_prefix(tokenizer)
     length = checks.whole_number("seq_len", seq_len, 2 + len(prefix), of="tokens") - len(prefix)
     if limit is not None:
         limit = checks.whole_number("limit", limit, 1, of="windows")
     # Eight bytes a token, as in the windows. Healing takes hundreds of millions.
     stream = array.array("q")
-    start, count = 0, 1
-    while start < len(texts) and (limit is None or len(stream) < limit * length):
-        some = texts[start : start + count]
+    for some in beginnings.batches(texts, TOGETHER):
         for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
             stream.extend([*ids, tokenizer.eos_token_id])
-        start, count = start + count, min(2 * count, TOGETHER)
+        if limit is not None and len(stream) >= limit * length:
+            break
     n_windows = len(stream) // length if limit is None else min(limit, len(stream) // length)
     if n_windows == 0:
         raise ValueError(
@@ -241,7 +241,7 @@ def windows_of_texts(
 
     ``read`` gives the texts. It may take minutes, so that all else is checked first.
     """
-    beginnings.checked_texts(tokenizer, [])
+    beginnings.check_tokenizer(tokenizer)
     n_samples = checks.whole_number("n_samples", n_samples, 1)
     seq_len = _checked_length(tokenizer, seq_len, 2 + len(text_prefix(tokenizer)))
     texts = read()
@@ -280,7 +280,7 @@ def calibration_windows(
     Raises:
         ValueError: If a number is out of range, the source unknown, or the corpus too small.
     """
-    split = "healing" if (source, "healing") in EMBEDDED_SPLITS else "calibration"
+    split = "healing" if (source, "healing") in list(EMBEDDED_SPLITS) else "calibration"
     seed = checks.whole_number("seed", seed, 0)
     return windows_of_texts(
         tokenizer, n_samples, seq_len, lambda: documents(source, split), seed, f"{source}/{split}"
@@ -350,7 +350,7 @@ def document_windows(
     """
     if split not in ("evaluation", "validation"):
         raise ValueError(f"split must be evaluation or validation, got {split!r}")
-    beginnings.checked_texts(tokenizer, [])
+    beginnings.check_tokenizer(tokenizer, joins=False)
     if n_samples is not None:
         n_samples = checks.whole_number("n_samples", n_samples, 1)
     prefix = text_prefix(tokenizer)
@@ -406,7 +406,7 @@ def healing_windows(
         seq_len,
         lambda: [text for name in sources for text in documents(name, "healing")],
         seed,
-        f"{' + '.join(sources)}/healing",
+        f"{' + '.join(map(str, sources))}/healing",
     )
 
 

@@ -235,8 +235,9 @@ def evaluate_tasks(
     """
     wrappers.refuse_wrapped(model, with_head=True)
     batch_size = whole_number("batch_size", batch_size, 1)
+    answers_only = true_or_false("answers_only", answers_only)
     loaded = load_tasks(tasks, num_fewshot=num_fewshot, limit=limit, shot_order=shot_order)
-    if true_or_false("answers_only", answers_only):
+    if answers_only:
         benchmarks.leave_questions_out(loaded)
     with quiet_libraries(), passes.evaluation_mode(model), torch.no_grad(), passes.fixed_draws():
         scorer = prefixes.language_model(model, tokenizer, batch_size)

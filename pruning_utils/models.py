@@ -133,10 +133,8 @@ def resolve(name: str | os.PathLike, revision: str | None) -> str:
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(f"name must be 'embedded', a directory or a hub id, got {name!r}")
     source, model = os.fspath(name), find_embedded(name)
-    if revision is not None and (model or os.path.isdir(source)):
-        raise ValueError(
-            f"revision applies to hub ids only, got revision {revision!r} for {source!r}"
-        )
+    if model or os.path.isdir(source):
+        hub.refuse_revision(source, revision)
     if model:
         return str(embedded_checkpoint(model))
     if os.path.isdir(source):
@@ -162,10 +160,12 @@ def identity(name: str | os.PathLike = EMBEDDED, revision: str | None = None) ->
         directory with a digest of all that it loads as, see :mod:`pruning_utils.engine.identities`.
 
     Raises:
-        ValueError: If the name stands for nothing, or the directory names weights outside of it.
+        ValueError: If the name stands for nothing, a revision is named of what is no hub id, or the
+            directory names weights outside of it.
     """
     model = find_embedded(name)
     if model:
+        hub.refuse_revision(str(name), revision)
         return f"{model.gguf} sha256:{model.sha256[:16]}"
     source = Path(resolve(name, revision))
     if not source.is_dir():
@@ -312,10 +312,9 @@ def final_norm(model: nn.Module) -> nn.Module:
 def n_parameters(module: nn.Module) -> int:
     """Number of the parameters of a model or of a part of one, tied ones once.
 
-    Of weights in four bits two count as one, as they are stored;
-    :func:`efficiency.stored_parameters` refuses them.
+    Weights in four bits, of which a byte holds two, count as what they stand for.
     """
-    return sum(weight.numel() for weight in module.parameters())
+    return sum(wrappers.n_values(weight) for weight in module.parameters())
 
 
 def untie_head(model: nn.Module) -> None:
@@ -354,11 +353,13 @@ def quantized_copy(model: nn.Module) -> nn.Module:
     there is one, weight by weight, so that a model too large for the GPU may wait on the CPU.
 
     Raises:
-        ValueError: If the model is quantised already, or its decoder layers hold no ``nn.Linear``.
+        ValueError: If the model is none of transformers, carries adapters, is quantised already, or
+            its decoder layers hold no ``nn.Linear``.
     """
     import bitsandbytes as bnb
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    wrappers.refuse_adapters(wrappers.refuse_wrapped(model))
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantised already; load it in bfloat16 or float32")
     inside = {id(module) for module in decoder_layers(model).modules() if type(module) is nn.Linear}

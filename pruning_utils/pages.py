@@ -213,7 +213,10 @@ def _assigned(cell: str) -> list[str]:
     except SyntaxError:
         return []
     targets = [
-        target for node in statements if isinstance(node, ast.Assign) for target in node.targets
+        target
+        for node in statements
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
     ]
     return [target.id for target in targets if isinstance(target, ast.Name)]
 

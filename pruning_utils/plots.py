@@ -68,7 +68,7 @@ ENTITIES = {
     "rank 32": ("#CC79A7", "s"),
 }
 # For names that are no entity, in the order in which a figure meets them; colours of Paul Tol.
-FREE = (
+OF_FREE = (
     ("#56B4E9", "v"),
     ("#882255", "X"),
     ("#117733", "d"),
@@ -76,6 +76,12 @@ FREE = (
     ("#332288", ">"),
     ("#44AA99", "p"),
 )
+# The same, and then each colour with the markers of the others.
+FREE = [
+    (colour, OF_FREE[(place + turn) % len(OF_FREE)][1])
+    for turn in range(len(OF_FREE))
+    for place, (colour, _) in enumerate(OF_FREE)
+]
 # Nothing of the user's own settings, so that figures are alike everywhere: importing this module
 # sets those of the process.
 matplotlib.style.use(["default", STYLE])

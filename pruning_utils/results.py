@@ -132,10 +132,11 @@ def load_or_compute(
         FileNotFoundError: If the table is missing and the environment variable
             PRUNING_UTILS_NO_COMPUTE is set.
     """
+    anew = checks.true_or_false("recompute", recompute)
     path, asked = records.table_file(path), records.settings_of(parameters)
-    if not checks.true_or_false("recompute", recompute) and records.is_there(path):
+    if not anew and records.is_there(path):
         return records.read_table(path, records.checked_record(path, asked))
-    code = _before_computing(path, compute, asked)
+    code = _before_computing(path, compute, asked, anew=anew)
     commit = records.package_commit()
     table, cost = records.timed(compute)
     _keep(
@@ -210,7 +211,7 @@ def sweep(
             return records.read_table(path, record)
         seeds = saved_points.reusable(path, record, points)
     executor = executor or workers.asked_for()
-    code = _before_computing(path, compute_point, asked)
+    code = _before_computing(path, compute_point, asked, anew=anew)
     with saved_points.opened(path, before, asked, seeds, anew=anew):
         commit = records.package_commit()
         missing, kinds = saved_points.missing(points, folder, code)
@@ -230,15 +231,19 @@ def sweep(
     return records.read_table(path, read_record(path))
 
 
-def _before_computing(path: Path, compute: Callable, parameters: dict) -> dict:
+def _before_computing(path: Path, compute: Callable, parameters: dict, *, anew: bool) -> dict:
     """The stamp of the code that computes.
 
     What would fail when the table is written fails now.
     """
     if os.environ.get(NO_COMPUTE):
+        why = (
+            "is to be computed anew (recompute=True)"
+            if anew
+            else "has no finished table with these settings"
+        )
         raise FileNotFoundError(
-            f"{path} has no finished table with these settings, and {NO_COMPUTE} is set: "
-            "compute it first, by running its notebook without that variable"
+            f"{path} {why}, but {NO_COMPUTE} is set: run its notebook without that variable"
         )
     code = definitions.INSTALLED.stamp(compute)
     if "dtype" in parameters:

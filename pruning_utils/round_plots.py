@@ -19,7 +19,7 @@ from pruning_utils.plots import WIDE, colour_of, look_of, need_columns, new_figu
 # --- levels and differences, names down the side --------------------------------------------------
 
 # Marks of series, in the order in which they come: the first is hollow, so that grey tells them.
-SERIES_MARKS = ("o", "s", "^", "D")
+SERIES_MARKS = ("o", "s", "^", "D", "v", "P", "X")
 # Mark of what is none of the series of a figure that has some, such as their difference.
 OTHER_MARK = "d"
 VOID = "0.62"  # shade of what has no content, such as a loss above ln V

@@ -235,7 +235,7 @@ def output_root(profile: str) -> Path:
     result: without the variable it writes to a temporary folder.
     """
     if configured := os.environ.get("PRUNING_UTILS_OUTPUT"):
-        return Path(configured)
+        return Path(configured).expanduser().absolute()
     if profile == "smoke":
         # Windows has no numbers of users, and a temporary folder for each of them.
         return Path(tempfile.gettempdir()) / f"pruning_utils_smoke_{getattr(os, 'getuid', int)()}"
@@ -306,11 +306,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         OSError: When writing fails (a full disk, say), with the target named.
     """
     path = checks.file_path("path", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+        )
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -319,7 +322,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def tensor_digest(tensors: dict[str, torch.Tensor]) -> str:

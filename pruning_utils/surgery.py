@@ -461,15 +461,17 @@ def save(
         ``path``, as a Path.
 
     Raises:
-        ValueError: If ``path`` is a file or holds something else, the model is none of
-            transformers or inside something else, has adapters, or weights that it cannot save, or
-            what was written is not read back as it is in memory. Nothing half-written stays.
+        ValueError: If ``path`` is a file or holds something else, the model or the tokenizer is
+            none of transformers, the model is inside something else, has adapters, or weights that
+            it cannot save, or what was written is not read back as it is in memory. Nothing
+            half-written stays.
         OSError: If writing fails (a full disk, say), with ``path`` named; nothing half-written
             stays.
     """
     wrappers.refuse_wrapped(model)
     passes.refuse_missing_weights(model)
     wrappers.refuse_compiled_parts(model)
+    saved_models.refuse_other_tokenizer(tokenizer)
     folder = directory_to_write(path, overwrite=overwrite)
     wrappers.refuse_adapters(model)
     # On some CPUs bitsandbytes repacks 4-bit weights when it first evaluates, rounds their scales

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pruning_utils import importance, models, surgery
-from pruning_utils.engine import held_configurations, wrappers
+from pruning_utils.engine import held_configurations, passes, wrappers
 from pruning_utils.engine.checks import whole_number
 from pruning_utils.engine.later import nn, torch
 
@@ -104,10 +104,10 @@ def prune_width(
         The same ``model``. Scores are products in float32, summed in float64.
 
     Raises:
-        ValueError: If an argument is out of range; if the model is quantised, carries adapters, or
-            its layers share weights; if a score is not finite; if its architecture cannot be cut
-            so, or a configuration of the result could not be loaded (the message says why: Llama's
-            number of heads must divide the hidden size).
+        ValueError: If an argument is out of range; if the model is quantised, carries adapters, is
+            not in memory, or its layers share weights; if a score is not finite; if its
+            architecture cannot be cut so, or a configuration of the result could not be loaded (the
+            message says why: Llama's number of heads must divide the hidden size).
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
@@ -118,9 +118,12 @@ def prune_width(
         )
     if input_ids is not None:
         input_ids = models.check_input_ids(model, input_ids, shortest=2)
+    if batch_size is not None:
+        batch_size = whole_number("batch_size", batch_size, 1)
     plan = _plan(model, intermediate_size, n_kv_heads)
     if not plan.cuts:
         return model
+    passes.refuse_missing_weights(model, offloaded=False)
     all_scores = _scores(model, plan.cuts, input_ids, batch_size)
     for cut, scores in zip(plan.cuts, all_scores, strict=True):
         best_first = np.argsort(-scores, axis=1, kind="stable")
@@ -177,9 +180,9 @@ def _plan(model: PreTrainedModel, intermediate_size: int, n_kv_heads: int | None
     wrappers.refuse_wrapped(model)
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is quantised: load it with quantize=None (bfloat16 or float32)")
-    asked = {"intermediate_size": _checked_size(model, "intermediate_size", intermediate_size)}
+    asked = {"intermediate_size": checked_size(model, "intermediate_size", intermediate_size)}
     if n_kv_heads is not None:
-        asked["num_key_value_heads"] = _checked_size(model, "n_kv_heads", n_kv_heads)
+        asked["num_key_value_heads"] = checked_size(model, "n_kv_heads", n_kv_heads)
     sizes = {field: size for field, size in asked.items() if size < _present_size(model, field)}
     try:
         return _rehearsed(model, sizes)
@@ -187,8 +190,17 @@ def _plan(model: PreTrainedModel, intermediate_size: int, n_kv_heads: int | None
         raise ValueError(f"{type(model).__name__} cannot be cut to {sizes}: {error}") from error
 
 
-def _checked_size(model: PreTrainedModel, name: str, size: int) -> int:
-    """A size that an argument asks for, or a ValueError that calls it by the argument's name."""
+def checked_size(model: PreTrainedModel, name: str, size: int) -> int:
+    """A size that an argument of :func:`prune_width` asks for.
+
+    Args:
+        model: A causal language model.
+        name: The argument, ``intermediate_size`` or ``n_kv_heads``.
+        size: What it was given.
+
+    Raises:
+        ValueError: If it is out of range; the argument is named.
+    """
     field = "num_key_value_heads" if name == "n_kv_heads" else name
     return whole_number(name, size, 1, _present_size(model, field))
 

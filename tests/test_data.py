@@ -353,6 +353,23 @@ def test_pack_stops_at_its_limit():
     assert 0 < len(seen) <= 64, "two windows do not need the whole corpus"
 
 
+def test_pack_reads_of_an_endless_stream_what_it_needs():
+    """As a corpus is streamed from a hub."""
+    read = []
+
+    def endless():
+        while True:
+            read.append(1)
+            yield "abcd"
+
+    some = data.pack(LetterTokenizer(), endless(), 7, limit=3)
+    assert torch.equal(some, data.pack(LetterTokenizer(), ["abcd"] * 9, 7, limit=3))
+    assert len(read) <= 16
+    for seq_len, limit, message in ((7, 0, "limit must be"), (1, 3, "seq_len must be")):
+        with pytest.raises(ValueError, match=message):
+            data.pack(LetterTokenizer(), endless(), seq_len, limit=limit)
+
+
 @pytest.mark.parametrize(
     ("texts", "seq_len", "options", "message"),
     [
@@ -374,6 +391,8 @@ def test_pack_refuses_a_tokenizer_without_a_separator():
     tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="no eos_token"):
         data.pack(tokenizer, ["abc"], 2)
+    # A window of one document needs none.
+    assert data.document_windows(tokenizer, 1, 2).shape == (1, 2)
 
 
 # --- windows --------------------------------------------------------------------------------------
@@ -566,6 +585,9 @@ def test_windows_refuse_texts_of_another_purpose():
         data.healing_windows(tokenizer, 1, 64, source="xsum")
     with pytest.raises(ValueError, match="no text 'pile' for 'calibration'"):
         data.calibration_windows(tokenizer, 1, 64, source="pile")
+    for windows in (data.calibration_windows, data.document_windows, data.healing_windows):
+        with pytest.raises(ValueError, match=r"no text \['xsum', 'quac'\] for .* there are: xsum"):
+            windows(tokenizer, 1, 64, source=["xsum", "quac"])
 
 
 # --- hub corpora ----------------------------------------------------------------------------------

@@ -407,6 +407,15 @@ def test_healed_models_are_compared_with_the_whole_with_themselves_and_with_each
     assert found["first"].tolist() == pytest.approx([3, 3, 19 / 6, 19 / 6, 19 / 6])
     assert found["second"].tolist() == pytest.approx([2, 4, 2, 19 / 3, 3])
     assert set(found["runs"]) == {2} and set(found["n"]) == {3} and set(found["margin"]) == {2.0}
+    # A task of two items and one of three, half each.
+    copies = [scores[scores["item"] == 2].assign(item=item) for item in (3, 4)]
+    uneven = pd.concat([scores, *copies], ignore_index=True)
+    uneven["dataset"] = np.where(uneven["item"] < 2, "a", "b")
+    halves = depth.healed_checks(uneven, effect=-8.0)
+    assert halves["second"].tolist() == pytest.approx([2.25, 4.25, 2.25, 6.75, 3.25])
+    assert (halves["first"] - halves["second"]).tolist() == pytest.approx(
+        halves["difference"].tolist()
+    )
     none = depth.healed_checks(scores.assign(value=0.0), effect=0.0)
     assert set(none["margin"]) == {depth.SMALLEST_EFFECT / 4}
 

@@ -773,6 +773,7 @@ def test_cut_prompts_are_reported(small, caplog):
         ),
         ({"shot_order": -1}, "shot_order must be a whole number of at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"tasks": ["none"], "answers_only": "no"}, "answers_only must be True or False, got 'no'"),
     ],
 )
 def test_bad_requests_are_refused(arguments, message, monkeypatch):

@@ -62,6 +62,15 @@ def test_identity_of_the_embedded_model_and_of_hub_ids():
     assert models.identity("owner/name") == "owner/name@main"
 
 
+def test_an_adapter_has_no_configuration(tmp_path):
+    """Whoever loads it is told what it is; its files tell it from another one until then."""
+    found = set()
+    for text in ("{}", '{"r": 2}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        found.add(models.identity(tmp_path))
+    assert len(found) == 2
+
+
 def test_identity_of_a_directory_is_that_of_its_files(saved, folder, monkeypatch):
     name = models.identity(folder)
     assert name.startswith("copy sha256:") and len(name) == len("copy sha256:") + 16

@@ -102,6 +102,21 @@ def test_windows_are_drawn_by_seed(tokenizer):
     assert first.shape == (4, 32) and first.equal(same) and not first.equal(other)
 
 
+def test_pairs_are_filtered_once_for_all_processes(tokenizer, tmp_path, monkeypatch):
+    greeting = {"instruction": "Greet.", "input": "", "output": "Hi"}
+    rows = [{"instruction": "one two", "input": "", "output": "three"}, greeting]
+    monkeypatch.setenv("PRUNING_UTILS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "evaluation_texts", lambda: ["nothing that is shared"])
+    source = write(tmp_path, rows)
+    found = instructions.instruction_texts(tokenizer, source)
+    assert len(found) == 2
+    instructions._clean_pairs.cache_clear()
+    monkeypatch.setattr(data, "evaluation_texts", lambda: pytest.fail("looked again"))
+    assert instructions.instruction_texts(tokenizer, source) == found
+    with pytest.raises(pytest.fail.Exception, match="looked again"):
+        instructions.instruction_texts(tokenizer, write(tmp_path, rows[1:]))
+
+
 def test_pairs_are_filtered_once_in_a_process(tokenizer):
     instructions._clean_pairs.cache_clear()
     for seed in (0, 1):
@@ -156,6 +171,8 @@ def test_what_cannot_be_read_is_refused(tokenizer, tmp_path, monkeypatch):
         ValueError, match="source must be one of fiqa, .* or a .jsonl file, got 'alpaca'"
     ):
         instructions.instruction_texts(tokenizer, "alpaca")
+    with pytest.raises(ValueError, match=r"source must be one of .* got \['fiqa'\]"):
+        instructions.instruction_texts(tokenizer, ["fiqa"])
     with pytest.raises(ValueError, match="missing.jsonl could not be read"):
         instructions.instruction_texts(tokenizer, str(tmp_path / "missing.jsonl"))
     for content in ("{", "3", "null", "[" + "1, " * 999 + "1]"):

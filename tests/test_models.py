@@ -358,10 +358,13 @@ def test_bad_options_are_refused_before_any_work(nothing_written, options, messa
 
 
 def test_revision_of_a_directory_is_refused(nothing_written, llama):
-    with pytest.raises(
-        ValueError, match=f"revision applies to hub ids only, got revision 'v1' for '{llama}'"
-    ):
-        models.load_model(llama, revision="v1")
+    for named in (models.load_model, models.identity):
+        with pytest.raises(
+            ValueError, match=f"revision applies to hub ids only, got revision 'v1' for '{llama}'"
+        ):
+            named(llama, revision="v1")
+    with pytest.raises(ValueError, match="hub ids only, got revision 'v1' for 'embedded'"):
+        models.identity("embedded", "v1")
 
 
 @pytest.mark.parametrize(
@@ -987,7 +990,26 @@ def test_quantised_copy_keeps_biases_and_mode():
     assert (duplicate.model.layers[0].self_attn.q_proj.bias == 0.25).all()
 
 
+def test_parameters_in_four_bits_count_as_what_they_stand_for():
+    model = wide()
+    duplicate = models.quantized_copy(model)
+    assert models.n_parameters(duplicate) == models.n_parameters(model)
+    duplicate(torch.arange(3, 9)[None])  # some processors repack weights when they first compute
+    assert models.n_parameters(duplicate) == models.n_parameters(model)
+
+
+def test_a_class_of_ones_own_is_no_model_of_transformers():
+    class Own(nn.Module):
+        config = {"num_hidden_layers": 3}
+
+    for asked in (models.decoder_layers, models.text_config, models.quantized_copy):
+        with pytest.raises(ValueError, match="a causal language model of transformers, .* got Own"):
+            asked(Own())
+
+
 def test_quantised_copy_refuses(llama):
+    with pytest.raises(ValueError, match="carries adapters: merge them first"):
+        models.quantized_copy(get_peft_model(wide(), LoraConfig(target_modules=["q_proj"])))
     with pytest.raises(ValueError, match="the model is quantised already"):
         models.quantized_copy(models.quantized_copy(wide()))
     for quantize in ("nf4", "int8"):

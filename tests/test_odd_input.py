@@ -66,6 +66,13 @@ def test_what_writes_files_names_a_wrong_path(path):
         pytest.fail("nothing can be written")
 
 
+def test_a_file_that_cannot_be_begun_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "t.csv", tmp_path / ("x" * 300)):
+        with pytest.raises(OSError, match=f"could not write {path}: "), runtime.atomic_path(path):
+            pytest.fail("nothing can be written")
+
+
 # --- texts where True or False is meant, and seeds ------------------------------------------------
 
 

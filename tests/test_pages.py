@@ -24,10 +24,14 @@ def test_a_notebook_as_it_was_written_says_nothing():
 
 
 def test_an_unknown_parameter_ends_the_run():
-    with pytest.raises(
-        ValueError, match="no parameter modle, sede; it has: profile, model, revision, seed"
-    ):
-        pages.looked_at(["", PARAMETERS, '# Parameters\nmodle = "mine"\nsede = 1\n'], VALUES)
+    injected = '# Parameters\nmodle = "mine"\nsede = 1\n'
+    annotated = PARAMETERS.replace("seed =", "seed: int =")
+    for cell in (PARAMETERS, annotated):
+        with pytest.raises(
+            ValueError, match="no parameter modle, sede; it has: profile, model, revision, seed"
+        ):
+            pages.looked_at(["", cell, injected], VALUES)
+    assert pages.looked_at(["", annotated, "# Parameters\nseed = 1\n"], VALUES) is None
 
 
 @pytest.mark.parametrize(

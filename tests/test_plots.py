@@ -703,6 +703,14 @@ def test_names_of_ones_own_have_looks_of_their_own():
     assert len(set(looks.values())) == 3 and list(looks) == ["mine", "taylor", "yours"]
 
 
+def test_twenty_names_of_ones_own_have_twenty_looks(monkeypatch):
+    monkeypatch.setattr(plots, "MET", {})
+    names = [f"rule {number}" for number in range(20)]
+    assert len({*plots.looks_of(names).values()}) == 20
+    assert len({plots.look_of(name) for name in names}) == 20
+    assert [plots.look_of(name) for name in names[:6]] == [*plots.OF_FREE]
+
+
 def test_names_that_figures_draw_one_by_one_have_looks_of_their_own():
     mine, yours = (plots.look_of(name) for name in ("rank 4 of mine", "rank 16 of mine"))
     assert mine != yours and plots.look_of("rank 4 of mine") == mine

@@ -81,6 +81,9 @@ def test_parts_of_a_recipe():
     assert with_steps("lora 0.01 32 rank=2", 5) == "lora 0.01 5 rank=2"
     exact = Stage({"method": "lora", "learning_rate": 0.00123456789, "steps": 8})
     assert exact.text() == "lora 0.00123456789 8" and Stage.parse(exact.text()) == exact
+    lists = Stage({"method": "lora", "targets": ["q_proj", "v_proj"], "of": "a + b c"})
+    assert Stage.parse(lists.text()) == lists
+    assert Recipe.parse(f"{lists.text()} + lora").stages == (lists, Stage({"method": "lora"}))
     assert layer_numbers(layer_text((4, 7))) == (4, 7) and layer_numbers("") == ()
     assert Cut.parse({"layers": "4 7"}) == Cut(layers=(4, 7))
 

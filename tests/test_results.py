@@ -506,7 +506,7 @@ def test_no_compute_refuses_what_is_missing(tmp_path, monkeypatch):
     assert len(results.load_or_compute(tmp_path / "t.csv", never, parameters=SEED)) == 3
     with pytest.raises(FileNotFoundError, match="new.csv .*PRUNING_UTILS_NO_COMPUTE"):
         results.load_or_compute(tmp_path / "new.csv", never, parameters=SEED)
-    with pytest.raises(FileNotFoundError, match="t.csv"):
+    with pytest.raises(FileNotFoundError, match="t.csv is to be computed anew .*NO_COMPUTE is set"):
         results.load_or_compute(tmp_path / "t.csv", never, parameters=SEED, recompute=True)
     with pytest.raises(FileNotFoundError, match="s.csv"):
         results.sweep([{"n": 1}], never, path=tmp_path / "s.csv", parameters=SEED)

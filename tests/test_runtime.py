@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,3 +171,12 @@ def test_peak_memory_is_0_where_the_system_keeps_no_mark(monkeypatch):
 def test_a_seed_is_a_whole_number(seed):
     with pytest.raises(ValueError, match="seed must be a whole number from 0 to 4294967295, got"):
         runtime.setup(seed)
+
+
+def test_the_folder_of_results_stays_where_the_run_began(tmp_path, monkeypatch):
+    """A notebook's kernel works in another folder than the one that the variable was set in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", "out")
+    assert runtime.output_root("cpu") == tmp_path / "out"
+    monkeypatch.setenv("PRUNING_UTILS_OUTPUT", "~/out")
+    assert runtime.output_root("cpu") == Path.home() / "out"

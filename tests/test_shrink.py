@@ -149,7 +149,7 @@ def test_times_are_a_line_over_the_layers(loaded, monkeypatch):
         return pd.DataFrame({"per_token_seconds": [0.002 + 0.001 * seen[-1], 9.0]})
 
     monkeypatch.setattr(efficiency, "generation_speed", speed)
-    times = plans.token_times(loaded[0])
+    times = plans.token_runs(loaded[0]).line()
     assert (
         seen == [5, 2]
         and times == pytest.approx((2.0, 1.0))
@@ -161,19 +161,24 @@ def test_a_limit_of_time_is_planned_with_what_judges_it(tiny, monkeypatch):
     """The fastest run is not the upper end of the interval that is held against the limit."""
     model, tokenizer = models.load_model(tiny, dtype="float32")
 
+    measured = []
+
     def speed(model, **given):
+        measured.append(given["repeats"])
         seconds = 0.001 * len(models.decoder_layers(model))
         return pd.DataFrame({"per_token_seconds": seconds + 0.0001 * np.arange(given["repeats"])})
 
     monkeypatch.setattr(efficiency, "generation_speed", speed)
     runs = judgements.TIMED["repeats"]
     added = 1000 * evidence.mean_interval(0.0001 * np.arange(runs)).high
-    times = plans.token_times(model, repeats=runs, at_most=True)
-    assert times.at(4) == pytest.approx(4 + added)
+    found = plans.token_runs(model, repeats=runs)
+    assert found.line(at_most=True).at(4) == pytest.approx(4 + added)
     asked = order(tiny, goal=Goal(max_ms_per_token=4.0), method="none")
-    assert 0 < added < 1 and plans.layers_to_go(model, asked.goal, plans.token_times(model)) == 1
+    assert 0 < added < 1 and plans.layers_to_go(model, asked.goal, found.line()) == 1
+    measured.clear()
     plan = whole.plan_of(asked, model, tokenizer)
     assert len(plan["layers"]) == 2 and plan["ms_per_token"] == pytest.approx([5.0, 3.0])
+    assert measured == [runs, runs], "each model is timed once"
 
 
 def test_the_libraries_that_a_first_training_imports_are_no_part_of_a_step(
@@ -188,7 +193,8 @@ def test_the_libraries_that_a_first_training_imports_are_no_part_of_a_step(
         taken.append(settings["steps"])
 
     monkeypatch.setattr(healing, "heal", heal)
-    steps, seconds = whole._steps(order(tiny, minutes=1.0), *untouched, 16)
+    watched = torch.zeros(2, 16, dtype=torch.long)
+    steps, seconds = whole._steps(order(tiny, minutes=1.0), *untouched, watched)
     assert taken == [1, 1, whole.N_PROBED] and (steps, seconds) == (20, 60.0)
 
 
@@ -198,7 +204,7 @@ def test_sets_that_an_architecture_cannot_lose_are_left_out(monkeypatch, capsys)
     windows = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(3))
     sets = {"closest block": (5, 6, 7), "deepest but last": (4, 5, 6), "reverse order": (5, 6, 7)}
     monkeypatch.setattr(plans, "_sets", lambda *given: {**sets, "block influence": (0, 1, 6)})
-    assert plans.token_times(model, repeats=1).at(8) > 0
+    assert plans.token_runs(model, repeats=1).line().at(8) > 0
     _, *ranked = plans.candidates(model, windows, 3)
     assert {one.rule for one in ranked} == {"deepest but last", "block influence"}
     said = capsys.readouterr().err
@@ -208,6 +214,10 @@ def test_sets_that_an_architecture_cannot_lose_are_left_out(monkeypatch, capsys)
     monkeypatch.setattr(plans, "_sets", lambda *given: {"closest block": (5, 6, 7)})
     with pytest.raises(ValueError, match="the layers of 'closest block' cannot go: Lfm2"):
         plans.candidates(model, windows, 3)
+    monkeypatch.setattr(plans, "_sets", lambda *given: pytest.fail("scanned"))
+    for rules in (["taylor", "perplexity"], []):
+        with pytest.raises(ValueError, match=r"rules must be among closest block, .*got \["):
+            plans.candidates(model, windows, 3, rules=rules)
 
 
 # --- the judgement --------------------------------------------------------------------------------
@@ -726,6 +736,8 @@ def test_a_folder_of_someone_else_beside_it_is_left_alone(name, tiny, tmp_path, 
     (tmp_path / "small.work" / name).write_text("mine")
     with pytest.raises(ValueError, match="small.work holds something else, and is where a run"):
         whole.shrink(order(tiny, goal=Goal(max_parameters=9)), tmp_path / "small")
+    with pytest.raises(ValueError, match="small.work holds something else"):
+        whole.check_folder(order(tiny), tmp_path / "small")
     assert [path.name for path in (tmp_path / "small.work").iterdir()] == [name] and not here
 
 
@@ -756,14 +768,19 @@ def test_text_that_does_not_suffice_is_refused_with_the_plan(tiny, tmp_path, her
     with pytest.raises(ValueError, match="n_samples 10000 is beyond the text xsum/evaluation"):
         whole.shrink(asked, tmp_path / "small")
     with monkeypatch.context() as patch:
+        patch.setattr(plans, "token_runs", lambda *_, **__: pytest.fail("the model was looked at"))
+        patch.setattr(whole, "N_VALIDATION", 10_000)
+        with pytest.raises(ValueError, match="n_samples 10000 is beyond the text xsum/validation"):
+            whole.shrink(order(tiny), tmp_path / "small")
+    with monkeypatch.context() as patch:
         patch.setattr(whole, "_healing_windows", _at_most_two_steps)
-        patch.setattr(plans, "token_times", lambda *_: pytest.fail("the model was looked at"))
+        patch.setattr(plans, "token_runs", lambda *_, **__: pytest.fail("the model was looked at"))
         with pytest.raises(ValueError, match="3 steps of healing need 12 windows .*give more text"):
             whole.shrink(order(tiny, steps=1), tmp_path / "small")
     monkeypatch.setattr(whole, "_steps", lambda *given: (10**5, 1.0))
     with pytest.raises(ValueError, match="100000 steps of healing need 400000 windows .*--steps"):
         whole.shrink(order(tiny, healing_text="quac"), tmp_path / "small")
-    assert here == 3 * ["plan"] and not list(tmp_path.iterdir()), "all can be asked again"
+    assert here == 4 * ["plan"] and not list(tmp_path.iterdir()), "all can be asked again"
 
 
 def _at_most_two_steps(order, tokenizer, seq_len, steps):
@@ -1032,7 +1049,7 @@ def test_the_page_shows_text_as_text():
 
 def test_a_time_cannot_be_met_without_times(tiny):
     model, _ = models.load_model(tiny)
-    with pytest.raises(ValueError, match="times, of token_times, must be given where the goal has"):
+    with pytest.raises(ValueError, match="times, of token_runs, must be given where the goal has"):
         plans.layers_to_go(model, Goal(max_ms_per_token=1e-6))
 
 
@@ -1069,7 +1086,7 @@ def test_a_command_that_ended_says_the_same_again(tiny, tmp_path, here):
 
 
 def test_a_goal_without_a_time_is_refused_before_anything_is_timed(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(whole.plans, "token_times", lambda model: pytest.fail("timed"))
+    monkeypatch.setattr(whole.plans, "token_runs", lambda model, **_: pytest.fail("timed"))
     with pytest.raises(ValueError, match="no layer has to go: keep 0.95 is met"):
         whole.shrink(order(tiny, goal=Goal(keep=0.95)), tmp_path / "small")
 

@@ -230,12 +230,21 @@ def test_bad_sets_are_refused_before_any_work(layers, tiny, tmp_path):
         ({"recipe": "sgd 0.01 3"}, "method must be one of lora.*got 'sgd'"),
         ({"recipe": "lora -1 3"}, "learning_rate must be above 0, got -1"),
         ({"precision": "int4"}, "precision must be one of bfloat16, int8, nf4, got 'int4'"),
+        ({"layers": "", "width": "9999 1"}, "intermediate_size must be a whole number from 1 to"),
+        ({"layers": "", "width": "8 9"}, "n_kv_heads must be a whole number from 1 to"),
     ],
 )
 def test_bad_points_are_refused_before_any_work(change, message, tiny, tmp_path):
     asked = study(tiny, tmp_path, [point("1"), {**point("1"), **change}])
     with pytest.raises(ValueError, match=message):
         asked(point("1"))
+
+
+def test_a_training_that_names_no_method_is_refused_before_it_takes_place(tiny, tmp_path):
+    healed = {"layers": "1", "healed": True, "seed": 0}
+    settings = {name: value for name, value in HEALING.items() if name != "method"}
+    with pytest.raises(ValueError, match="a training must name its method, got {"):
+        study(tiny, tmp_path, [healed], healing_settings=settings)(healed)
 
 
 def test_a_process_of_its_own_ends_with_the_one_that_waits_for_it():

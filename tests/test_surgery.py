@@ -469,6 +469,8 @@ def test_adapters_are_refused_until_they_are_merged(tmp_path):
             surgery.drop_layers(model, [1])
         with pytest.raises(ValueError, match="merge"):
             surgery.save(model, None, tmp_path / "model")
+        with pytest.raises(ValueError, match="tokenizer must be .* got 'a name'"):
+            surgery.save(model, "a name", tmp_path / "model")
         assert model.config.num_hidden_layers == 8
     assert not (tmp_path / "model").exists()
     merged = wrapped.merge_and_unload()

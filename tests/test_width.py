@@ -444,6 +444,7 @@ def test_sizes_may_be_numbers_of_numpy():
             {"criterion": "taylor", "input_ids": TOKENS, "batch_size": 0},
             "batch_size must be .* got 0",
         ),
+        ({"batch_size": -5}, "batch_size must be .* got -5"),
         ({"change": quantized}, "quantised: load it with quantize=None"),
         ({"change": with_adapters}, "carries adapters: merge them first"),
         ({"change": with_a_shared_weight}, "layers 2 and 5 share mlp.gate_proj.weight"),

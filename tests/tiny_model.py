@@ -35,7 +35,7 @@ SETTINGS = {
 class StandIn(nn.Identity):
     """What functions take for a model of transformers where it is never run."""
 
-    config = None
+    config = LlamaConfig()
 
     def get_output_embeddings(self) -> nn.Module:
         """A head that is never asked."""

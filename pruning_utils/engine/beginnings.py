@@ -14,33 +14,46 @@ OF_DATE = "strftime_now"
 DATE = f"{{% macro {OF_DATE}(format) %}}26 Jul 2024{{% endmacro %}}"
 
 
-def checked_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
-    """Refuse what cannot be joined to windows.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, joins: bool = True) -> None:
+    """Refuse what cannot make windows.
 
     Args:
         tokenizer: What a function was given as its tokenizer.
-        texts: What it was given as documents.
-
-    Returns:
-        The documents, as a list.
+        joins: Whether a window may hold several documents, with an ``eos_token`` between them.
 
     Raises:
-        ValueError: If the tokenizer is none of transformers or has no ``eos_token``, or the
-            documents are one text or something else than texts.
+        ValueError: If the tokenizer is none of transformers, or lacks the ``eos_token`` it needs.
     """
     if not hasattr(tokenizer, "eos_token_id"):
         raise ValueError(
             f"tokenizer must be one of transformers, as load_model returns it, got {tokenizer!r}"
         )
-    if tokenizer.eos_token_id is None:
+    if joins and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token to put between documents")
+
+
+def batches(texts: Iterable[str], most: int) -> Iterator[list[str]]:
+    """What a function was given as documents, some at a time: 1, 2, 4 and so on.
+
+    Args:
+        texts: Documents; no more of them are read than are asked for.
+        most: The most at a time.
+
+    Raises:
+        ValueError: If they are one text or nothing that can be iterated; or if a document is no
+            text, when its turn comes.
+    """
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         raise ValueError(f"texts must be documents, each a text, got {texts!r:.80}")
-    found = list(texts)
-    for text in found:
-        if not isinstance(text, str):
-            raise ValueError(f"texts must be documents, each a text, got {text!r:.80} among them")
-    return found
+    unread, count = iter(texts), 1
+    while some := list(itertools.islice(unread, count)):
+        for text in some:
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"texts must be documents, each a text, got {text!r:.80} among them"
+                )
+        yield some
+        count = min(2 * count, most)
 
 
 def of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:

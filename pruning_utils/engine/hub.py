@@ -49,3 +49,16 @@ def answers(address: str, seconds: float = SECONDS) -> bool:
     except OSError:
         return False
     return True
+
+
+def refuse_revision(name: str, revision: str | None) -> None:
+    """ValueError if a revision is named of a model that comes from no hub.
+
+    Args:
+        name: Of the model.
+        revision: What was asked for; None is right.
+    """
+    if revision is not None:
+        raise ValueError(
+            f"revision applies to hub ids only, got revision {revision!r} for {name!r}"
+        )

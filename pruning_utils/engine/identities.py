@@ -87,7 +87,10 @@ def files_read(folder: Path) -> list[str]:
     """
     names = {path.name for path in folder.iterdir() if _is_read(path.name)}
     names |= {f"{TEMPLATES}/{path.name}" for path in folder.glob(f"{TEMPLATES}/*.jinja")}
-    chosen = _object(folder / "config.json").get("transformers_weights")
+    # An adapter has none.
+    has_configuration = (folder / "config.json").is_file()
+    configuration = _object(folder / "config.json") if has_configuration else {}
+    chosen = configuration.get("transformers_weights")
     if chosen is not None:
         names.add(_inside(chosen, folder / "config.json"))
     for index in [name for name in names if name.endswith(INDEX)]:

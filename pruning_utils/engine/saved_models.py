@@ -94,6 +94,15 @@ def _marked(folder: Path) -> set[str] | None:
         raise ValueError(f"its {MARKER} is damaged") from error
 
 
+def refuse_other_tokenizer(tokenizer: object) -> None:
+    """ValueError for what is neither a tokenizer of transformers nor None."""
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ValueError(
+            "tokenizer must be one of transformers, as load_model returns it, or None, got "
+            f"{tokenizer!r}"
+        )
+
+
 def refuse_what_others_wrote(folder: Path, name: str) -> None:
     """Refuse to replace a directory that holds anything but what we wrote there.
 

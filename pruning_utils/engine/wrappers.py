@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from typing import TypeVar
 
-from pruning_utils.engine.later import nn
+from pruning_utils.engine.later import nn, torch
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model")
@@ -45,7 +46,8 @@ def refuse_wrapped(model: Model, *, with_head: bool = False) -> Model:
     is_spread = type(model).__module__.startswith(("torch.nn.parallel", "torch.distributed"))
     if is_spread and isinstance(getattr(model, "module", None), nn.Module):
         raise ValueError(f"model is inside {kind}: pass the model in it (model.module)")
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise ValueError(
             f"model must be a causal language model of transformers, as load_model returns it, got "
             f"{'the class ' + model.__name__ if isinstance(model, type) else kind}"
@@ -192,6 +194,12 @@ def is_read_past(model: nn.Module, name: str) -> bool:
     owner, _, last = name.rpartition(".")
     is_of_mixer = hasattr(model.get_submodule(owner), "ssm_state_size")
     return is_of_mixer and last in ("out_proj", "dt_proj", "x_proj")
+
+
+def n_values(weight: torch.Tensor) -> int:
+    """Number of values of a weight, of which one that is stored in four bits holds two a byte."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)
 
 
 def warn_of_unquantised(layers: nn.ModuleList, quantize: str) -> None:

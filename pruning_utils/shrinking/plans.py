@@ -27,6 +27,7 @@ from pruning_utils.studies.study import without_layers
 
 # Tokens of the probe for the time of a generated token.
 PROBED = {"batch_size": 1, "prompt_tokens": 16, "new_tokens": 12}
+REPEATS = 3  # runs of the probe where no limit asks for more
 PER_TOKEN = "per_token_seconds"
 
 
@@ -97,30 +98,53 @@ class TokenTimes(NamedTuple):
         return self.fixed + self.per_layer * n_layers
 
 
-def token_times(model: nn.Module, *, repeats: int = 3, at_most: bool = False) -> TokenTimes:
+class TokenRuns(NamedTuple):
+    """Seconds of a generated token, measured with all layers and with about half of them.
+
+    Attributes:
+        n_layers: All layers.
+        n_left: The layers of the shorter model.
+        whole: Of the whole model, a number a run.
+        shorter: Of the shorter one.
+    """
+
+    n_layers: int
+    n_left: int
+    whole: np.ndarray
+    shorter: np.ndarray
+
+    def line(self, *, at_most: bool = False) -> TokenTimes:
+        """The line through both.
+
+        Args:
+            at_most: Whether the upper end of the 95 % interval of the mean counts, which is what a
+                limit of time is judged by; else the fastest run counts.
+        """
+        whole, shorter = (
+            1000 * float(evidence.mean_interval(seconds).high if at_most else seconds.min())
+            for seconds in (self.whole, self.shorter)
+        )
+        # It may have been slower with half of its layers: then one costs nothing that can be seen.
+        per_layer = max(0.0, (whole - shorter) / (self.n_layers - self.n_left))
+        return TokenTimes(whole - per_layer * self.n_layers, per_layer)
+
+
+def token_runs(model: nn.Module, *, repeats: int = REPEATS) -> TokenRuns:
     """Times of a generated token here, from the model with all its layers and with half of them.
 
     Args:
         model: A causal language model in evaluation mode, with at least two layers.
         repeats: Measured runs of each.
-        at_most: Whether the upper end of the 95 % interval of their mean counts, which is what a
-            limit of time is judged by; else the fastest counts.
     """
     n_layers = len(models.decoder_layers(model))
     if n_layers < 2:
         raise ValueError(f"the model must have at least 2 layers, it has {n_layers}")
     left, shorter = _about_half(model, n_layers)
-    runs = (
-        efficiency.generation_speed(shown, **PROBED, repeats=repeats)[PER_TOKEN]
+    whole, part = (
+        efficiency.generation_speed(shown, **PROBED, repeats=repeats)[PER_TOKEN].to_numpy()
         for shown in (model, shorter)
     )
-    whole, part = (
-        1000 * float(evidence.mean_interval(seconds).high if at_most else seconds.min())
-        for seconds in runs
-    )
-    # A measurement may say that half a model is slower; then layers cost nothing that can be seen.
-    per_layer = max(0.0, (whole - part) / (n_layers - left))
-    return TokenTimes(whole - per_layer * n_layers, per_layer)
+    return TokenRuns(n_layers, left, whole, part)
 
 
 def _about_half(model: nn.Module, n_layers: int) -> tuple[int, nn.Module]:
@@ -146,7 +170,7 @@ def layers_to_go(model: nn.Module, goal: Goal, times: TokenTimes | None = None) 
     Args:
         model: A causal language model.
         goal: What the rest must meet.
-        times: Of :func:`token_times`; needed where the goal has a time.
+        times: A line of :func:`token_runs`; needed where the goal has a time.
 
     Returns:
         From 1 to all layers but one.
@@ -158,7 +182,7 @@ def layers_to_go(model: nn.Module, goal: Goal, times: TokenTimes | None = None) 
     check_goal(goal)
     if goal.max_ms_per_token is not None and times is None:
         raise ValueError(
-            "times, of token_times, must be given where the goal has a time, max_ms_per_token "
+            "times, of token_runs, must be given where the goal has a time, max_ms_per_token "
             f"{goal.max_ms_per_token:g}"
         )
     n_layers = len(models.decoder_layers(model))
@@ -240,8 +264,12 @@ def candidates(
         left out, with a line on stderr.
 
     Raises:
-        ValueError: If it can lose none of them.
+        ValueError: If a rule is another one, or the model can lose none of the sets.
     """
+    known = [rule for rule in RULES if rule != LOWEST_LOSS]
+    unknown = [rule for rule in rules if rule not in known]
+    if unknown or not rules:
+        raise ValueError(f"rules must be among {', '.join(known)}, got {list(rules)!r}")
     chosen: dict[tuple[int, ...], str] = {(): "none"}
     shorter: dict[tuple[int, ...], nn.Module] = {(): model}
     refused: list[str] = []

@@ -222,7 +222,7 @@ def _drop_leftover(folder: Path) -> None:
 def check_folder(order: Order, out: str | os.PathLike) -> None:
     """ValueError for a folder that :func:`shrink` would not take for this order."""
     if _finished(order, Path(os.path.realpath(out))) is None:
-        _free_folder(out)
+        _refuse_another_folder(work_folder(_free_folder(out)))
 
 
 def _produced(order: Order, out: str | os.PathLike, publish: Callable[..., None]) -> dict:
@@ -450,7 +450,10 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
         and the watching of them will take, and ``measuring_seconds`` of both models.
     """
     seq_len = min(order.measured.seq_len, tokenizer.model_max_length)
+    # Every text is read first, so that one that is too short is refused at once.
     _evaluation_windows(order, tokenizer, seq_len, order.measured.documents)
+    windows = data.calibration_windows(tokenizer, N_CHOSEN_ON, seq_len, seed=order.seed)
+    watched = _validation_windows(tokenizer, seq_len)
     if order.method != NO_HEALING:
         _healing_windows(order, tokenizer, seq_len, 1)  # refuses a text that is not there
         _refuse_too_little_text(order, tokenizer, seq_len, max(order.steps or 0, N_PROBED))
@@ -458,18 +461,17 @@ def plan_of(order: Order, model: nn.Module, tokenizer: PreTrainedTokenizerBase) 
     # A goal without a time is refused before anything is timed.
     needs_times = order.goal.max_ms_per_token is not None
     n_dropped = 0 if needs_times else plans.layers_to_go(model, order.goal)
-    times = plans.token_times(model)
+    # A limit is judged by as many runs, and by the upper end of their interval.
+    repeats = judgements.TIMED["repeats"] if needs_times else plans.REPEATS
+    runs = plans.token_runs(model, repeats=repeats)
+    times = runs.line()
     if needs_times:
-        # The limit is judged by as many runs, and by the upper end of their interval.
-        judged = plans.token_times(model, repeats=judgements.TIMED["repeats"], at_most=True)
-        n_dropped = plans.layers_to_go(model, order.goal, judged)
-    windows = data.calibration_windows(tokenizer, N_CHOSEN_ON, seq_len, seed=order.seed)
+        n_dropped = plans.layers_to_go(model, order.goal, runs.line(at_most=True))
     choice = plans.choose(model, windows, n_dropped, order.rule)
     pruned = without_layers(model, choice.chosen.layers)
     n_layers = len(models.decoder_layers(model))
-    steps, seconds = _steps(order, pruned, tokenizer, seq_len)
+    steps, seconds = _steps(order, pruned, tokenizer, watched)
     _refuse_too_little_text(order, tokenizer, seq_len, steps)
-    watched = _validation_windows(tokenizer, seq_len)
     started = time.perf_counter()
     watched_loss = evaluation.token_losses(model, watched).mean().item()
     read = (time.perf_counter() - started) / watched.numel()
@@ -526,24 +528,24 @@ def _plain(candidate: Candidate) -> dict:
 
 
 def _steps(
-    order: Order, pruned: nn.Module, tokenizer: PreTrainedTokenizerBase, seq_len: int
+    order: Order, pruned: nn.Module, tokenizer: PreTrainedTokenizerBase, watched: torch.Tensor
 ) -> tuple[int, float]:
     """How many steps of healing the minutes allow, and the seconds that it takes, by a probe.
 
     Trainings of one step and of three differ by two steps. The first training of a process also
-    imports libraries, which is no part of a step: it is not timed.
+    imports libraries, which is no part of a step: it is not timed. ``watched`` are the windows that
+    healing is watched on, as long as those to train on.
     """
     if order.method == NO_HEALING:
         return 0, 0.0
     _say("probing: a few steps of healing")
-    windows = _healing_windows(order, tokenizer, seq_len, N_PROBED)
+    windows = _healing_windows(order, tokenizer, watched.shape[1], N_PROBED)
     taken = {}
     for steps in (1, 1, N_PROBED):  # the second time of one step replaces the first
         started = time.perf_counter()
         healing.heal(pruned, tokenizer, windows, **_recipe(order, steps, _n_layers(pruned)))
         taken[steps] = time.perf_counter() - started
     seconds = max((taken[N_PROBED] - taken[1]) / (N_PROBED - 1), 1e-3)
-    watched = _validation_windows(tokenizer, seq_len)
     started = time.perf_counter()
     evaluation.token_losses(pruned, watched)
     watch = time.perf_counter() - started

@@ -454,7 +454,7 @@ def healed_checks(scores: pd.DataFrame, *, effect: float) -> pd.DataFrame:
 
     Returns:
         As :func:`evidence.paired_verdicts`, all pairs in one family, with the levels ``first`` and
-        ``second``.
+        ``second``, in which every task counts alike too.
     """
     grid = scores.pivot(
         index=["dataset", "item"], columns=["rule", "healed", "seed"], values="value"
@@ -473,8 +473,9 @@ def healed_checks(scores: pd.DataFrame, *, effect: float) -> pd.DataFrame:
     tasks = grid.index.get_level_values("dataset")
     effect = max(abs(effect), SMALLEST_EFFECT)
     found = evidence.paired_verdicts(pairs, effect=effect, strata=dict.fromkeys(pairs, tasks))
-    found["first"] = [float(sides[name][0].to_numpy().mean()) for name in found["pair"]]
-    found["second"] = [float(sides[name][1].to_numpy().mean()) for name in found["pair"]]
+    for place, level in enumerate(("first", "second")):
+        of_items = [sides[name][place].mean(axis="columns") for name in found["pair"]]
+        found[level] = [float(items.groupby(tasks).mean().mean()) for items in of_items]
     return found
 
 

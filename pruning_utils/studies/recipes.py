@@ -69,11 +69,16 @@ class Stage:
         if "steps" in self.settings:
             words += [_rate_text(self.settings["learning_rate"]), str(self.settings["steps"])]
         words += [
-            f"{name}={json.dumps(value)}"
+            f"{name}={_without_spaces(value)}"
             for name, value in self.settings.items()
             if name not in ALWAYS
         ]
         return " ".join(words)
+
+
+def _without_spaces(value: object) -> str:
+    """A value as JSON in one word, as a space ends a setting."""
+    return json.dumps(value, separators=(",", ":")).replace(" ", "\\u0020")
 
 
 def _rate_text(rate: Any) -> str:

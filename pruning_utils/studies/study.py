@@ -88,6 +88,24 @@ class Trained(NamedTuple):
     removed: tuple[tuple[int, int], ...] = ()
 
 
+class Prepared(NamedTuple):
+    """What a study works with, once all of its points and settings are checked.
+
+    Attributes:
+        network: The loaded model, which stays as it is.
+        tokenizer: Its tokenizer.
+        distances: Angular distances of all blocks; None where no point asks for the closest.
+        shared: Outputs of first layers that models have in common.
+        windows: Token ids ``(windows, seq_len)`` of each evaluation text, by its name.
+    """
+
+    network: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    distances: np.ndarray | None
+    shared: passes.SharedLayers
+    windows: dict[str, torch.Tensor]
+
+
 class Narrow(NamedTuple):
     """A model whose layers are all narrower.
 
@@ -268,8 +286,7 @@ class Study:
     # --- what is loaded, and checked --------------------------------------------------------------
 
     @functools.cached_property
-    def _prepared(self) -> tuple:
-        """Model, tokenizer, distances, outputs to share and windows, once all is checked."""
+    def _prepared(self) -> Prepared:
         network, tokenizer = loaded(self.model, self.revision, self.dtype)
         points = [Point.parse(point) for point in self.points]
         for point in points:
@@ -289,27 +306,27 @@ class Study:
         ]
         n_layers = len(models.decoder_layers(network))
         shared = passes.SharedLayers([start for start in starts if start < n_layers])
-        return network, tokenizer, distances, shared, windows
+        return Prepared(network, tokenizer, distances, shared, windows)
 
     @property
     def network(self) -> nn.Module:
         """The loaded model, which stays as it is."""
-        return self._prepared[0]
+        return self._prepared.network
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
-        return self._prepared[1]
+        return self._prepared.tokenizer
 
     @property
     def shared(self) -> passes.SharedLayers:
         """Outputs of first layers that models have in common."""
-        return self._prepared[3]
+        return self._prepared.shared
 
     @property
     def windows(self) -> dict[str, torch.Tensor]:
         """Token ids ``(windows, seq_len)`` of each evaluation text, by its name."""
-        return self._prepared[4]
+        return self._prepared.windows
 
     def _distances(
         self, network: nn.Module, tokenizer: PreTrainedTokenizerBase
@@ -394,7 +411,7 @@ class Study:
                 model = narrowed(wrappers.copied(network), cut.width, windows)
                 self._narrow = Narrow(cut.width, model)
             return self._narrow.model
-        layers = self._layers(cut, network, self._prepared[2])
+        layers = self._layers(cut, network, self._prepared.distances)
         return without_layers(network, layers) if layers else network
 
     def _layers(
@@ -413,7 +430,7 @@ class Study:
     ) -> int:
         """The first layer that is not the loaded model's: L where none goes, or none is known."""
         if network is None:
-            network, distances = self.network, self._prepared[2]
+            network, distances = self.network, self._prepared.distances
         if cut.width:
             return 0
         layers = self._layers(cut, network, distances)
@@ -443,7 +460,7 @@ class Study:
         """The model after all stages, each on fresh text."""
         windows = self._training_windows(self.tokenizer, point.seed)
         validation = self._validation_windows()
-        layers = self._layers(point.cut, self.network, self._prepared[2])
+        layers = self._layers(point.cut, self.network, self._prepared.distances)
         made = self._made(pruned) | {"layers": layer_text(layers)}
         if point.cut.width:
             made["width"] = layer_text(point.cut.width)
@@ -623,6 +640,9 @@ def check_cut(cut: Cut, network: nn.Module) -> None:
                 f"got {cut.rule!r} at {cut.n_dropped}"
             )
         selection.deepest(n_layers, cut.n_dropped, keep_last=kept_last(cut.rule))
+    elif cut.width:
+        for name, size in zip(("intermediate_size", "n_kv_heads"), cut.width, strict=True):
+            width.checked_size(network, name, size)
     else:
         ascending = sorted({*cut.layers} & {*range(n_layers)})
         if list(cut.layers) != ascending or len(cut.layers) == n_layers:
@@ -657,6 +677,8 @@ def training_windows(
 
 def check_training(network: nn.Module, settings: dict, n_layers: int) -> None:
     """Refuse settings of training that a model with ``n_layers`` left does not allow."""
+    if "method" not in settings:
+        raise ValueError(f"a training must name its method, got {settings!r}")
     settings = healing.check_settings(network, settings)
     if settings["method"] == "last_layers" and settings["last_k"] > n_layers:
         raise ValueError(
