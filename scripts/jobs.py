@@ -81,6 +81,14 @@ SHARES = (
 # From 06 to 12 some rules keep the first four layers and the last two, whatever their scores.
 PROTECTING = ("06", "12")
 PROTECTED = 6
+# What a second model loses as the same shares of its layers, by rules that keep so many: the value,
+# and how many of its counts.
+OF_SECOND = {
+    "06_block_importance": ("depths", None),
+    "08_lora_against_continued_pretraining": ("quantised.depths", None),
+    "09_seven_metrics": ("depths", 1),
+    "11_one_shot_or_iterative": ("depths", 1),
+}
 # Values of a notebook whose counts must be among its `depths`, or 0 for the unpruned model.
 AMONG_DEPTHS = {
     "08_lora_against_continued_pretraining": (
@@ -298,6 +306,7 @@ def depths_fault(job: Job, n_layers: int) -> str:
         faults.append("quantised.depths must hold 0 too, the model of which nothing is removed")
     faults += round_faults(job, depths)
     faults += share_faults(job, n_layers)
+    faults += second_faults(job)
     return "\n".join(f"{job.name}: {fault}" for fault in faults)
 
 
@@ -336,6 +345,29 @@ def share_faults(job: Job, n_layers: int) -> list[str]:
                     depth.layers_in(share, n_layers)
             except ValueError as error:
                 faults.append(f"{name}: {error}")
+    return faults
+
+
+def second_faults(job: Job) -> list[str]:
+    """What is wrong for a second model, where one is installed that a notebook looks at too."""
+    if job.name not in OF_SECOND or job.values["model"] != embedded.EMBEDDED:
+        return []
+    from pruning_utils.studies import depth  # takes seconds
+
+    (_, first), *others = depth.SIZES.items()
+    name, n_counts = OF_SECOND[job.name]
+    counts = counts_of(job, name)[:n_counts]
+    shares = [count / first.n_layers for count in counts if 0 < count < first.n_layers]
+    faults = []
+    for model, size in others:
+        most = size.n_layers - PROTECTED
+        gone = [depth.layers_in(share, size.n_layers) for share in shares]
+        if embedded.is_installed(model) and max(gone, default=0) > most:
+            faults.append(
+                f"{name} must be at most {most}/{size.n_layers} of {first.n_layers} layers, for "
+                f"{model} loses the same share of its {size.n_layers}, and some rules keep "
+                f"{PROTECTED}, got {counts}; -p {name}=... gives others"
+            )
     return faults
 
 

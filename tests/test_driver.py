@@ -705,8 +705,32 @@ def test_models_with_too_few_layers_and_depths_of_0_are_refused():
     assert jobs.depths_fault(none, 24).startswith("12_b: depths must be at least 1, got [0]; -p")
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "most"),
+    [
+        ("06_block_importance", {"depths": [8, 24]}, "depths must be at most 12/18 of 30 layers"),
+        (
+            "08_lora_against_continued_pretraining",
+            {"depths": [24], "quantised": {"depths": [0, 24]}},
+            "quantised.depths must be at most 12/18 of 30 layers",
+        ),
+        ("09_seven_metrics", {"depths": [24]}, "depths must be at most 12/18 of 30 layers"),
+        ("09_seven_metrics", {"depths": [20, 24]}, ""),
+        ("10_how_to_heal", {"depths": [24]}, ""),
+    ],
+)
+def test_a_second_model_must_be_able_to_lose_the_same_share(name, values, most, monkeypatch):
+    """It failed in the middle of the notebook, on machines alone where that model is installed."""
+    job = jobs.Job(Path(f"{name}.ipynb"), "cpu", {"model": "embedded", **values}, {})
+    for is_there in (True, False):
+        monkeypatch.setattr(jobs.embedded, "is_installed", lambda model, found=is_there: found)
+        fault = jobs.depths_fault(job, 30)
+        assert bool(fault) == bool(most and is_there) and (most in fault or not is_there)
+
+
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "a100"])
-def test_counts_of_the_profiles_belong_together(profile):
+def test_counts_of_the_profiles_belong_together(profile, monkeypatch):
+    monkeypatch.setattr(jobs.embedded, "is_installed", lambda model: True)
     n_layers = 32 if profile == "a100" else 30
     faults = [jobs.depths_fault(job, n_layers) for job in jobs.plan(ROOT, profile, [], {}, False)]
     assert set(faults) == {""}
