@@ -87,7 +87,6 @@ OF_SECOND = {
     "06_block_importance": ("depths", None),
     "08_lora_against_continued_pretraining": ("quantised.depths", None),
     "09_seven_metrics": ("depths", 1),
-    "11_one_shot_or_iterative": ("depths", 1),
 }
 # Values of a notebook whose counts must be among its `depths`, or 0 for the unpruned model.
 AMONG_DEPTHS = {
@@ -357,16 +356,19 @@ def second_faults(job: Job) -> list[str]:
     (_, first), *others = depth.SIZES.items()
     name, n_counts = OF_SECOND[job.name]
     counts = counts_of(job, name)[:n_counts]
-    shares = [count / first.n_layers for count in counts if 0 < count < first.n_layers]
     faults = []
     for model, size in others:
-        most = size.n_layers - PROTECTED
-        gone = [depth.layers_in(share, size.n_layers) for share in shares]
-        if embedded.is_installed(model) and max(gone, default=0) > most:
+        allowed = [
+            count
+            for count in range(1, first.n_layers)
+            if depth.layers_in(count / first.n_layers, size.n_layers) <= size.n_layers - PROTECTED
+        ]
+        most = max(allowed)
+        if embedded.is_installed(model) and any(count > most for count in counts):
             faults.append(
-                f"{name} must be at most {most}/{size.n_layers} of {first.n_layers} layers, for "
-                f"{model} loses the same share of its {size.n_layers}, and some rules keep "
-                f"{PROTECTED}, got {counts}; -p {name}=... gives others"
+                f"{name} must be at most {most}, for {model} loses the same share of its "
+                f"{size.n_layers} layers and some rules keep {PROTECTED}, got {counts}; "
+                f"-p {name}=... gives others"
             )
     return faults
 
